@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: MIT
+pragma solidity ^0.8.30;
+
+/// @title Who takes part in which network: accounts, their node keys, stakes, reputations and hash-chain tips.
+/// @notice Everything is scoped by `networkId`; one account holds one role per network under one node key.
+interface IRegistry {
+    enum Role {
+        None,
+        User,
+        Worker,
+        Validator
+    }
+
+    /// @notice One member with its state, as nodes poll it.
+    /// @param index place in the network's list, fixed for ever; reputations are addressed by it
+    /// @param live counts now: not exited, not blacklisted, stake at least the role's; a validator is in the epoch
+    struct Member {
+        address account;
+        Role role;
+        bool live;
+        uint8 reputation;
+        uint32 index;
+        uint64 exitAt;
+        uint256 stake;
+        bytes32 keyHash;
+        bytes32 tip;
+    }
+
+    /// @notice A loss of stake decided in a round.
+    struct Slash {
+        uint32 index;
+        uint256 amount;
+    }
+
+    event Registered(
+        uint32 indexed networkId, address indexed account, Role role, uint32 index, bytes32 keyHash, uint256 stake
+    );
+    event ExitRequested(uint32 indexed networkId, address indexed account, uint256 withdrawableAt);
+    event Withdrawn(uint32 indexed networkId, address indexed account, uint256 amount);
+    event Slashed(uint32 indexed networkId, address indexed account, uint256 amount);
+    event ReputationsUpdated(uint32 indexed networkId, bytes updates);
+    event TipPosted(uint32 indexed networkId, address indexed account, bytes32 tip);
+    event ValidatorJoined(uint32 indexed networkId, address indexed account);
+    event ValidatorLeft(uint32 indexed networkId, address indexed account);
+
+    error OnlyRounds(address caller);
+    error UnknownNetwork(uint32 networkId);
+    error UnknownRole();
+    error AlreadyRegistered(address account);
+    error KeyTaken(bytes32 keyHash, address owner);
+    error ZeroKey();
+    error Blacklisted(address account);
+    error NotRegistered(address account);
+    error NotAValidator(address account);
+    error ExitNotRequested(address account);
+    error StakeLocked(uint256 until);
+    error BadReputationUpdate(uint256 offset);
+    error ValidatorStakeIsZero();
+
+    /// @notice Joins network `networkId` in `role` under the node key with SHA-256 `keyHash`, taking the role's stake from
+    /// the caller (approve it first). A member that has exited and withdrawn may come back, with its old reputation.
+    function register(Role role, bytes32 keyHash, uint32 networkId) external returns (uint32 index);
+
+    /// @notice Stops taking part at once; the stake can be withdrawn after `exitDelay` seconds.
+    function requestExit(uint32 networkId) external;
+
+    /// @notice Pays the caller's stake back once its exit delay is over.
+    function withdraw(uint32 networkId) external;
+
+    /// @notice A live validator's next hash-chain tip.
+    function postTip(uint32 networkId, bytes32 tip) external;
+
+    // -- only by Rounds ------------------------------------------------------------------------------------------------
+
+    /// @notice Writes reputations from packed updates: see ReputationUpdates.sol for the format. Zero blacklists.
+    function applyReputations(uint32 networkId, bytes calldata updates) external;
+
+    /// @notice Burns up to `amount` of each member's stake, never more than there is.
+    function slash(uint32 networkId, Slash[] calldata slashes) external;
+
+    /// @notice Lets the validators that registered since the last round into the epoch.
+    function startEpoch(uint32 networkId) external;
+
+    /// @notice Opens a network; called by Rounds' one-time setup.
+    function openNetwork(uint32 networkId) external;
+
+    // -- views ---------------------------------------------------------------------------------------------------------
+
+    /// @notice How many of `accounts` are live validators, their addresses in the first places of the answer, and how
+    /// many live validators there are.
+    function liveAmong(uint32 networkId, address[] memory accounts)
+        external
+        view
+        returns (uint256 count, address[] memory signers, uint256 total);
+
+    /// @notice The validators of the epoch.
+    function validators(uint32 networkId) external view returns (address[] memory);
+
+    /// @notice Members `from` .. `from + count - 1` (fewer at the end), and how many there are in all.
+    function members(uint32 networkId, uint256 from, uint256 count)
+        external
+        view
+        returns (Member[] memory page, uint256 total);
+
+    /// @notice The member of `account`; `role` is None where there is none.
+    function memberOf(uint32 networkId, address account) external view returns (Member memory);
+
+    /// @notice The account bound to a node key, or zero.
+    function accountOf(uint32 networkId, bytes32 keyHash) external view returns (address);
+
+    /// @notice 0 = blacklisted or never registered, 1 = newcomer, 255 = best.
+    function reputation(uint32 networkId, uint256 index) external view returns (uint8);
+
+    /// @notice The stake that `role` must bring.
+    function stakeOf(Role role) external view returns (uint256);
+}

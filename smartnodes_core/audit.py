@@ -1,0 +1,191 @@
+"""The audit protocol over bytes and hashes: who is challenged, on what, and why nobody could foresee it.
+
+A worker's signed `Commitment` reaches the job's validators. Each assigned validator signs the list of commitments it holds
+(`ReceivedList`) and, once every other assigned validator has fixed a list with the same commitments, reveals the next preimage of its
+hash chain. The seed of a commitment is the hash over those preimages and the commitment: no worker can foresee it, no single
+validator can steer it, and anyone checks afterwards that it selects exactly the unit that was challenged.
+
+Pure: no clock, no socket, no tensor. `nodes/validator.py` moves the messages, `nodes/worker.py` answers challenges, and
+the network built on this layer compares what was opened (`Auditor`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from blake3 import blake3
+
+from smartnodes_core.errors import AuditError
+from smartnodes_core.records import AuditTerms, Challenge, Commitment, Finding, JobRecord, ReceivedList, Reveal
+
+NUM_ASSIGNED = 3
+CHAIN_LENGTH = 1 << 16
+WHOLE_STEP = -1
+
+
+class Auditor(Protocol):
+    """Re-executes what a worker opened; implemented by the network built on this layer."""
+
+    def examine(self, case: Case, body: memoryview) -> tuple[Finding, str]:
+        """The finding and its reason in words. Must not raise for anything a worker sent: that is a finding."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One challenged unit with everything signed about it; `spec` is what the job record names for the stage."""
+
+    job: JobRecord
+    spec: bytes
+    commitment: Commitment
+    challenge: Challenge
+    order: bytes
+    opening: bytes
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One unit (tier 1) or a whole step (tier 2, `unit` = WHOLE_STEP) that a seed selects, and who audits it."""
+
+    tier: int
+    unit: int
+    auditor: bytes
+
+
+# -- hash chains --------------------------------------------------------------------------------------------------------
+
+
+def hash_link(value: bytes) -> bytes:
+    """One step of a validator's hash chain towards its tip."""
+    return blake3(value, derive_key_context="smartnodes 1 hash chain").digest()
+
+
+class HashChain:
+    """A validator's preimages, spent one by one from the tip backwards.
+
+    `reveal(k)` (k from 1) is the value whose k-fold hash is the tip that was posted on chain.
+    """
+
+    def __init__(self, secret: bytes, length: int = CHAIN_LENGTH):
+        values = [secret]
+        for _ in range(length):
+            values.append(hash_link(values[-1]))
+        self._values = values
+        self.tip = values[-1]
+
+    def reveal(self, index: int) -> bytes:
+        """Preimage number `index`, from 1. Raises AuditError when the chain is used up: post a new tip."""
+        if not 0 < index < len(self._values):
+            raise AuditError(f"preimage {index} of a chain of {len(self._values) - 1}: post the tip of a new chain")
+        return self._values[-1 - index]
+
+
+class TipTracker:
+    """Checks revealed preimages of one validator against its tip, at the cost of the hashes between two reveals."""
+
+    def __init__(self, tip: bytes):
+        self._known = {0: tip}
+        self._last = 0
+
+    def check(self, index: int, preimage: bytes) -> bool:
+        """Whether `preimage` is number `index` behind the tip."""
+        if index in self._known:
+            return self._known[index] == preimage
+        if not 0 < index <= CHAIN_LENGTH:
+            return False
+        anchor = max(known for known in self._known if known < index)
+        value = preimage
+        for _ in range(index - anchor):
+            value = hash_link(value)
+        if value != self._known[anchor]:
+            return False
+        self._known[index] = preimage
+        return True
+
+
+# -- drawing --------------------------------------------------------------------------------------------------------------
+
+
+def assigned_validators(job: bytes, validators: Sequence[bytes]) -> list[bytes]:
+    """The validators (node keys, at most three) that draw and audit for this job, sorted; all where there are fewer."""
+    ranked = sorted(validators, key=lambda key: blake3(job + key, derive_key_context="smartnodes 1 assign").digest())
+    return sorted(ranked[:NUM_ASSIGNED])
+
+
+def seed_of(preimages: Mapping[bytes, bytes], commitment: bytes) -> bytes:
+    """The seed of a commitment: hash over the assigned validators' preimages (by validator key) and its digest."""
+    ordered = b"".join(preimages[validator] for validator in sorted(preimages))
+    return blake3(ordered + commitment, derive_key_context="smartnodes 1 audit seed").digest()
+
+
+def select(seed: bytes, terms: AuditTerms, num_units: int, auditors: Sequence[bytes]) -> list[Selection]:
+    """What `seed` selects: the whole step with the job's step rate, else each unit with its unit rate.
+
+    A pure function of its arguments, so that worker, validators and anyone later agree on it.
+    """
+    auditor = sorted(auditors)[_draw(seed, b"auditor", 0) % len(auditors)]
+    if _chance(seed, b"step", 0, terms.step_rate_ppm):
+        return [Selection(2, WHOLE_STEP, auditor)]
+    return [Selection(1, unit, auditor) for unit in range(num_units) if _chance(seed, b"unit", unit, terms.unit_rate_ppm)]
+
+
+def _draw(seed: bytes, purpose: bytes, index: int) -> int:
+    return int.from_bytes(blake3(purpose + index.to_bytes(8, "big"), key=seed).digest(length=8), "big")
+
+
+def _chance(seed: bytes, purpose: bytes, index: int, rate_ppm: int) -> bool:
+    return _draw(seed, purpose, index) * 1_000_000 < rate_ppm << 64
+
+
+def check_challenge(
+    challenge: Challenge,
+    commitment: Commitment,
+    terms: AuditTerms,
+    assigned: Sequence[bytes],
+    lists: Sequence[ReceivedList],
+    reveals: Sequence[Reveal],
+    tips: Mapping[bytes, TipTracker],
+) -> None:
+    """The worker's check before it opens anything. Raises AuditError with what does not hold.
+
+    `lists` and `reveals` carry verified signatures of the validators they name.
+    """
+    digest = commitment.digest()
+    if challenge.commitment != digest or challenge.job != commitment.job:
+        raise AuditError("the challenge names another commitment")
+    listed = {item.validator: item for item in lists if item.job == commitment.job and digest in item.commitments}
+    preimages: dict[bytes, bytes] = {}
+    for reveal in reveals:
+        received = listed.get(reveal.validator)
+        if received is None or reveal.received_list != received.digest() or reveal.reveal != received.reveal:
+            raise AuditError("a preimage was revealed for a list that does not hold this commitment")
+        tip = tips.get(reveal.validator)
+        if tip is None or not tip.check(reveal.reveal, reveal.preimage):
+            raise AuditError("a preimage does not lead to the tip its validator posted on chain")
+        preimages[reveal.validator] = reveal.preimage
+    if sorted(preimages) != sorted(assigned):
+        raise AuditError(f"{len(preimages)} preimages, needed one of each of {len(assigned)} assigned validators")
+    if challenge.seed != seed_of(preimages, digest):
+        raise AuditError("the seed does not follow from the preimages")
+    wanted = Selection(challenge.tier, challenge.unit, challenge.auditor)
+    if wanted not in select(challenge.seed, terms, len(commitment.units), assigned):
+        raise AuditError(f"the seed does not select tier {challenge.tier}, unit {challenge.unit} for this auditor")
+
+
+# -- T0: both ends of a link say the same -----------------------------------------------------------------------------------
+
+
+def link_disagreements(before: Commitment, after: Commitment) -> list[str]:
+    """Where the commitments of two neighbouring stages for one step contradict each other, in words; empty if nowhere."""
+    found = []
+    upstream = {(unit.call, unit.micro_batch, unit.backward_pass): unit.roots for unit in before.units}
+    for unit in after.units:
+        roots = upstream.get((unit.call, unit.micro_batch, unit.backward_pass))
+        if roots is None:
+            found.append(f"micro-batch {unit.micro_batch} of call {unit.call} is committed by stage {after.stage} only")
+            continue
+        for ours, theirs in (("y", "x"), ("gy", "gx")):
+            if roots.get(ours) != unit.roots.get(theirs):
+                found.append(f"micro-batch {unit.micro_batch}: {ours} of stage {before.stage} is not {theirs} of {after.stage}")
+    return found

@@ -1,0 +1,208 @@
+"""A node's Ed25519 identity: its key file, what it signs, and the two-way binding to an account on chain.
+
+Signatures are over a domain and a digest, so that a signature made for one purpose is void for any other. The binding is
+signed by both keys: the node vouches for the account, and the account (EIP-191, as any wallet signs) for the node.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import nacl.exceptions
+import nacl.pwhash
+import nacl.secret
+import nacl.signing
+import nacl.utils
+
+from smartnodes_core.chain import signing
+from smartnodes_core.errors import AuthorityError, IdentityError, SignatureError
+from smartnodes_core.records import Binding, Record, Role, Signed, SignedBinding, digest_of
+
+MAX_KEY_FILE_BYTES = 4096
+_OPSLIMIT = nacl.pwhash.argon2id.OPSLIMIT_INTERACTIVE
+_MEMLIMIT = nacl.pwhash.argon2id.MEMLIMIT_INTERACTIVE
+_RECORD_DOMAIN = "signed record"
+_BINDING_DOMAIN = "binding by node"
+
+RecordType = TypeVar("RecordType", bound=Record)
+
+
+@dataclass(frozen=True, repr=False)
+class Identity:
+    """A node's key pair. Never printed, never sent: only `node_key` leaves this machine."""
+
+    _key: nacl.signing.SigningKey
+
+    def __repr__(self) -> str:
+        return f"Identity({self.node_key.hex()[:16]})"
+
+    @classmethod
+    def create(cls) -> Identity:
+        """A new random identity."""
+        return cls(nacl.signing.SigningKey.generate())
+
+    @classmethod
+    def from_seed(cls, seed: bytes) -> Identity:
+        """The identity of a 32-byte secret seed."""
+        return cls(nacl.signing.SigningKey(seed))
+
+    @property
+    def node_key(self) -> bytes:
+        """The public key, 32 bytes: the node's name."""
+        return bytes(self._key.verify_key)
+
+    def sign_bytes(self, domain: str, data: bytes) -> bytes:
+        """A 64-byte signature of `data`, valid only under `domain`."""
+        return self._key.sign(_message(domain, data)).signature
+
+    def sign(self, record: Record) -> Signed:
+        """`record` with this node's signature."""
+        encoded = record.encode()
+        return Signed(record=encoded, signer=self.node_key, signature=self.sign_bytes(_RECORD_DOMAIN, encoded))
+
+    def save(self, path: str | os.PathLike[str], passphrase: str | None = None) -> None:
+        """Writes the key file, readable by its owner alone, sealed by `passphrase` if given. Never overwrites: IdentityError."""
+        seed = bytes(self._key)
+        fields: dict[str, int | str] = {"version": 1, "node_key": self.node_key.hex()}
+        if passphrase is None:
+            fields["seed"] = seed.hex()
+        else:
+            salt = nacl.utils.random(nacl.pwhash.argon2id.SALTBYTES)
+            box = nacl.secret.SecretBox(_stretch(passphrase, salt))
+            fields |= {"kdf": "argon2id-interactive", "salt": salt.hex(), "sealed": bytes(box.encrypt(seed)).hex()}
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            raise IdentityError(f"{path} exists already: a key file is never overwritten, move it away first") from None
+        except OSError as error:
+            raise IdentityError(f"the key file {path} cannot be written: {error.strerror}") from None
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(fields, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], passphrase: str | None = None) -> Identity:
+        """The identity in the key file at `path`. Raises IdentityError, also when others than its owner may read it."""
+        fields = _read_key_file(Path(path))
+        try:
+            if "sealed" in fields:
+                if passphrase is None:
+                    raise IdentityError(f"{path} is sealed by a passphrase: give it")
+                box = nacl.secret.SecretBox(_stretch(passphrase, bytes.fromhex(str(fields["salt"]))))
+                seed = box.decrypt(bytes.fromhex(str(fields["sealed"])))
+            else:
+                seed = bytes.fromhex(str(fields["seed"]))
+            identity = cls.from_seed(seed)
+        except nacl.exceptions.CryptoError:
+            raise IdentityError(f"the passphrase does not open {path}") from None
+        except (KeyError, ValueError, TypeError, nacl.exceptions.ValueError) as error:
+            raise IdentityError(f"{path} is not a key file: {error}") from None
+        if fields.get("node_key") != identity.node_key.hex():
+            raise IdentityError(f"{path} names another node key than its seed gives: the file is damaged")
+        return identity
+
+
+def _read_key_file(path: Path) -> dict[str, object]:
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            data = file.read(MAX_KEY_FILE_BYTES + 1)
+    except OSError as error:
+        raise IdentityError(f"the key file {path} cannot be read: {error.strerror}") from None
+    loose = stat.S_IMODE(status.st_mode) & 0o077
+    if os.name == "posix" and loose:
+        raise IdentityError(f"{path} can be read by others (mode {stat.S_IMODE(status.st_mode):o}): run chmod 600 {path}")
+    try:
+        fields = json.loads(data)
+    except ValueError:
+        fields = None
+    if len(data) > MAX_KEY_FILE_BYTES or not isinstance(fields, dict) or fields.get("version") != 1:
+        raise IdentityError(f"{path} is not a key file of version 1")
+    return fields
+
+
+def _stretch(passphrase: str, salt: bytes) -> bytes:
+    return nacl.pwhash.argon2id.kdf(nacl.secret.SecretBox.KEY_SIZE, passphrase.encode(), salt, _OPSLIMIT, _MEMLIMIT)
+
+
+def _message(domain: str, data: bytes) -> bytes:
+    return b"smartnodes 1 signature\x00" + digest_of(f"signature: {domain}", data)
+
+
+def verify_bytes(node_key: bytes, domain: str, data: bytes, signature: bytes) -> None:
+    """Checks a signature made by `Identity.sign_bytes`. Raises SignatureError."""
+    try:
+        nacl.signing.VerifyKey(node_key).verify(_message(domain, data), signature)
+    except (nacl.exceptions.CryptoError, ValueError, TypeError):
+        raise SignatureError(f"a signature over a {domain} does not verify under node key {node_key.hex()[:16]}") from None
+
+
+def verify(signed: Signed, expected_type: type[RecordType]) -> RecordType:
+    """The record that `signed.signer` signed. Raises SignatureError, or RecordError when it is not an `expected_type`.
+
+    Who may sign what is the caller's rule: compare `signed.signer` with the key that the record names.
+    """
+    verify_bytes(signed.signer, _RECORD_DOMAIN, signed.record, signed.signature)
+    return expected_type.decode(signed.record)
+
+
+def make_binding(
+    identity: Identity,
+    account_key: bytes,
+    role: Role,
+    chain_id: int,
+    registry: bytes,
+    network_id: int,
+    expires_at_s: int,
+) -> SignedBinding:
+    """Binds `identity` to the account of the 32-byte secret `account_key`, in `role`, until `expires_at_s` (Unix time)."""
+    binding = Binding(
+        node_key=identity.node_key,
+        account=signing.address_of(account_key),
+        role=role,
+        chain_id=chain_id,
+        registry=registry,
+        network_id=network_id,
+        expires_at_s=expires_at_s,
+    )
+    return SignedBinding(
+        binding=binding.encode(),
+        node_signature=identity.sign_bytes(_BINDING_DOMAIN, binding.encode()),
+        account_signature=signing.sign_digest(account_key, _personal_digest(binding)),
+    )
+
+
+def check_binding(signed_binding: SignedBinding, *, now_s: int, chain_id: int, registry: bytes, network_id: int) -> Binding:
+    """The binding, if both its signatures hold and it is for this chain, registry and network and not expired.
+
+    Raises RecordError, SignatureError, AuthorityError. Takes the Ed25519 signature first: it is cheap, recovery is not.
+    """
+    binding = Binding.decode(signed_binding.binding)
+    here = {"chain": (binding.chain_id, chain_id), "network": (binding.network_id, network_id)}
+    for what, (found, needed) in here.items():
+        if found != needed:
+            raise AuthorityError(f"the peer's binding is for {what} {found}, here is {what} {needed}")
+    if binding.registry != registry:
+        raise AuthorityError(f"the peer's binding is for the registry 0x{binding.registry.hex()}, here is 0x{registry.hex()}")
+    if binding.expires_at_s <= now_s:
+        raise AuthorityError(f"the peer's binding expired {now_s - binding.expires_at_s} s ago: it has to sign a new one")
+    verify_bytes(binding.node_key, _BINDING_DOMAIN, signed_binding.binding, signed_binding.node_signature)
+    try:
+        account = signing.recover(_personal_digest(binding), signed_binding.account_signature)
+    except ValueError as error:
+        raise SignatureError(f"a binding's account signature is malformed: {error}") from None
+    if account != binding.account:
+        raise SignatureError(f"a binding names account 0x{binding.account.hex()} but 0x{account.hex()} signed it")
+    return binding
+
+
+def _personal_digest(binding: Binding) -> bytes:
+    digest = binding.digest()
+    return signing.keccak(b"\x19Ethereum Signed Message:\n%d" % len(digest) + digest)
+

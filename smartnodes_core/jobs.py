@@ -1,0 +1,155 @@
+"""A job as the nodes hold it: the signed record, the plan in force, and what a network's own code must provide.
+
+`JobHandler` is what a worker runs for jobs of one type; it is implemented by the network built on this layer (for Tensorlink by
+`tensorlink.worker.StageHandler`). `WorkerPort` is what the worker node offers it in return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from smartnodes_core.errors import JobError, RecordError
+from smartnodes_core.identity import verify
+from smartnodes_core.records import Commitment, JobRecord, NodeKey, OpeningItem, Plan, Signed, digest_of
+
+Buffer = bytes | bytearray | memoryview
+
+
+def spec_digest(spec: bytes) -> bytes:
+    """The digest under which a job record names what a stage runs."""
+    return digest_of("job spec", spec)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job record with the plan in force, both signed by the author and checked against each other."""
+
+    id: bytes
+    record: JobRecord
+    plan: Plan
+    signed_record: bytes
+    signed_plan: bytes
+
+    @classmethod
+    def open(cls, signed_record: bytes, signed_plan: bytes) -> Job:
+        """Verify both signatures and that record and plan belong together. Raises RecordError or SignatureError."""
+        signed = Signed.decode(signed_record)
+        record = verify(signed, JobRecord)
+        if signed.signer != record.author:
+            raise RecordError("a job record is signed by its author")
+        signed = Signed.decode(signed_plan)
+        plan = verify(signed, Plan)
+        job = cls(record.digest(), record, plan, signed_record, signed_plan)
+        job._check(signed.signer)
+        return job
+
+    def _check(self, plan_signer: NodeKey) -> None:
+        record, plan = self.record, self.plan
+        if plan.job != self.id or plan_signer != record.author:
+            raise RecordError("the plan is of another job, or not signed by the job's author")
+        stages = {(item.replica, item.stage) for item in plan.assignments}
+        wanted = {(r, s) for r in range(record.num_replicas) for s in range(record.num_stages)}
+        if stages != wanted or len(stages) != len(plan.assignments):
+            raise RecordError(f"the plan assigns {len(stages)} stages, needed {len(wanted)}, each once")
+        if not len(record.specs) == len(record.initial_roots) == len(record.work_units) == record.num_stages:
+            raise RecordError(f"specs, roots and work units of a job of {record.num_stages} stages must be that many")
+
+    def worker_of(self, stage: int, replica: int = 0) -> NodeKey:
+        """The worker that runs `stage`. Raises JobError where there is none."""
+        for item in self.plan.assignments:
+            if item.stage == stage and item.replica == replica:
+                return item.worker
+        raise JobError(f"no worker runs stage {stage} of replica {replica}")
+
+    def stages_of(self, worker: NodeKey) -> list[StageOfJob]:
+        """The stages that `worker` runs."""
+        return [StageOfJob(self, item.stage, item.replica) for item in self.plan.assignments if item.worker == worker]
+
+
+@dataclass(frozen=True)
+class StageOfJob:
+    """One stage of a job, as the worker that runs it sees it."""
+
+    job: Job
+    stage: int
+    replica: int
+
+    @property
+    def key(self) -> str:
+        """A short name unique on this rig."""
+        return f"{self.job.id.hex()}/{self.replica}/{self.stage}"
+
+    @property
+    def author(self) -> NodeKey:
+        return self.job.record.author
+
+    @property
+    def previous(self) -> NodeKey | None:
+        """The worker of the stage before, None for the first."""
+        return self.job.worker_of(self.stage - 1, self.replica) if self.stage else None
+
+    @property
+    def next(self) -> NodeKey | None:
+        """The worker of the stage after, None for the last."""
+        last = self.stage == self.job.record.num_stages - 1
+        return None if last else self.job.worker_of(self.stage + 1, self.replica)
+
+
+class WorkerPort(Protocol):
+    """What a worker node does for its handler."""
+
+    def stream(self, to: NodeKey, header: dict[str, object], body: Buffer, on_sent: Callable[[], None]) -> None:
+        """Send a frame to the author or a neighbouring stage; `on_sent` when `body` may be reused, sent or lost."""
+
+    def tell_author(self, stage: StageOfJob, event: str, params: dict[str, object]) -> None:
+        """A one-way message to the job's author."""
+
+    def commit(self, stage: StageOfJob, content: dict[str, object]) -> None:
+        """Sign and publish the `Commitment` with this content (its fields but for job, plan, worker and previous)."""
+
+    def fail(self, stage: StageOfJob, error: Exception) -> None:
+        """The stage cannot go on: tell the author why."""
+
+
+class JobHandler(Protocol):
+    """What a worker does for jobs of one type. Methods may raise; what they raise crosses to the caller by class."""
+
+    job_type: str
+
+    def attach(self, port: WorkerPort) -> None:
+        """Called once, before anything else."""
+
+    def offers(self) -> dict[str, int | str]:
+        """What this rig announces: for planners to read."""
+
+    def assign(self, stage: StageOfJob) -> None:
+        """Reserve the stage. Raises JobError or BusyError with what is missing."""
+
+    def call(self, stage: StageOfJob, method: str, params: dict, body: memoryview) -> tuple[dict, Sequence[Buffer]]:
+        """Serve a call of the job's author."""
+
+    def allocate(self, stage: StageOfJob, sender: NodeKey, header: dict, num_bytes: int) -> memoryview:
+        """Where the body of a frame from `sender` goes; raises ProtocolError to refuse it before anything is allocated."""
+
+    def receive(self, stage: StageOfJob, sender: NodeKey, header: dict, body: memoryview) -> None:
+        """A frame is in. Runs on the connection's thread: must not wait."""
+
+    def spec(self, stage: StageOfJob) -> bytes:
+        """What the stage runs, for auditors: the bytes that the job record's `specs` names."""
+
+    def open(self, stage: StageOfJob, commitment: Commitment, tier: int, unit: int) -> OpenedUnit:
+        """The data behind a commitment. Raises AuditError when it is no longer held."""
+
+    def release(self, stage: StageOfJob, reason: str) -> None:
+        """The job ended, or the stage was taken away: free everything."""
+
+
+@dataclass(frozen=True)
+class OpenedUnit:
+    """What a worker opens: items, their bytes one after the other, and the author's signed order for the step."""
+
+    items: list[OpeningItem]
+    body: bytes
+    order: bytes

@@ -1,0 +1,185 @@
+"""The user role: find workers, have a validator open a job, drive its stages, hear what happens to it."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from smartnodes_core.errors import JobError, NoWorkersError, SmartnodesError, Unavailable, WorkerLostError
+from smartnodes_core.identity import Identity, verify
+from smartnodes_core.jobs import Buffer, Job, StageOfJob
+from smartnodes_core.nodes.base import Node
+from smartnodes_core.nodes.worker import STREAM
+from smartnodes_core.records import Commitment, JobRecord, NodeKey, Plan, Signed, Verdict
+from smartnodes_core.rpc import Reply, allow
+from smartnodes_core.transport.base import Peer
+
+logger = logging.getLogger(__name__)
+
+
+class JobListener:
+    """What a user hears of its job; subclass what you need. Methods run on network threads and must not wait."""
+
+    def on_event(self, stage: int, event: str, params: dict[str, Any]) -> None:
+        """A worker says something of its stage."""
+
+    def allocate(self, stage: int, header: dict[str, Any], num_bytes: int) -> memoryview:
+        """Where the body of a frame from a stage goes."""
+        raise JobError("this job takes no frames")
+
+    def on_frame(self, stage: int, header: dict[str, Any], body: memoryview) -> None:
+        """A frame from a stage is in."""
+
+    def on_commitment(self, commitment: Commitment) -> None:
+        """A worker committed to a step."""
+
+    def on_verdict(self, verdict: Verdict) -> None:
+        """An auditor found something."""
+
+    def on_lost(self, stage: int, error: WorkerLostError) -> None:
+        """The worker of a stage is gone."""
+
+
+class UserNode:
+    """Drives jobs. One `JobListener` per job hears of it."""
+
+    def __init__(self, node: Node, identity: Identity):
+        self.node = node
+        self._identity = identity
+        self._lock = threading.Lock()
+        self._jobs: dict[bytes, tuple[Job, JobListener]] = {}
+        node.serve(self)
+        node.on_stream(STREAM, self._allocate, self._receive)
+        node.on_peer_lost(self._peer_lost)
+
+    # -- opening and closing --------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def nonce() -> bytes:
+        """32 random bytes that make a job record unique."""
+        return secrets.token_bytes(32)
+
+    def open_job(self, record: JobRecord, plan: Plan, listener: JobListener, timeout_s: float = 60.0) -> Job:
+        """Sign job and plan and have one of the plan's validators open it. Raises JobError, NoWorkersError, Unavailable."""
+        job = Job.open(self._identity.sign(record).encode(), self._identity.sign(plan).encode())
+        for item in plan.assignments:
+            self.node.add_address(item.worker, item.endpoint)
+        with self._lock:
+            self._jobs[job.id] = (job, listener)
+        params = {"job": job.signed_record, "plan": job.signed_plan}
+        lost: SmartnodesError = NoWorkersError("the plan names no validator: is one running and registered?")
+        for validator in plan.validators:
+            try:
+                self.node.call(validator, "open_job", params, timeout_s=timeout_s)
+                return job
+            except Unavailable as error:
+                lost = error
+            except SmartnodesError:
+                self._forget(job)
+                raise
+        self._forget(job)
+        raise lost
+
+    def close_job(self, job: Job, reason: str = "completed", timeout_s: float = 10.0) -> None:
+        """Tell a validator that the job is done; it releases the workers."""
+        self._forget(job)
+        for validator in job.plan.validators:
+            try:
+                self.node.call(validator, "close_job", {"job": job.id, "reason": reason}, timeout_s=timeout_s)
+                return
+            except SmartnodesError as error:
+                logger.debug("a validator could not be told that the job is done: %s", error)
+
+    def _forget(self, job: Job) -> None:
+        with self._lock:
+            self._jobs.pop(job.id, None)
+
+    # -- driving stages -------------------------------------------------------------------------------------------------
+
+    def call(
+        self,
+        stage: StageOfJob,
+        method: str,
+        params: dict[str, Any],
+        body: Sequence[Buffer] = (),
+        *,
+        timeout_s: float,
+        max_body_bytes: int = 0,
+    ) -> Reply:
+        """Call a stage's handler and wait for its answer."""
+        worker = stage.job.worker_of(stage.stage, stage.replica)
+        message = {"key": stage.key, "method": method, "params": params}
+        return self.node.call(worker, "job", message, body, timeout_s=timeout_s, max_body_bytes=max_body_bytes)
+
+    def notify(self, stage: StageOfJob, method: str, params: dict[str, Any]) -> None:
+        """Tell a stage's handler something; one-way, in order with other one-way messages."""
+        worker = stage.job.worker_of(stage.stage, stage.replica)
+        self.node.notify(worker, "job", {"key": stage.key, "method": method, "params": params})
+
+    def stream(self, stage: StageOfJob, header: dict[str, Any], body: Buffer, on_sent: Callable[[], None]) -> None:
+        """Send a frame to a stage."""
+        worker = stage.job.worker_of(stage.stage, stage.replica)
+        self.node.stream(worker, STREAM, {**header, "key": stage.key}, [body], on_sent)
+
+    # -- hearing ----------------------------------------------------------------------------------------------------------
+
+    @allow(roles=("worker",), max_body_bytes=0)
+    def rpc_job_event(self, caller: Peer, params: dict[str, Any], body: memoryview) -> None:
+        """A worker says something of its stage."""
+        found = self._stage_of(caller.node_key, str(params["key"]))
+        if found is not None:
+            stage, listener = found
+            listener.on_event(stage, str(params["event"]), dict(params["params"]))
+
+    @allow(roles=("worker",), max_body_bytes=0)
+    def rpc_commitment(self, caller: Peer, params: dict[str, Any], body: memoryview) -> None:
+        """A worker committed to a step."""
+        signed = Signed.decode(params["commitment"])
+        commitment = verify(signed, Commitment)
+        with self._lock:
+            known = self._jobs.get(commitment.job)
+        if known is not None and signed.signer == commitment.worker == caller.node_key:
+            known[1].on_commitment(commitment)
+
+    @allow(roles=("validator",), max_body_bytes=0)
+    def rpc_verdict(self, caller: Peer, params: dict[str, Any], body: memoryview) -> None:
+        """An auditor found something."""
+        signed = Signed.decode(params["verdict"])
+        verdict = verify(signed, Verdict)
+        with self._lock:
+            known = self._jobs.get(verdict.job)
+        if known is not None and signed.signer == verdict.auditor and signed.signer in known[0].plan.validators:
+            known[1].on_verdict(verdict)
+
+    def _allocate(self, peer: Peer, header: dict[str, Any], num_bytes: int) -> memoryview:
+        found = self._stage_of(peer.node_key, str(header.get("key")))
+        if found is None:
+            raise JobError("a frame for no job of ours")
+        stage, listener = found
+        return listener.allocate(stage, header, num_bytes)
+
+    def _receive(self, peer: Peer, header: dict[str, Any], body: memoryview) -> None:
+        found = self._stage_of(peer.node_key, str(header.get("key")))
+        if found is not None:
+            stage, listener = found
+            listener.on_frame(stage, header, body)
+
+    def _stage_of(self, worker: NodeKey, key: str) -> tuple[int, JobListener] | None:
+        """The stage that `key` names, provided `worker` runs it."""
+        with self._lock:
+            known = self._jobs.get(bytes.fromhex(key[:64]) if len(key) > 64 else b"")
+        for stage in known[0].stages_of(worker) if known else []:
+            if stage.key == key and known is not None:
+                return stage.stage, known[1]
+        return None
+
+    def _peer_lost(self, peer: NodeKey, reason: str) -> None:
+        with self._lock:
+            jobs = list(self._jobs.values())
+        for job, listener in jobs:
+            for stage in job.stages_of(peer):
+                message = f"the worker of stage {stage.stage} ({peer.hex()[:8]}) is gone: {reason}"
+                listener.on_lost(stage.stage, WorkerLostError(message))

@@ -1,0 +1,106 @@
+"""A connection's queue of frames to send, bounded in bytes: where back-pressure comes from. Both transports use it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from smartnodes_core.errors import BusyError, ConnectionLostError
+from smartnodes_core.transport.base import MAX_QUEUED_BYTES
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class OutFrame:
+    """A frame on its way: prefix and header in one piece, then the body's parts, uncopied."""
+
+    head: bytes
+    body: list[memoryview]
+    on_sent: Callable[[], None] | None
+    num_bytes: int
+
+    def sent(self) -> None:
+        """Tells the owner of the body's memory, once, that it is no longer read."""
+        callback, self.on_sent = self.on_sent, None
+        if callback is None:
+            return
+        try:
+            callback()
+        except Exception:
+            logger.exception("an on_sent callback failed")
+
+
+class Outbox:
+    """Frames in the order in which they were put, at most MAX_QUEUED_BYTES (one larger frame passes alone)."""
+
+    def __init__(self, max_bytes: int = MAX_QUEUED_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._frames: deque[OutFrame] = deque()
+        self._num_bytes = 0
+        self._closed_because: str | None = None
+        self._changed = threading.Condition()
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def put(self, frame: OutFrame, timeout_s: float, peer_name: str) -> None:
+        """Queues `frame`, waiting for room. Raises BusyError after `timeout_s`, ConnectionLostError once closed."""
+        deadline_s: float | None = None
+        with self._changed:
+            while self._closed_because is None and self._num_bytes and self._num_bytes + frame.num_bytes > self._max_bytes:
+                now_s = time.monotonic()
+                deadline_s = now_s + timeout_s if deadline_s is None else deadline_s
+                if now_s >= deadline_s:
+                    raise BusyError(
+                        f"{self._num_bytes} bytes wait to be sent to {peer_name} and none went out in {timeout_s:g} s: "
+                        "send less at a time, or to another peer"
+                    )
+                self._changed.wait(deadline_s - now_s)
+            if self._closed_because is not None:
+                raise ConnectionLostError(f"the connection to {peer_name} is closed: {self._closed_because}")
+            self._frames.append(frame)
+            self._num_bytes += frame.num_bytes
+            self._changed.notify_all()
+
+    def first(self) -> OutFrame | None:
+        """The oldest frame, left in the queue (and counted) until `pop`."""
+        with self._changed:
+            return self._frames[0] if self._frames else None
+
+    def wait_first(self) -> OutFrame | None:
+        """As `first`, but waits for a frame; None when the box is closed and empty."""
+        with self._changed:
+            while not self._frames and self._closed_because is None:
+                self._changed.wait()
+            return self._frames[0] if self._frames else None
+
+    def pop(self) -> None:
+        """Removes the oldest frame, which has been sent, and tells its owner."""
+        with self._changed:
+            if not self._frames:  # cleared meanwhile
+                return
+            frame = self._frames.popleft()
+            self._num_bytes -= frame.num_bytes
+            self._changed.notify_all()
+        frame.sent()
+
+    def close(self, reason: str) -> None:
+        """Takes no more frames; those queued stay until `clear`."""
+        with self._changed:
+            if self._closed_because is None:
+                self._closed_because = reason
+            self._changed.notify_all()
+
+    def clear(self) -> None:
+        """Drops what is queued, telling the owners of the memory."""
+        with self._changed:
+            frames, self._frames = list(self._frames), deque()
+            self._num_bytes = 0
+            self._changed.notify_all()
+        for frame in frames:
+            frame.sent()

@@ -1,0 +1,47 @@
+"""Errors of the PyTorch layer; those of the network below are in `smartnodes_core.errors`."""
+
+from __future__ import annotations
+
+from smartnodes_core.errors import LocalError, PeerFault, SmartnodesError
+
+
+class TraceError(LocalError):
+    """The module cannot be turned into a stage program; the message names the line and a remedy."""
+
+    code = "trace"
+
+
+class PartitionError(LocalError):
+    """The program cannot be cut into the number of stages asked for."""
+
+    code = "partition"
+
+
+class OptimizerError(LocalError):
+    """An optimizer or option that workers do not run."""
+
+    code = "optimizer"
+
+
+class NonFiniteError(SmartnodesError):
+    """NaN or infinity where training needs finite numbers; the message says where it was first seen."""
+
+    code = "non-finite"
+
+
+class RemoteParameterError(LocalError, RuntimeError):
+    """A parameter that lives on a worker was used as if it were here; the message names our method."""
+
+    code = "remote-parameter"
+
+
+class ProgramError(PeerFault):
+    """A stage program that is not well-formed or over a limit; the message names the offending node."""
+
+    code = "program"
+
+
+class TensorError(PeerFault):
+    """A tensor whose dtype, shape, size or digest is not what was agreed."""
+
+    code = "tensor"

@@ -1,0 +1,104 @@
+"""What an auditor re-executes, on the Node side: hands openings to a computing process of its own and takes the finding.
+
+No torch here. The process starts with the first audit and runs at low priority, so that auditing never slows what else the machine does.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from smartnodes_core.audit import Case
+from smartnodes_core.errors import PeerFault, SmartnodesError
+from smartnodes_core.identity import verify
+from smartnodes_core.records import Finding, Opening, Signed
+from smartnodes_core.sandbox import Limits, Sandbox
+from tensorlink.records import StepOrder
+
+EXAMINE_TIMEOUT_S = 600.0
+ARENA_BYTES = 16 << 30
+NICE = 10
+
+
+class ReplayAuditor:
+    """An `Auditor` that re-executes in a computing process."""
+
+    def __init__(
+        self,
+        memory_bytes: int = 0,
+        num_threads: int = 1,
+        command: Sequence[str] = (sys.executable, "-m", "tensorlink.compute"),
+    ):
+        self._lock = threading.Lock()
+        self._running = False
+        self._sandbox = Sandbox(
+            list(command),
+            limits=Limits(memory_bytes=memory_bytes, num_threads=num_threads, nice=NICE),
+            inbound_bytes=ARENA_BYTES,
+            outbound_bytes=1 << 20,
+            on_event=self._on_event,
+            on_exit=self._on_exit,
+        )
+
+    def stop(self) -> None:
+        """End the computing process."""
+        self._sandbox.stop()
+
+    def examine(self, case: Case, body: memoryview) -> tuple[Finding, str]:
+        """Re-execute what was opened. What the worker sent wrong is a finding; what failed here is `inconclusive`."""
+        try:
+            order, loss, opening = self._check(case, body)
+        except PeerFault as fault:
+            return "fraudulent", str(fault)
+        try:
+            reply = self._examine(case, order, loss, opening, body)
+        except SmartnodesError as error:
+            return "inconclusive", f"the audit could not be run: {error}"
+        return reply["finding"], str(reply["reason"])
+
+    def _check(self, case: Case, body: memoryview) -> tuple[StepOrder, bytes, Opening]:
+        """The order must be the author's and the one committed to. Raises PeerFault."""
+        signed = Signed.decode(case.order)
+        order = verify(signed, StepOrder)
+        if signed.signer != case.job.author or order.digest() != case.commitment.order:
+            raise PeerFault("the opened order is not the author's, or not the one committed to")
+        opening = Opening.decode(case.opening)
+        if sum(item.num_bytes for item in opening.items) != len(body):
+            raise PeerFault("the opening's items do not add up to its body")
+        loss = b""
+        if opening.items and opening.items[-1].label == "loss_program":
+            loss = bytes(body[len(body) - opening.items[-1].num_bytes :])
+        return order, loss, opening
+
+    def _examine(
+        self, case: Case, order: StepOrder, loss: bytes, opening: Opening, body: memoryview
+    ) -> dict[str, Any]:
+        with self._lock:
+            if not self._running:
+                self._sandbox.start()
+                self._running = True
+        piece = self._sandbox.inbound.allocate(max(1, len(body)), 60.0)
+        piece.view[: len(body)] = body
+        params = {
+            "program": case.spec,
+            "loss_program": loss,
+            "optimizer": {"name": order.optimizer, "groups": order.options},
+            "seed": int(case.job.terms["seed"]),
+            "commitment": case.commitment.encode(),
+            "challenge": case.challenge.encode(),
+            "order": order.encode(),
+            "opening": opening.encode(),
+            "offset": piece.offset,
+            "num_bytes": len(body),
+            "numeric_class": case.commitment.numeric_class,
+        }
+        return self._sandbox.call("examine", params, timeout_s=EXAMINE_TIMEOUT_S)
+
+    def _on_event(self, name: str, params: dict[str, Any]) -> None:
+        if name == "released":
+            self._sandbox.inbound.free(params["offset"])
+
+    def _on_exit(self, reason: str) -> None:
+        self._running = False
