@@ -1,8 +1,9 @@
 """Shared memory between a node and the process that computes for it.
 
-An `Arena` is one mapping that both processes see; exactly one side, its owner, allocates and frees. What lies in a slice is
-never copied through the pipe: a message names its offset. Neighbour: `sandbox.py`, which creates a pair of arenas (inbound,
-outbound), passes them to the child as inherited file descriptors, and carries the words `released` and `sent` back.
+An `Arena` is one mapping that both processes see; exactly one side, its owner, allocates and frees. What lies in a
+slice is never copied through the pipe: a message names its offset. Neighbour: `sandbox.py`, which creates a pair of
+arenas (inbound, outbound), passes them to the child as inherited file descriptors, and carries the words `released`
+and `sent` back.
 
 Memory is taken only where it is written: a large nominal size costs address space, not memory.
 """
@@ -52,8 +53,8 @@ class FirstFit:
         return max((size for _, size in self._free), default=0)
 
     def take(self, num_bytes: int) -> int | None:
-        """The offset of a free piece of `num_bytes` (rounded up to the alignment), or None. An empty request takes one unit,
-        so that every slice in use has an offset of its own."""
+        """The offset of a free piece of `num_bytes` (rounded up to the alignment), or None. An empty request takes
+        one unit, so that every slice in use has an offset of its own."""
         needed = max(1, -(-num_bytes // ALIGNMENT_BYTES)) * ALIGNMENT_BYTES
         for index, (offset, size) in enumerate(self._free):
             if size >= needed:
@@ -94,7 +95,8 @@ class Arena:
 
     @classmethod
     def create(cls, num_bytes: int, name: str) -> Arena:
-        """A fresh arena of `num_bytes` (at least one page), zeroed. `name` is how messages call the setting of its size."""
+        """A fresh arena of `num_bytes` (at least one page), zeroed. `name` is how messages call the setting of its
+        size."""
         num_bytes = max(mmap.PAGESIZE, -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
         return cls(_anonymous_file(num_bytes), num_bytes, name)
 
@@ -127,7 +129,8 @@ class Arena:
                 self._changed.wait(left_s)
 
     def free(self, offset: int) -> None:
-        """Gives the slice at `offset` back. Raises ProtocolError where no slice begins there: it may have been freed twice."""
+        """Gives the slice at `offset` back. Raises ProtocolError where no slice begins there: it may have been freed
+        twice."""
         with self._changed:
             try:
                 size = self._pieces.give_back(offset)
@@ -142,7 +145,9 @@ class Arena:
     def view(self, offset: int, num_bytes: int) -> memoryview:
         """The memory that the other side named. Raises ProtocolError unless it lies inside and is aligned."""
         if offset < 0 or num_bytes < 0 or offset % ALIGNMENT_BYTES or offset + num_bytes > self.num_bytes:
-            raise ProtocolError(f"{num_bytes} bytes at {offset} do not lie aligned in the {self.name} arena of {self.num_bytes}")
+            raise ProtocolError(
+                f"{num_bytes} bytes at {offset} do not lie aligned in the {self.name} arena of {self.num_bytes}"
+            )
         return self._view[offset : offset + num_bytes]
 
     def close(self) -> None:

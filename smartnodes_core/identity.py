@@ -117,7 +117,9 @@ def _read_key_file(path: Path) -> dict[str, object]:
         raise IdentityError(f"the key file {path} cannot be read: {error.strerror}") from None
     loose = stat.S_IMODE(status.st_mode) & 0o077
     if os.name == "posix" and loose:
-        raise IdentityError(f"{path} can be read by others (mode {stat.S_IMODE(status.st_mode):o}): run chmod 600 {path}")
+        raise IdentityError(
+            f"{path} can be read by others (mode {stat.S_IMODE(status.st_mode):o}): run chmod 600 {path}"
+        )
     try:
         fields = json.loads(data)
     except ValueError:
@@ -140,7 +142,9 @@ def verify_bytes(node_key: bytes, domain: str, data: bytes, signature: bytes) ->
     try:
         nacl.signing.VerifyKey(node_key).verify(_message(domain, data), signature)
     except (nacl.exceptions.CryptoError, ValueError, TypeError):
-        raise SignatureError(f"a signature over a {domain} does not verify under node key {node_key.hex()[:16]}") from None
+        raise SignatureError(
+            f"a signature over a {domain} does not verify under node key {node_key.hex()[:16]}"
+        ) from None
 
 
 def verify(signed: Signed, expected_type: type[RecordType]) -> RecordType:
@@ -174,11 +178,13 @@ def make_binding(
     return SignedBinding(
         binding=binding.encode(),
         node_signature=identity.sign_bytes(_BINDING_DOMAIN, binding.encode()),
-        account_signature=signing.sign_digest(account_key, _personal_digest(binding)),
+        account_signature=signing.sign_digest(account_key, signing.personal_digest(binding.digest())),
     )
 
 
-def check_binding(signed_binding: SignedBinding, *, now_s: int, chain_id: int, registry: bytes, network_id: int) -> Binding:
+def check_binding(
+    signed_binding: SignedBinding, *, now_s: int, chain_id: int, registry: bytes, network_id: int
+) -> Binding:
     """The binding, if both its signatures hold and it is for this chain, registry and network and not expired.
 
     Raises RecordError, SignatureError, AuthorityError. Takes the Ed25519 signature first: it is cheap, recovery is not.
@@ -189,20 +195,15 @@ def check_binding(signed_binding: SignedBinding, *, now_s: int, chain_id: int, r
         if found != needed:
             raise AuthorityError(f"the peer's binding is for {what} {found}, here is {what} {needed}")
     if binding.registry != registry:
-        raise AuthorityError(f"the peer's binding is for the registry 0x{binding.registry.hex()}, here is 0x{registry.hex()}")
+        raise AuthorityError(
+            f"the peer's binding is for the registry 0x{binding.registry.hex()}, here is 0x{registry.hex()}"
+        )
     if binding.expires_at_s <= now_s:
-        raise AuthorityError(f"the peer's binding expired {now_s - binding.expires_at_s} s ago: it has to sign a new one")
+        raise AuthorityError(
+            f"the peer's binding expired {now_s - binding.expires_at_s} s ago: it has to sign a new one"
+        )
     verify_bytes(binding.node_key, _BINDING_DOMAIN, signed_binding.binding, signed_binding.node_signature)
-    try:
-        account = signing.recover(_personal_digest(binding), signed_binding.account_signature)
-    except ValueError as error:
-        raise SignatureError(f"a binding's account signature is malformed: {error}") from None
+    account = signing.recover(signing.personal_digest(binding.digest()), signed_binding.account_signature)
     if account != binding.account:
         raise SignatureError(f"a binding names account 0x{binding.account.hex()} but 0x{account.hex()} signed it")
     return binding
-
-
-def _personal_digest(binding: Binding) -> bytes:
-    digest = binding.digest()
-    return signing.keccak(b"\x19Ethereum Signed Message:\n%d" % len(digest) + digest)
-

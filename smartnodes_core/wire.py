@@ -150,7 +150,9 @@ class FrameReader:
         if body is None:
             return self._begin_discarding()
         if body.nbytes != self._body_bytes or body.readonly or not body.c_contiguous:
-            raise ValueError(f"allocate gave {body!r} of {body.nbytes} bytes, needed are {self._body_bytes} writable ones")
+            raise ValueError(
+                f"allocate gave {body!r} of {body.nbytes} bytes, needed are {self._body_bytes} writable ones"
+            )
         self._body = body.cast("B") if body.nbytes else body
         if not self._body_bytes:
             return self._on_body()
@@ -159,7 +161,9 @@ class FrameReader:
 
     def _begin_discarding(self) -> Frame | None:
         if self._body_bytes > MAX_DISCARDED_BODY_BYTES:
-            raise ProtocolError(f"a refused body of {self._body_bytes} bytes: at most {MAX_DISCARDED_BODY_BYTES} are skipped")
+            raise ProtocolError(
+                f"a refused body of {self._body_bytes} bytes: at most {MAX_DISCARDED_BODY_BYTES} are skipped"
+            )
         self._left = self._body_bytes
         if self._left:
             self._scratch = memoryview(bytearray(min(_DISCARD_BYTES, self._left)))

@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ from smartnodes_core.jobs import Job, spec_digest
 from smartnodes_core.journal import Journal
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.records import (
+    MAX_RECORD_BYTES,
     NO_DIGEST,
     Challenge,
     Commitment,
@@ -42,12 +43,13 @@ from smartnodes_core.records import (
     Signed,
     Verdict,
 )
-from smartnodes_core.rpc import allow
+from smartnodes_core.rpc import Result, allow
 from smartnodes_core.transport.base import Peer
 
 logger = logging.getLogger(__name__)
 
-MAX_LIST = 4096
+#: Commitments in one list: three lists and their preimages fit the header of a challenge.
+MAX_LIST = 256
 MAX_SPEC_BYTES = 64 << 20
 MAX_OPENING_BYTES = 8 << 30
 
@@ -80,7 +82,7 @@ class AuditedJob:
 class AuditDesk:
     """The auditing of one validator over all its jobs.
 
-    `tips` maps validators to the tips on chain; `list_interval_s` is how long commitments are gathered before a list is
+    `tip` gives a validator's hash-chain tip on chain; `list_interval_s` is how long commitments are gathered before a list is
     fixed, `reveal_timeout_s` after how long a list is revealed although another validator has not listed the same.
     """
 
@@ -90,7 +92,7 @@ class AuditDesk:
         identity: Identity,
         auditor: Auditor,
         chain: HashChain,
-        tips: Callable[[], dict[NodeKey, bytes]],
+        tip: Callable[[NodeKey], bytes | None],
         journal: Journal,
         list_interval_s: float = 0.25,
         reveal_timeout_s: float = 30.0,
@@ -103,7 +105,7 @@ class AuditDesk:
         self._identity = identity
         self._auditor = auditor
         self._chain = chain
-        self._tips = tips
+        self._tip = tip
         self._trackers: dict[tuple[NodeKey, bytes], TipTracker] = {}
         self._journal = journal
         self._list_interval_s = list_interval_s
@@ -142,10 +144,10 @@ class AuditDesk:
 
     # -- commitments ------------------------------------------------------------------------------------------------------
 
-    @allow(roles=("worker", "validator"), max_body_bytes=0)
+    @allow(roles=("worker", "validator"), max_body_bytes=MAX_RECORD_BYTES)
     def rpc_commitment(self, caller: Peer, params: dict[str, Any], body: memoryview) -> None:
         """A worker's commitment, from itself or passed on by a validator."""
-        self.take_commitment(params["commitment"])
+        self.take_commitment(bytes(body))
 
     def take_commitment(self, data: bytes) -> None:
         """Store a signed commitment. Raises AuthorityError for a stage the signer does not run, RecordError for a second one."""
@@ -189,26 +191,22 @@ class AuditDesk:
                     logger.warning("step %s: %s", commitment.step, faults[0])
 
     @allow(roles=("validator",), max_body_bytes=0)
-    def rpc_fetch_commitments(self, caller: Peer, params: dict[str, Any], body: memoryview) -> dict[str, Any]:
-        """Commitments by digest, for a validator that a worker's message did not reach."""
+    def rpc_fetch_commitment(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
+        """A commitment by its digest, for a validator that the worker's message did not reach."""
         with self.lock:
-            audited = self._job(bytes(params["job"]))
-            wanted = [bytes(digest) for digest in params["digests"][:64]]
-            return {"commitments": [audited.signed[digest] for digest in wanted if digest in audited.signed]}
+            found = self._job(bytes(params["job"])).signed.get(bytes(params["digest"]))
+        return {}, [found or b""]
 
-    def _fetch(self, audited: AuditedJob, holder: NodeKey, digests: list[bytes]) -> None:
-        for at in range(0, len(digests), 64):
+    def fetch(self, audited: AuditedJob, holder: NodeKey, digests: Iterable[bytes]) -> None:
+        """Get commitments that another validator holds."""
+        for digest in digests:
             try:
-                reply = self._node.call(
-                    holder,
-                    "fetch_commitments",
-                    {"job": audited.job.id, "digests": digests[at : at + 64]},
-                    timeout_s=10,
-                )
-                for data in reply.params["commitments"]:
-                    self.take_commitment(data)
+                params = {"job": audited.job.id, "digest": digest}
+                reply = self._node.call(holder, "fetch_commitment", params, timeout_s=10)
+                if reply.body:
+                    self.take_commitment(bytes(reply.body))
             except SmartnodesError as error:
-                logger.warning("commitments that a validator listed could not be fetched: %s", error)
+                logger.warning("a commitment that a validator listed could not be fetched: %s", error)
 
     # -- lists and reveals --------------------------------------------------------------------------------------------------
 
@@ -253,7 +251,7 @@ class AuditDesk:
             self._store_list(audited, received, params["list"])
             unknown = [digest for digest in received.commitments if digest not in audited.commitments]
         if unknown:
-            self._fetch(audited, received.validator, unknown)
+            self.fetch(audited, received.validator, unknown)
         self._wake.set()
 
     def _store_list(self, audited: AuditedJob, received: ReceivedList, data: bytes) -> None:
@@ -304,7 +302,7 @@ class AuditDesk:
         self._draw(audited, fixed[0].commitments)
 
     def _tracker(self, validator: NodeKey) -> TipTracker:
-        tip = self._tips().get(validator)
+        tip = self._tip(validator)
         if tip is None:
             raise AuthorityError("this validator has posted no hash-chain tip on chain")
         return self._trackers.setdefault((validator, tip), TipTracker(tip))

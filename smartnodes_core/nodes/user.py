@@ -13,7 +13,7 @@ from smartnodes_core.identity import Identity, verify
 from smartnodes_core.jobs import Buffer, Job, StageOfJob
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.worker import STREAM
-from smartnodes_core.records import Commitment, JobRecord, NodeKey, Plan, Signed, Verdict
+from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, JobRecord, NodeKey, Plan, Signed, Verdict
 from smartnodes_core.rpc import Reply, allow
 from smartnodes_core.transport.base import Peer
 
@@ -134,10 +134,10 @@ class UserNode:
             stage, listener = found
             listener.on_event(stage, str(params["event"]), dict(params["params"]))
 
-    @allow(roles=("worker",), max_body_bytes=0)
+    @allow(roles=("worker",), max_body_bytes=MAX_RECORD_BYTES)
     def rpc_commitment(self, caller: Peer, params: dict[str, Any], body: memoryview) -> None:
         """A worker committed to a step."""
-        signed = Signed.decode(params["commitment"])
+        signed = Signed.decode(body)
         commitment = verify(signed, Commitment)
         with self._lock:
             known = self._jobs.get(commitment.job)

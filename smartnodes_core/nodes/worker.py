@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from smartnodes_core.audit import TipTracker, assigned_validators, check_challenge
@@ -32,7 +32,7 @@ SPARE_COMMITMENTS = 16
 class WorkerNode:
     """Runs stages for jobs whose plan names this node.
 
-    `tips` gives the validators' hash-chain tips as posted on chain; `num_slots` is how many stages this rig runs at once.
+    `tip` gives a validator's hash-chain tip as posted on chain; `num_slots` is how many stages this rig runs at once.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class WorkerNode:
         node: Node,
         identity: Identity,
         handler: JobHandler,
-        tips: Callable[[], Mapping[NodeKey, bytes]],
+        tip: Callable[[NodeKey], bytes | None],
         journal: Journal,
         num_slots: int = 1,
     ):
         self.node = node
         self.handler = handler
         self._identity = identity
-        self._tips = tips
+        self._tip = tip
         self._trackers: dict[tuple[NodeKey, bytes], TipTracker] = {}
         self._journal = journal
         self._num_slots = num_slots
@@ -167,7 +167,7 @@ class WorkerNode:
             ledger.keep(commitment)
         for peer in (*stage.job.plan.validators, stage.author):
             try:
-                self.node.notify(peer, "commitment", {"commitment": signed})
+                self.node.notify(peer, "commitment", {}, [signed])
             except SmartnodesError as error:
                 logger.warning("commitment of step %s did not reach a peer: %s", commitment.step, error)
 
@@ -202,10 +202,8 @@ class WorkerNode:
         lists = [_from_signer(item, ReceivedList) for item in params["lists"]]
         reveals = [_from_signer(item, Reveal) for item in params["reveals"]]
         assigned = assigned_validators(stage.job.id, stage.job.plan.validators)
-        tips = self._tips()
-        trackers = {
-            key: self._trackers.setdefault((key, tips[key]), TipTracker(tips[key])) for key in assigned if key in tips
-        }
+        tips = {key: tip for key in assigned if (tip := self._tip(key)) is not None}
+        trackers = {key: self._trackers.setdefault((key, tip), TipTracker(tip)) for key, tip in tips.items()}
         check_challenge(challenge, commitment, stage.job.record.audit, assigned, lists, reveals, trackers)
 
     @allow(roles=("validator",), max_body_bytes=0)

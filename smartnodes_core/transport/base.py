@@ -123,7 +123,12 @@ class Transport(Protocol):
         ...
 
     def dial(
-        self, endpoint: str, sink: FrameSink, admit: Admit, expected_node_key: bytes | None = None, timeout_s: float = 10.0
+        self,
+        endpoint: str,
+        sink: FrameSink,
+        admit: Admit,
+        expected_node_key: bytes | None = None,
+        timeout_s: float = 10.0,
     ) -> Connection:
         """A connection to whoever listens at `endpoint`, who must own `expected_node_key` where that is given.
 

@@ -41,18 +41,21 @@ class Outbox:
     def __init__(self, max_bytes: int = MAX_QUEUED_BYTES) -> None:
         self._max_bytes = max_bytes
         self._frames: deque[OutFrame] = deque()
+        self._num_taken = 0
         self._num_bytes = 0
         self._closed_because: str | None = None
         self._changed = threading.Condition()
 
     def __len__(self) -> int:
-        return len(self._frames)
+        return len(self._frames) + self._num_taken
 
     def put(self, frame: OutFrame, timeout_s: float, peer_name: str) -> None:
         """Queues `frame`, waiting for room. Raises BusyError after `timeout_s`, ConnectionLostError once closed."""
         deadline_s: float | None = None
         with self._changed:
-            while self._closed_because is None and self._num_bytes and self._num_bytes + frame.num_bytes > self._max_bytes:
+            while (
+                self._closed_because is None and self._num_bytes and self._num_bytes + frame.num_bytes > self._max_bytes
+            ):
                 now_s = time.monotonic()
                 deadline_s = now_s + timeout_s if deadline_s is None else deadline_s
                 if now_s >= deadline_s:
@@ -67,27 +70,29 @@ class Outbox:
             self._num_bytes += frame.num_bytes
             self._changed.notify_all()
 
-    def first(self) -> OutFrame | None:
-        """The oldest frame, left in the queue (and counted) until `pop`."""
+    def take(self, *, wait: bool = False) -> OutFrame | None:
+        """The oldest frame, to be given back to `finish`; it counts as queued until then. None when there is none: with `wait`
+        that means closed and empty."""
         with self._changed:
-            return self._frames[0] if self._frames else None
-
-    def wait_first(self) -> OutFrame | None:
-        """As `first`, but waits for a frame; None when the box is closed and empty."""
-        with self._changed:
-            while not self._frames and self._closed_because is None:
+            while wait and not self._frames and self._closed_because is None:
                 self._changed.wait()
-            return self._frames[0] if self._frames else None
+            if not self._frames:
+                return None
+            self._num_taken += 1
+            return self._frames.popleft()
 
-    def pop(self) -> None:
-        """Removes the oldest frame, which has been sent, and tells its owner."""
+    def finish(self, frame: OutFrame) -> None:
+        """Makes the room of a taken frame free and tells its owner."""
         with self._changed:
-            if not self._frames:  # cleared meanwhile
-                return
-            frame = self._frames.popleft()
+            self._num_taken -= 1
             self._num_bytes -= frame.num_bytes
             self._changed.notify_all()
         frame.sent()
+
+    def wait_empty(self, timeout_s: float) -> bool:
+        """Waits until nothing is queued or taken; False when something still is after `timeout_s`."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not len(self), timeout_s)
 
     def close(self, reason: str) -> None:
         """Takes no more frames; those queued stay until `clear`."""
@@ -97,10 +102,10 @@ class Outbox:
             self._changed.notify_all()
 
     def clear(self) -> None:
-        """Drops what is queued, telling the owners of the memory."""
+        """Drops what is queued and not taken, telling the owners of the memory."""
         with self._changed:
             frames, self._frames = list(self._frames), deque()
-            self._num_bytes = 0
+            self._num_bytes -= sum(frame.num_bytes for frame in frames)
             self._changed.notify_all()
         for frame in frames:
             frame.sent()

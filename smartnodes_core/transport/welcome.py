@@ -33,7 +33,9 @@ def check_welcome(header: Header, peer: Peer) -> None:
         fields = refused if isinstance(refused, dict) else {}
         raise from_wire(fields, f"{peer} at {peer.endpoint} refused us", peer.node_key)
     if version != TRANSPORT_VERSION:
-        raise ProtocolError(f"{peer} speaks transport version {version}, here is {TRANSPORT_VERSION}: update the older one")
+        raise ProtocolError(
+            f"{peer} speaks transport version {version}, here is {TRANSPORT_VERSION}: update the older one"
+        )
 
 
 def no_body(header: Header, num_bytes: int) -> memoryview:

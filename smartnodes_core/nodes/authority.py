@@ -1,0 +1,174 @@
+"""Who may connect: the chain's members, with the role that they registered and a reputation above zero.
+
+An authority is asked in every handshake, and again about live connections whenever the chain has changed. When the chain cannot
+be reached, peers that are known stay, and new ones are refused with that reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
+
+from smartnodes_core.errors import AuthorityError, ChainError
+from smartnodes_core.transport.base import Peer
+
+logger = logging.getLogger(__name__)
+
+POLL_INTERVAL_S = 15.0
+MIN_REFRESH_INTERVAL_S = 1.0
+FIRST_LIST_TIMEOUT_S = 10.0
+
+
+class Member(Protocol):
+    """What is read of the chain's list (`chain/base.py`): `key_hash` is the SHA-256 of the node key."""
+
+    @property
+    def address(self) -> bytes: ...
+    @property
+    def role(self) -> str: ...
+    @property
+    def key_hash(self) -> bytes: ...
+    @property
+    def reputation(self) -> int: ...
+    @property
+    def live(self) -> bool: ...
+
+
+class Authority(Protocol):
+    """Decides who may connect. Called on connections' threads, several at once."""
+
+    def admit(self, peer: Peer) -> None:
+        """Raises AuthorityError, with the reason, to refuse `peer`. May wait a little for the chain."""
+        ...
+
+
+@runtime_checkable
+class WatchingAuthority(Authority, Protocol):
+    """An authority whose answers change: `Node` starts it, and asks again about live peers at every change."""
+
+    def start(self, on_change: Callable[[], None]) -> None:
+        """Begins to watch; `on_change` is called after every look at the chain."""
+        ...
+
+    def stop(self) -> None:
+        """Ends watching. Harmless when repeated."""
+        ...
+
+    def check(self, peer: Peer) -> None:
+        """As `admit`, from what is known, without waiting."""
+        ...
+
+
+class OpenAuthority:
+    """Admits everybody. For tests only: a node that uses it serves strangers."""
+
+    def admit(self, peer: Peer) -> None:
+        """Never refuses."""
+
+
+class ChainAuthority:
+    """Admits live members of the chain's list, which it reads every `poll_interval_s` and, at most once in
+    `min_refresh_interval_s`, when somebody unknown appears. `members` may raise ChainError, and is never called twice at once.
+    """
+
+    def __init__(
+        self,
+        members: Callable[[], Sequence[Member]],
+        *,
+        poll_interval_s: float = POLL_INTERVAL_S,
+        min_refresh_interval_s: float = MIN_REFRESH_INTERVAL_S,
+    ) -> None:
+        self._members = members
+        self._poll_interval_s, self._min_refresh_interval_s = poll_interval_s, min_refresh_interval_s
+        self._known: dict[bytes, Member] = {}
+        self._failure: str | None = "the chain has not been read yet"
+        self._refreshed_s = float("-inf")
+        self._refreshing = threading.Lock()
+        self._stopping = threading.Event()
+        self._on_change: Callable[[], None] | None = None
+        self._thread: threading.Thread | None = None
+
+    def __repr__(self) -> str:
+        return f"ChainAuthority({len(self._known)} members, {self._failure or 'chain reachable'})"
+
+    def start(self, on_change: Callable[[], None]) -> None:
+        """See `WatchingAuthority`."""
+        self._on_change = on_change
+        self._thread = threading.Thread(target=self._watch, name="authority", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """See `WatchingAuthority`. A look at the chain that hangs is not waited for."""
+        self._stopping.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(2.0)
+
+    def admit(self, peer: Peer) -> None:
+        """See `Authority`. Reads the chain again when `peer` would be refused, unless that was done a moment ago."""
+        try:
+            self.check(peer)
+        except AuthorityError:
+            if not self._refresh_if_old():
+                raise
+            self.check(peer)
+
+    def check(self, peer: Peer) -> None:
+        """See `WatchingAuthority`."""
+        member = self._known.get(hashlib.sha256(peer.node_key).digest())
+        if member is None:
+            if self._failure is not None:
+                raise AuthorityError(f"{peer} is new here and cannot be checked: {self._failure}; try again later")
+            raise AuthorityError(
+                f"{peer} is not registered on chain: register its key {peer.node_key.hex()[:16]} first"
+            )
+        if peer.binding is None or peer.binding.account != member.address:
+            raise AuthorityError(
+                f"{peer} is registered by account 0x{member.address.hex()}, which its binding does not name"
+            )
+        if peer.binding.expires_at_s <= time.time():
+            raise AuthorityError(f"the binding of {peer} has expired: it has to sign a new one")
+        if member.role != peer.role:
+            raise AuthorityError(f"{peer} is registered as {member.role}, not as {peer.role}")
+        if not member.live:
+            raise AuthorityError(f"{peer} has left: its registration on chain has ended")
+        if member.reputation <= 0:
+            raise AuthorityError(f"{peer} is blacklisted: its reputation on chain is 0")
+
+    def _refresh_if_old(self) -> bool:
+        """True when the list was read since the caller looked at it, here or by another thread."""
+        asked_s = time.monotonic()
+        if not self._refreshing.acquire(timeout=FIRST_LIST_TIMEOUT_S):
+            return False
+        try:
+            if self._refreshed_s >= asked_s:
+                return True
+            if asked_s - self._refreshed_s < self._min_refresh_interval_s:
+                return False
+            self._read_chain()
+            return True
+        finally:
+            self._refreshing.release()
+
+    def _read_chain(self) -> None:
+        try:
+            members = self._members()
+        except ChainError as error:
+            if self._failure is None:
+                logger.warning("the chain cannot be read, known peers stay and new ones wait: %s", error)
+            self._failure = f"the chain cannot be read: {error}"
+        else:
+            self._known = {member.key_hash: member for member in members}
+            self._failure = None
+        self._refreshed_s = time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._stopping.is_set():
+            with self._refreshing:
+                self._read_chain()
+            if self._on_change is not None and not self._stopping.is_set():
+                self._on_change()
+            self._stopping.wait(self._poll_interval_s)

@@ -1,0 +1,276 @@
+"""A node: one identity on the network, with its connections, what it serves and whom it calls.
+
+Roles (`user.py`, `worker.py`, `validator.py`) are objects that a node serves. Nothing here imports the chain's client: the
+authority is given, and a node listens before web3 is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from smartnodes_core.errors import (
+    AuthorityError,
+    ConfigError,
+    ConnectionLostError,
+    PeerUnreachableError,
+    SmartnodesError,
+    Unavailable,
+)
+from smartnodes_core.identity import Identity
+from smartnodes_core.nodes.authority import Authority, WatchingAuthority
+from smartnodes_core.nodes.links import AddressBook, Links
+from smartnodes_core.records import SignedBinding
+from smartnodes_core.rpc import CALL_TIMEOUT_S, MAX_REPLY_BODY_BYTES, Reply, RpcEndpoint
+from smartnodes_core.transport.base import (
+    SEND_TIMEOUT_S,
+    Connection,
+    DuplicateConnectionError,
+    Listener,
+    Peer,
+    Transport,
+)
+from smartnodes_core.wire import Buffer
+
+logger = logging.getLogger(__name__)
+
+DIAL_TIMEOUT_S = 10.0
+_INBOUND_WAIT_S = 1.0
+
+
+class Node:
+    """A node of the network; `start` listens at `endpoint` (port 0: any free one; None: dial only).
+
+    Methods taking a `node_key` dial by themselves when there is no connection, at the endpoints given to `add_address`. They
+    raise PeerUnreachableError, AuthorityError, DeadlineError, ConnectionLostError, BusyError, or what the peer raised.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        signed_binding: SignedBinding | None,
+        transport: Transport,
+        authority: Authority,
+        endpoint: str | None = "127.0.0.1:0",
+    ) -> None:
+        self.identity, self.signed_binding = identity, signed_binding
+        self.node_key = identity.node_key
+        self._transport, self._authority, self._wanted_endpoint = transport, authority, endpoint
+        self._addresses = AddressBook()
+        self._links = Links(self.node_key)
+        self._lost_callbacks: list[Callable[[bytes, str], None]] = []
+        self._rpc = RpcEndpoint(f"calls {self.node_key.hex()[:8]}", opened=self._opened, lost=self._lost)
+        self._listener: Listener | None = None
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def __repr__(self) -> str:
+        return (
+            f"Node({self.node_key.hex()[:8]} at {self._listener.endpoint if self._listener else None}, {self._links!r})"
+        )
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Listens and begins to watch the chain. Raises PortInUseError, ConfigError."""
+        with self._lock:
+            if self._wanted_endpoint is not None and self._listener is None:
+                self._listener = self._transport.listen(self._wanted_endpoint, self._rpc, self._admit_inbound)
+        if isinstance(self._authority, WatchingAuthority):
+            self._authority.start(self._check_live_peers)
+
+    def stop(self) -> None:
+        """Closes everything and waits for the threads; quiet, harmless when repeated."""
+        with self._lock:
+            if self._stopped:
+                return
+            self._stopped = True
+        if self._listener is not None:
+            self._listener.close()
+        if isinstance(self._authority, WatchingAuthority):
+            self._authority.stop()
+        connections = self._links.all()
+        for connection in connections:
+            connection.close("the node is stopping")
+        for connection in connections:
+            if not connection.join(3.0):
+                logger.warning("%r did not end in time", connection)
+        self._rpc.stop()
+
+    @property
+    def endpoint(self) -> str:
+        """Where this node listens. Raises ConfigError when it does not."""
+        if self._listener is None:
+            raise ConfigError("this node does not listen: start it with an endpoint")
+        return self._listener.endpoint
+
+    # -- what it serves -------------------------------------------------------------------------------------------------
+
+    def serve(self, obj: object) -> None:
+        """Lets peers call the methods of `obj` named `rpc_…`; see `rpc.allow`."""
+        self._rpc.serve(obj)
+
+    def on_stream(
+        self,
+        topic: str,
+        allocate: Callable[[Peer, dict[str, Any], int], memoryview],
+        receive: Callable[[Peer, dict[str, Any], memoryview], None],
+    ) -> None:
+        """Takes tensors of `topic` from peers, on the connections' threads; see `rpc.serving.StreamReceiver`."""
+        self._rpc.on_stream(topic, allocate, receive)
+
+    def on_peer_lost(self, callback: Callable[[bytes, str], None]) -> None:
+        """Has `callback(node_key, reason)` called, on the connection's thread, when a peer's connection ends (not at `stop`)."""
+        self._lost_callbacks.append(callback)
+
+    # -- whom it calls --------------------------------------------------------------------------------------------------
+
+    def connect(self, endpoint: str, node_key: bytes | None = None, timeout_s: float = DIAL_TIMEOUT_S) -> Peer:
+        """Connects to whoever is at `endpoint`, who must own `node_key` if that is given, and remembers the address."""
+        if node_key is not None:
+            self.add_address(node_key, endpoint)
+            return self._connection(node_key, timeout_s).peer
+        try:
+            connection = self._dial(endpoint, None, time.monotonic() + timeout_s)
+        except DuplicateConnectionError as error:
+            found = [each for each in self._links.all() if each.peer.node_key == error.__dict__.get("raised_by")]
+            if not found:
+                raise
+            connection = found[0]
+        self._addresses.add(connection.peer.node_key, endpoint)
+        return connection.peer
+
+    def add_address(self, node_key: bytes, endpoint: str) -> None:
+        """Remembers where a peer is reached, from a signed announcement or the user's settings."""
+        self._addresses.add(node_key, endpoint)
+
+    def call(
+        self,
+        node_key: bytes,
+        method: str,
+        params: dict[str, Any] | None = None,
+        body: Sequence[Buffer] = (),
+        timeout_s: float = CALL_TIMEOUT_S,
+        max_body_bytes: int = MAX_REPLY_BODY_BYTES,
+    ) -> Reply:
+        """Calls `method` of a peer; `timeout_s` covers dialling too. `max_body_bytes` caps the reply's body."""
+        deadline_s = time.monotonic() + timeout_s
+        connection = self._connection(node_key, timeout_s)
+        left_s = max(0.001, deadline_s - time.monotonic())
+        return self._rpc.call(connection, method, params, body, left_s, max_body_bytes)
+
+    def notify(
+        self,
+        node_key: bytes,
+        method: str,
+        params: dict[str, Any] | None = None,
+        body: Sequence[Buffer] = (),
+        timeout_s: float = SEND_TIMEOUT_S,
+    ) -> None:
+        """Calls `method` of a peer without an answer; its notifications are handled in the order in which they were sent."""
+        self._rpc.notify(self._connection(node_key, timeout_s), method, params, body, timeout_s=timeout_s)
+
+    def stream(
+        self,
+        node_key: bytes,
+        topic: str,
+        header: dict[str, Any],
+        body: Sequence[Buffer],
+        on_sent: Callable[[], None] | None = None,
+        timeout_s: float = SEND_TIMEOUT_S,
+    ) -> None:
+        """Sends a tensor, uncopied: `body` must not change until `on_sent` (see `Connection.send`)."""
+        self._rpc.stream(self._connection(node_key, timeout_s), topic, header, body, on_sent, timeout_s)
+
+    def peers(self) -> list[Peer]:
+        """Those connected now."""
+        return [connection.peer for connection in self._links.all() if not connection.closed]
+
+    def drop(self, node_key: bytes, reason: str) -> None:
+        """Ends the connection to a peer, if there is one."""
+        connection = self._links.get(node_key)
+        if connection is not None:
+            logger.info("dropping %s: %s", connection.peer, reason)
+            connection.close(reason)
+
+    # -- connections ----------------------------------------------------------------------------------------------------
+
+    def _connection(self, node_key: bytes, timeout_s: float) -> Connection:
+        connection = self._links.get(node_key)
+        if connection is not None:
+            return connection
+        if node_key == self.node_key:
+            raise PeerUnreachableError("a node does not call itself over the network")
+        deadline_s = time.monotonic() + min(timeout_s, DIAL_TIMEOUT_S)
+        found = self._links.begin_dialling(node_key, deadline_s)
+        if found is not None:
+            return found
+        try:
+            return self._dial_any(node_key, deadline_s)
+        finally:
+            self._links.end_dialling(node_key)
+
+    def _dial_any(self, node_key: bytes, deadline_s: float) -> Connection:
+        failure: SmartnodesError | None = None
+        for endpoint in self._addresses.of(node_key):
+            while time.monotonic() < deadline_s:
+                try:
+                    return self._dial(endpoint, node_key, deadline_s)
+                except DuplicateConnectionError as error:
+                    failure = error
+                    wait_until_s = min(deadline_s, time.monotonic() + _INBOUND_WAIT_S)
+                    found = self._links.wait_for(node_key, wait_until_s)
+                    if found is not None:
+                        return found
+                except (Unavailable, AuthorityError) as error:
+                    failure = error
+                    break
+        raise failure or PeerUnreachableError(f"node {node_key.hex()[:16]} was not reached in time")
+
+    def _dial(self, endpoint: str, node_key: bytes | None, deadline_s: float) -> Connection:
+        if self._stopped:
+            raise ConnectionLostError("this node is stopping")
+        timeout_s = max(0.001, deadline_s - time.monotonic())
+        connection = self._transport.dial(endpoint, self._rpc, self._admit_dialled, node_key, timeout_s)
+        self._links.wait_for(connection.peer.node_key, deadline_s)  # `_opened` runs on its own thread
+        return connection
+
+    def _admit_dialled(self, peer: Peer) -> None:
+        if peer.node_key == self.node_key:
+            raise AuthorityError(f"{peer.endpoint} is this node itself")
+        self._authority.admit(peer)
+
+    def _admit_inbound(self, peer: Peer) -> None:
+        if self._stopped:
+            raise ConnectionLostError("this node is stopping")
+        self._authority.admit(peer)
+        self._links.check_inbound(peer)
+
+    def _opened(self, connection: Connection) -> None:
+        self._links.add(connection)
+        if self._stopped:
+            connection.close("the node is stopping")
+
+    def _lost(self, connection: Connection, error: Exception | None) -> None:
+        if not self._links.remove(connection) or self._stopped:
+            return
+        reason = str(error) if error is not None else "closed by this node"
+        logger.info("lost %s: %s", connection.peer, reason)
+        for callback in self._lost_callbacks:
+            try:
+                callback(connection.peer.node_key, reason)
+            except Exception:
+                logger.exception("a callback for lost peers failed")
+
+    def _check_live_peers(self) -> None:
+        if not isinstance(self._authority, WatchingAuthority):
+            return
+        for connection in self._links.all():
+            try:
+                self._authority.check(connection.peer)
+            except AuthorityError as error:
+                logger.warning("dropping %s: %s", connection.peer, error)
+                connection.close(str(error))

@@ -1,0 +1,211 @@
+"""The rules of a round, pure: who proposes, what a proposal holds, who is paid what, when to sign.
+
+A validator builds a proposal from its evidence with `propose`, and checks another's with `justify` against the one it builds
+itself: the same evidence gives the same bytes. `contracts/Rounds.sol` executes what a quorum signed. Neighbours:
+`reputation.py` (scores), `chain/merkle.py` (rewards root), `chain/base.py` (the chain that executes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from smartnodes_core.chain.merkle import RewardTree
+from smartnodes_core.chain.packing import pack_reputations, unpack_reputations
+from smartnodes_core.chain.proposal import Domain, RoundProposal, Settlement, Slash
+from smartnodes_core.chain.signing import keccak, word
+from smartnodes_core.reputation import BLACKLISTED, VerdictCounts, next_reputation
+
+__all__ = [
+    "Domain",
+    "RoundContext",
+    "RoundEvidence",
+    "RoundProposal",
+    "Settlement",
+    "Slash",
+    "Standing",
+    "allot",
+    "draw_proposers",
+    "evidence_root",
+    "justify",
+    "propose",
+    "quorum",
+]
+
+WORKERS_PERCENT = 85
+#: Below this many validators a verdict costs reputation only: too few to take somebody's stake.
+MIN_VALIDATORS_TO_SLASH = 3
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A member as the rules see it: its place in the contract's list, reputation and stake."""
+
+    index: int
+    reputation: int
+    stake_wei: int
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """What the chain says before a round; equal for every validator that proposes or checks it.
+
+    `totals_wei` are the cumulative rewards under the last executed root, `signers` those whose signatures carried the round
+    before, `emission_wei` what may be allotted up to `until_s`.
+    """
+
+    domain: Domain
+    network_id: int
+    round: int
+    view: int
+    previous_hash: bytes
+    until_s: int
+    emission_wei: int
+    num_validators: int
+    signers: tuple[bytes, ...]
+    standings: Mapping[bytes, Standing]
+    totals_wei: Mapping[bytes, int]
+
+
+@dataclass(frozen=True)
+class RoundEvidence:
+    """What a validator collected in the round: the accounts' verdicts and work, and the digests of the records behind them."""
+
+    verdicts: Mapping[bytes, VerdictCounts] = field(default_factory=dict)
+    work_units: Mapping[bytes, int] = field(default_factory=dict)
+    jobs_created: Sequence[bytes] = ()
+    jobs_completed: Sequence[bytes] = ()
+    settlements: Sequence[Settlement] = ()
+    digests: Sequence[bytes] = ()
+
+
+def quorum(num_validators: int) -> int:
+    """Signatures that carry a round: more than two thirds."""
+    return 2 * num_validators // 3 + 1
+
+
+def draw_proposers(validators: Iterable[bytes], previous_hash: bytes, round_number: int) -> list[bytes]:
+    """All validators in the order in which they may propose: the first in view 0, the next after each timeout.
+
+    The order follows from the digest of the round before, which its quorum fixed. Whoever completes that digest last can
+    try variants (include one signature or another changes nothing, another `until_s` does), so it can be ground, within
+    what a quorum signs.
+    """
+    seed = previous_hash + word(round_number)
+    return sorted(set(validators), key=lambda account: keccak(seed + account))
+
+
+def allot(
+    work_units: Mapping[bytes, int], signers: Iterable[bytes], emission_wei: int, cap_wei: int | None = None
+) -> dict[bytes, int]:
+    """Splits a round's emission: 85 % among workers by verified work, 15 % in equal parts among `signers`.
+
+    Equal work earns equal pay. Shares are rounded down and what remains is not minted, nor is a part that nobody earned.
+    `cap_wei` bounds the workers' part (the fees burned in the round times kappa), None leaves it unbounded.
+    """
+    pool = emission_wei * WORKERS_PERCENT // 100
+    signers_pool = emission_wei - pool
+    if cap_wei is not None:
+        pool = min(pool, cap_wei)
+    rewards: dict[bytes, int] = {}
+    total = sum(units for units in work_units.values() if units > 0)
+    for account, units in work_units.items():
+        if units > 0:
+            rewards[account] = pool * units // total
+    distinct = sorted(set(signers))
+    for account in distinct:
+        rewards[account] = rewards.get(account, 0) + signers_pool // len(distinct)
+    return {account: wei for account, wei in sorted(rewards.items()) if wei > 0}
+
+
+def evidence_root(digests: Iterable[bytes]) -> bytes:
+    """Binds the round to the records behind it, whatever order they came in; zero where there are none."""
+    ordered = sorted(set(digests))
+    return keccak(b"".join(ordered)) if ordered else bytes(32)
+
+
+def propose(context: RoundContext, evidence: RoundEvidence) -> tuple[RoundProposal, dict[bytes, int]]:
+    """The proposal that this evidence justifies, and the cumulative rewards under its root.
+
+    Work of an account with a fraudulent verdict, or that is blacklisted or unknown, earns nothing.
+    """
+    scores: dict[int, int] = {}
+    slashes: list[Slash] = []
+    for account, counts in sorted(evidence.verdicts.items()):
+        standing = context.standings.get(account)
+        if standing is None:
+            continue
+        score = next_reputation(standing.reputation, counts)
+        if score != standing.reputation:
+            scores[standing.index] = score
+        if counts.fraudulent and standing.stake_wei and context.num_validators >= MIN_VALIDATORS_TO_SLASH:
+            slashes.append(Slash(index=standing.index, amount_wei=standing.stake_wei))
+    earned = {account: units for account, units in evidence.work_units.items() if _may_earn(context, evidence, account)}
+    rewards = allot(earned, context.signers, context.emission_wei)
+    totals = dict(context.totals_wei)
+    for account, wei in rewards.items():
+        totals[account] = totals.get(account, 0) + wei
+    domain = context.domain
+    proposal = RoundProposal(
+        network_id=context.network_id,
+        round=context.round,
+        view=context.view,
+        previous_hash=context.previous_hash,
+        until_s=context.until_s,
+        reputations=pack_reputations(scores),
+        rewards_root=RewardTree(domain.chain_id, domain.contract, context.network_id, totals).root,
+        allotment_wei=sum(rewards.values()),
+        jobs_created=tuple(sorted(set(evidence.jobs_created))),
+        jobs_completed=tuple(sorted(set(evidence.jobs_completed))),
+        slashes=tuple(sorted(slashes, key=lambda slash: slash.index)),
+        settlements=tuple(sorted(evidence.settlements, key=lambda settlement: settlement.escrow_id)),
+        evidence_root=evidence_root(evidence.digests),
+    )
+    return proposal, totals
+
+
+def _may_earn(context: RoundContext, evidence: RoundEvidence, account: bytes) -> bool:
+    standing = context.standings.get(account)
+    if standing is None or standing.reputation == BLACKLISTED:
+        return False
+    return evidence.verdicts.get(account, VerdictCounts()).fraudulent == 0
+
+
+def justify(proposed: RoundProposal, recomputed: RoundProposal) -> list[str] | None:
+    """None if a validator that recomputed the round may sign `proposed`; else a reason per item that it cannot justify."""
+    reasons = []
+    for name in RoundProposal.__dataclass_fields__:
+        found, own = getattr(proposed, name), getattr(recomputed, name)
+        if found == own:
+            continue
+        if name == "reputations":
+            reasons += _reputation_differences(found, own)
+        elif isinstance(own, tuple):
+            reasons += [f"{name}: {_show(item)} is not justified" for item in found if item not in own]
+            reasons += [f"{name}: {_show(item)} is missing" for item in own if item not in found]
+            reasons += [f"{name}: order or repetition differs"] if set(found) == set(own) else []
+        else:
+            reasons.append(f"{name}: proposed {_show(found)}, recomputed {_show(own)}")
+    return reasons or None
+
+
+def _reputation_differences(found: bytes, own: bytes) -> list[str]:
+    expected = unpack_reputations(own)
+    try:
+        given = unpack_reputations(found)
+    except ValueError as error:
+        return [f"reputations: {error}"]
+    return [
+        f"reputations: member {index} proposed {given.get(index, 'unchanged')}, recomputed {expected.get(index, 'unchanged')}"
+        for index in sorted(given.keys() | expected.keys())
+        if given.get(index) != expected.get(index)
+    ]
+
+
+def _show(value: object) -> str:
+    return value.hex()[:16] if isinstance(value, bytes) else str(value)
+
+
+def in_view(proposal: RoundProposal, view: int) -> RoundProposal:
+    """The same content proposed again after a timeout."""
+    return replace(proposal, view=view)

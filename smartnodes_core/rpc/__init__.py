@@ -1,0 +1,20 @@
+"""Calls with ids and deadlines, one-way notifications, and streams of tensors, over a transport's connections.
+
+`endpoint.py` is the whole of it in one class; `serving.py` says what peers may call, `inbound.py` runs it, `pending.py` keeps the
+calls that wait for replies, `pool.py` the threads.
+"""
+
+from smartnodes_core.rpc.endpoint import CALL_TIMEOUT_S, MAX_REPLY_BODY_BYTES, RpcEndpoint
+from smartnodes_core.rpc.pending import Reply
+from smartnodes_core.rpc.serving import DEFAULT_MAX_BODY_BYTES, Handler, Result, allow
+
+__all__ = [
+    "CALL_TIMEOUT_S",
+    "DEFAULT_MAX_BODY_BYTES",
+    "MAX_REPLY_BODY_BYTES",
+    "Handler",
+    "Reply",
+    "Result",
+    "RpcEndpoint",
+    "allow",
+]

@@ -1,0 +1,251 @@
+"""Calls, notifications and streams over connections: the sink of a node's frames.
+
+    {"kind": "call",   "id", "method", "params", "timeout_ms"}  + body     answered by
+    {"kind": "reply",  "id", "params"}                          + body     or
+    {"kind": "error",  "id", "code", "message"}
+    {"kind": "notify", "method", "params"}                      + body     not answered
+    {"kind": "stream", "topic", "header"}                       + body     not answered
+
+Calls from one peer run side by side; its notifications one after the other, as they came. Unknown fields are ignored.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from smartnodes_core.errors import ConnectionLostError, DeadlineError, PeerFault, ProtocolError, SmartnodesError
+from smartnodes_core.remote_errors import from_wire
+from smartnodes_core.rpc.inbound import InboundCalls
+from smartnodes_core.rpc.pending import PendingCall, PendingCalls, Reply
+from smartnodes_core.rpc.pool import WorkerPool
+from smartnodes_core.rpc.serving import Method, StreamReceiver, methods_of
+from smartnodes_core.transport.base import SEND_TIMEOUT_S, Connection, Peer
+from smartnodes_core.wire import Buffer, Header
+
+logger = logging.getLogger(__name__)
+
+CALL_TIMEOUT_S = 30.0
+MAX_REPLY_BODY_BYTES = 64 << 20
+MAX_THREADS = 32
+
+
+class RpcEndpoint:
+    """A `FrameSink` that serves peers' calls and makes our own.
+
+    `opened` and `lost` are called on a connection's owner thread as it begins and ends; `lost` after all its calls have failed.
+    """
+
+    def __init__(
+        self,
+        name: str = "rpc",
+        *,
+        max_threads: int = MAX_THREADS,
+        opened: Callable[[Connection], None] | None = None,
+        lost: Callable[[Connection, Exception | None], None] | None = None,
+    ) -> None:
+        self._methods: dict[str, Method] = {}
+        self._receivers: dict[str, StreamReceiver] = {}
+        self._pending = PendingCalls()
+        self._pool = WorkerPool(name, max_threads)
+        self._inbound = InboundCalls(self._pool)
+        self._opened, self._lost = opened, lost
+        self.num_late_replies = 0
+        self.num_refused_streams = 0
+
+    def __repr__(self) -> str:
+        return f"RpcEndpoint({len(self._methods)} methods, {len(self._pending)} pending, {self.num_late_replies} late)"
+
+    # -- our side -----------------------------------------------------------------------------------------------------
+
+    def serve(self, obj: object) -> None:
+        """Serves every method of `obj` named `rpc_x` as x. Raises ValueError for a name that is taken."""
+        methods = methods_of(obj)
+        taken = sorted(set(methods) & set(self._methods))
+        if taken:
+            raise ValueError(f"already served by another object: {', '.join(taken)}")
+        self._methods |= methods
+
+    def on_stream(
+        self,
+        topic: str,
+        allocate: Callable[[Peer, dict[str, Any], int], memoryview],
+        receive: Callable[[Peer, dict[str, Any], memoryview], None],
+    ) -> None:
+        """Takes the streams of `topic`; see `StreamReceiver`. Raises ValueError when the topic is taken."""
+        if topic in self._receivers:
+            raise ValueError(f"the stream {topic!r} has a receiver already")
+        self._receivers[topic] = StreamReceiver(allocate, receive)
+
+    def call(
+        self,
+        connection: Connection,
+        method: str,
+        params: dict[str, Any] | None = None,
+        body: Sequence[Buffer] = (),
+        timeout_s: float = CALL_TIMEOUT_S,
+        max_body_bytes: int = MAX_REPLY_BODY_BYTES,
+    ) -> Reply:
+        """Calls `method` of the peer and waits for the reply, whose body may have `max_body_bytes`. Not for owner threads.
+
+        `body` must not change until the call returns. Raises DeadlineError after `timeout_s`, ConnectionLostError as soon as the
+        connection ends, BusyError, or what the peer raised (`remote_errors.raised_by` names it).
+        """
+        deadline_s = time.monotonic() + timeout_s
+        pending = PendingCall(connection, method, max_body_bytes)
+        call_id = self._pending.add(pending)
+        try:
+            header = {
+                "kind": "call",
+                "id": call_id,
+                "method": method,
+                "params": params or {},
+                "timeout_ms": max(1, int(timeout_s * 1000)),
+            }
+            connection.send(header, body, timeout_s=timeout_s)
+            if not pending.done.wait(max(0.0, deadline_s - time.monotonic())):
+                raise DeadlineError(f"{connection.peer} did not answer {method} in {timeout_s:g} s")
+        finally:
+            self._pending.remove(call_id)
+        if pending.error is not None:
+            raise pending.error
+        assert pending.reply is not None
+        return pending.reply
+
+    def notify(
+        self,
+        connection: Connection,
+        method: str,
+        params: dict[str, Any] | None = None,
+        body: Sequence[Buffer] = (),
+        on_sent: Callable[[], None] | None = None,
+        timeout_s: float = SEND_TIMEOUT_S,
+    ) -> None:
+        """Calls `method` without an answer. `body` must not change until `on_sent`; see `Connection.send` for the errors."""
+        header = {"kind": "notify", "method": method, "params": params or {}}
+        connection.send(header, body, on_sent, timeout_s)
+
+    def stream(
+        self,
+        connection: Connection,
+        topic: str,
+        header: dict[str, Any],
+        body: Sequence[Buffer],
+        on_sent: Callable[[], None] | None = None,
+        timeout_s: float = SEND_TIMEOUT_S,
+    ) -> None:
+        """Sends a tensor to the peer's receiver of `topic`. `body` must not change until `on_sent`."""
+        connection.send({"kind": "stream", "topic": topic, "header": header}, body, on_sent, timeout_s)
+
+    def stop(self, timeout_s: float = 2.0) -> None:
+        """Drops waiting handlers and waits for running ones."""
+        self._pool.stop(timeout_s)
+
+    # -- the peers' side: FrameSink -----------------------------------------------------------------------------------
+
+    def on_open(self, connection: Connection) -> None:
+        """See FrameSink."""
+        if self._opened is not None:
+            self._opened(connection)
+
+    def allocate(self, connection: Connection, header: Header, num_bytes: int) -> memoryview | None:
+        """Checks a frame by its header alone; None, after an error reply where one is due, has the body skipped."""
+        kind = header.get("kind")
+        if kind in ("call", "notify"):
+            return self._allocate_call(connection, header, num_bytes)
+        if kind == "stream":
+            return self._allocate_stream(connection.peer, header, num_bytes)
+        if kind in ("reply", "error"):
+            return self._allocate_reply(connection, header, num_bytes)
+        raise ProtocolError(f"{connection.peer} sent a frame of unknown kind {kind!r}")
+
+    def on_frame(self, connection: Connection, header: Header, body: memoryview) -> None:
+        """See FrameSink."""
+        kind = header["kind"]
+        if kind == "stream":
+            self._receive_stream(connection.peer, header, body)
+        elif kind in ("reply", "error"):
+            self._settle(connection, header, body)
+        else:
+            self._inbound.take(connection, self._methods[header["method"]], header, body)
+
+    def on_closed(self, connection: Connection, error: Exception | None) -> None:
+        """See FrameSink."""
+        reason = str(error) if error is not None else "closed by this side"
+        for pending in self._pending.of(connection):
+            message = f"the connection to {connection.peer} ended before {pending.method} was answered: {reason}"
+            pending.settle(None, ConnectionLostError(message))
+        self._inbound.forget(connection)
+        if self._lost is not None:
+            self._lost(connection, error)
+
+    def _allocate_call(self, connection: Connection, header: Header, num_bytes: int) -> memoryview | None:
+        name, params, is_call = header.get("method"), header.get("params"), header["kind"] == "call"
+        if not isinstance(name, str) or not isinstance(params, dict) or (is_call and type(header.get("id")) is not int):
+            raise ProtocolError(f"{connection.peer} sent a malformed {header['kind']}")
+        try:
+            method = self._methods.get(name)
+            if method is None:
+                raise ProtocolError(f"there is no method {name[:64]!r} here")
+            method.check(connection.peer, num_bytes)
+            self._inbound.reserve(connection, is_call=is_call, num_bytes=num_bytes)
+        except SmartnodesError as error:
+            if not is_call:
+                logger.warning("dropped a notification from %s: %s", connection.peer, error)
+            else:
+                self._inbound.reply_error(connection, header["id"], name, error)
+            return None
+        return memoryview(bytearray(num_bytes))
+
+    def _allocate_stream(self, peer: Peer, header: Header, num_bytes: int) -> memoryview | None:
+        topic, fields = header.get("topic"), header.get("header")
+        if not isinstance(topic, str) or not isinstance(fields, dict):
+            raise ProtocolError(f"{peer} sent a malformed stream frame")
+        receiver = self._receivers.get(topic)
+        try:
+            if receiver is None:
+                raise ProtocolError(f"nobody here takes the stream {topic[:64]!r}")
+            return receiver.allocate(peer, fields, num_bytes)
+        except ProtocolError:
+            raise
+        except SmartnodesError as error:
+            self.num_refused_streams += 1
+            level = logging.WARNING if isinstance(error, PeerFault) else logging.INFO
+            logger.log(level, "skipped a tensor of %d bytes from %s: %s", num_bytes, peer, error)
+            return None
+
+    def _receive_stream(self, peer: Peer, header: Header, body: memoryview) -> None:
+        receiver = self._receivers[header["topic"]]
+        try:
+            receiver.receive(peer, header["header"], body)
+        except ProtocolError:
+            raise
+        except SmartnodesError as error:
+            self.num_refused_streams += 1
+            logger.warning("a tensor of %d bytes from %s was refused: %s", body.nbytes, peer, error)
+
+    def _allocate_reply(self, connection: Connection, header: Header, num_bytes: int) -> memoryview | None:
+        pending = self._pending.get(connection, header.get("id"))
+        if pending is None:
+            self.num_late_replies += 1
+            return None
+        if num_bytes > pending.max_body_bytes:
+            message = f"{connection.peer} answered {pending.method} with {num_bytes} bytes, at most {pending.max_body_bytes} are taken"
+            pending.settle(None, ProtocolError(message))
+            return None
+        return memoryview(bytearray(num_bytes))
+
+    def _settle(self, connection: Connection, header: Header, body: memoryview) -> None:
+        pending = self._pending.get(connection, header["id"])
+        if pending is None:  # its deadline passed while the body came in
+            self.num_late_replies += 1
+            return
+        if header["kind"] == "error":
+            pending.settle(None, from_wire(header, str(connection.peer), connection.peer.node_key))
+            return
+        params = header.get("params")
+        if not isinstance(params, dict):
+            raise ProtocolError(f"{connection.peer} sent a malformed reply to {pending.method}")
+        pending.settle(Reply(params, body), None)

@@ -1,0 +1,171 @@
+"""Peers' calls being served: quotas, order of notifications, and the replies."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from smartnodes_core.errors import BusyError, ConnectionLostError, RemoteError, SmartnodesError
+from smartnodes_core.remote_errors import to_wire
+from smartnodes_core.rpc.pool import WorkerPool
+from smartnodes_core.rpc.serving import Method, Result
+from smartnodes_core.transport.base import Connection
+from smartnodes_core.wire import Header
+
+logger = logging.getLogger(__name__)
+
+MAX_CALLS_PER_PEER = 16
+MAX_WAITING_CALLS_PER_PEER = 64
+MAX_NOTIFICATIONS = 4096
+MAX_NOTIFICATION_BYTES = 256 << 20
+_NOTIFICATIONS_IN_A_ROW = 16  # then the next peer has its turn
+
+
+@dataclass(frozen=True)
+class _Inbound:
+    method: Method
+    header: Header
+    body: memoryview
+    arrived_s: float
+
+
+@dataclass
+class _Load:
+    """What one connection has given us to do."""
+
+    num_calls: int = 0
+    running_calls: int = 0
+    waiting: deque[_Inbound] = field(default_factory=deque)
+    notifications: deque[_Inbound] = field(default_factory=deque)
+    num_notifications: int = 0
+    notification_bytes: int = 0
+    draining: bool = False
+
+
+class InboundCalls:
+    """Runs what `RpcEndpoint` lets in on the pool, at most MAX_CALLS_PER_PEER at once for each connection."""
+
+    def __init__(self, pool: WorkerPool) -> None:
+        self._pool = pool
+        self._lock = threading.Lock()
+        self._loads: dict[Connection, _Load] = {}
+
+    def reserve(self, connection: Connection, *, is_call: bool, num_bytes: int) -> None:
+        """Counts a frame whose body is about to be read. Raises BusyError when the peer has too much waiting here.
+
+        A peer that overruns its queue of notifications loses the connection: dropping some would break their order.
+        """
+        with self._lock:
+            load = self._loads.setdefault(connection, _Load())
+            if is_call:
+                if load.num_calls >= MAX_CALLS_PER_PEER + MAX_WAITING_CALLS_PER_PEER:
+                    raise BusyError(
+                        f"{load.num_calls} of your calls are running or waiting here: wait for some of them"
+                    )
+                load.num_calls += 1
+                return
+            full = load.num_notifications >= MAX_NOTIFICATIONS or (
+                load.num_notifications and load.notification_bytes + num_bytes > MAX_NOTIFICATION_BYTES
+            )
+            if not full:
+                load.num_notifications += 1
+                load.notification_bytes += num_bytes
+                return
+        connection.close("too many notifications are waiting to be handled")
+        raise BusyError(f"{load.num_notifications} notifications of {connection.peer} are waiting")
+
+    def take(self, connection: Connection, method: Method, header: Header, body: memoryview) -> None:
+        """Runs a frame that was reserved."""
+        inbound = _Inbound(method, header, body, time.monotonic())
+        with self._lock:
+            load = self._loads.setdefault(connection, _Load())
+            if header["kind"] == "notify":
+                load.notifications.append(inbound)
+                if load.draining:
+                    return
+                load.draining = True
+            elif load.running_calls >= MAX_CALLS_PER_PEER:
+                load.waiting.append(inbound)
+                return
+            else:
+                load.running_calls += 1
+        if header["kind"] == "notify":
+            self._pool.run(lambda: self._drain(connection, load))
+        else:
+            self._pool.run(lambda: self._serve(connection, load, inbound))
+
+    def forget(self, connection: Connection) -> None:
+        """The connection ended: nobody waits for what has not begun. Notifications that arrived are still handled."""
+        with self._lock:
+            load = self._loads.pop(connection, None)
+            if load is not None:
+                load.waiting.clear()
+
+    def _serve(self, connection: Connection, load: _Load, inbound: _Inbound) -> None:
+        try:
+            self._answer(connection, inbound)
+        finally:
+            with self._lock:
+                load.num_calls -= 1
+                following = load.waiting.popleft() if load.waiting else None
+                if following is None:
+                    load.running_calls -= 1
+            if following is not None:
+                self._pool.run(lambda: self._serve(connection, load, following))
+
+    def _answer(self, connection: Connection, inbound: _Inbound) -> None:
+        name, call_id = inbound.method.name, inbound.header["id"]
+        timeout_ms = inbound.header.get("timeout_ms")
+        if isinstance(timeout_ms, int) and (time.monotonic() - inbound.arrived_s) * 1000 > timeout_ms:
+            logger.info("%s of %s waited past its deadline and was not begun", name, connection.peer)
+            return
+        try:
+            result = inbound.method.handler(connection.peer, inbound.header["params"], inbound.body)
+            reply = _reply_of(result, call_id)
+            connection.send(*reply)
+        except ConnectionLostError as error:
+            if connection.closed:
+                logger.debug("%s of %s: nobody waits for the answer", name, connection.peer)
+            else:
+                self.reply_error(connection, call_id, name, error)
+        except Exception as error:
+            self.reply_error(connection, call_id, name, error)
+
+    def reply_error(self, connection: Connection, call_id: int, name: str, error: Exception) -> None:
+        """Tells the caller what went wrong: our own errors as they are, the rest only that it is ours."""
+        if not isinstance(error, SmartnodesError):
+            logger.error("internal error in %s, called by %s", name, connection.peer, exc_info=error)
+            error = RemoteError(f"internal error in {name}")
+        try:
+            connection.send({"kind": "error", "id": call_id, **to_wire(error)})
+        except SmartnodesError as failed:
+            logger.debug("the error of %s could not be sent to %s: %s", name, connection.peer, failed)
+
+    def _drain(self, connection: Connection, load: _Load) -> None:
+        for _ in range(_NOTIFICATIONS_IN_A_ROW):
+            with self._lock:
+                if not load.notifications:
+                    load.draining = False
+                    return
+                inbound = load.notifications.popleft()
+            try:
+                inbound.method.handler(connection.peer, inbound.header["params"], inbound.body)
+            except SmartnodesError as error:
+                logger.warning("notification %s from %s: %s", inbound.method.name, connection.peer, error)
+            except Exception:
+                logger.exception("internal error in notification %s from %s", inbound.method.name, connection.peer)
+            with self._lock:
+                load.num_notifications -= 1
+                load.notification_bytes -= inbound.body.nbytes
+        self._pool.run(lambda: self._drain(connection, load))
+
+
+def _reply_of(result: Result, call_id: int) -> tuple[Header, list[memoryview]]:
+    params, body = result if isinstance(result, tuple) else (result, ())
+    if params is not None and not isinstance(params, dict):
+        raise TypeError(f"a handler returns a dict, a dict and a body, or None, not {type(params).__name__}")
+    parts = [body] if isinstance(body, bytes | bytearray | memoryview) else body
+    return {"kind": "reply", "id": call_id, "params": params or {}}, [memoryview(part) for part in parts]

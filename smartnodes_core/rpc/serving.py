@@ -1,0 +1,88 @@
+"""What peers may call: methods named `rpc_…`, with who may call them and how large a body they take.
+
+Everything here is decided from the frame's header, before memory for the body is allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from smartnodes_core.errors import AuthorityError, ProtocolError
+from smartnodes_core.records import Role
+from smartnodes_core.transport.base import Peer
+from smartnodes_core.wire import Buffer
+
+DEFAULT_MAX_BODY_BYTES = 1 << 20
+
+Result = dict[str, Any] | tuple[dict[str, Any], Sequence[Buffer]] | None
+Handler = Callable[[Peer, dict[str, Any], memoryview], Result]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_RULE = "__rpc_rule__"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Who may call a method (None: any admitted peer) and the largest body that it takes."""
+
+    roles: tuple[Role, ...] | None = None
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+
+
+def allow(
+    *, roles: Sequence[Role] | None = None, max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+) -> Callable[[Function], Function]:
+    """Decorates an `rpc_…` method: only peers of these roles may call it, with a body of at most `max_body_bytes`."""
+    rule = Rule(None if roles is None else tuple(roles), max_body_bytes)
+
+    def mark(function: Function) -> Function:
+        setattr(function, _RULE, rule)
+        return function
+
+    return mark
+
+
+@dataclass(frozen=True)
+class Method:
+    """A served method."""
+
+    name: str
+    handler: Handler
+    rule: Rule
+
+    def check(self, peer: Peer, num_body_bytes: int) -> None:
+        """Raises AuthorityError or ProtocolError when `peer` may not call this with such a body."""
+        if self.rule.roles is not None and peer.role not in self.rule.roles:
+            raise AuthorityError(f"{peer} may not call {self.name}: it is for {' and '.join(self.rule.roles)} nodes")
+        if num_body_bytes > self.rule.max_body_bytes:
+            raise ProtocolError(
+                f"{self.name} takes a body of at most {self.rule.max_body_bytes} bytes, not {num_body_bytes}"
+            )
+
+
+def methods_of(obj: object) -> dict[str, Method]:
+    """The methods of `obj` named `rpc_x`, under the name x."""
+    found = {}
+    for attribute in dir(obj):
+        if attribute.startswith("rpc_"):
+            name, function = attribute.removeprefix("rpc_"), getattr(obj, attribute)
+            found[name] = Method(name, function, getattr(function, _RULE, Rule()))
+    return found
+
+
+class StreamReceiver:
+    """Takes the tensors of one topic, on the connection's owner thread.
+
+    `allocate(peer, header, num_bytes)` gives the memory before the body is read. A ProtocolError ends the connection; any other
+    SmartnodesError has the frame skipped. `receive(peer, header, body)` is called with the filled memory. Both hold up
+    everything else on the connection: return soon.
+    """
+
+    def __init__(
+        self,
+        allocate: Callable[[Peer, dict[str, Any], int], memoryview],
+        receive: Callable[[Peer, dict[str, Any], memoryview], None],
+    ) -> None:
+        self.allocate, self.receive = allocate, receive

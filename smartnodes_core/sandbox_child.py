@@ -1,0 +1,152 @@
+"""The computing process's own end of a sandbox: gives up what it does not need, then takes messages one by one.
+
+How far it goes, on Linux: no new privileges (no setuid program helps it), a cap on private memory (RLIMIT_DATA), on
+open files, no core dumps, lower priority, no descriptor but its pipe and arenas and stderr, an environment without
+secrets, and an end when the node ends, even in the middle of a kernel. On macOS the prctl parts do not exist; the
+closed pipe still ends it. Not yet: system call filters and namespaces, so a program that broke out of the interpreter
+could still read files and open sockets with the rights of the node's user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import queue
+import resource
+import signal
+import socket
+import sys
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from smartnodes_core.arena import Arena
+from smartnodes_core.errors import LocalError, ProtocolError, SandboxError, SmartnodesError
+from smartnodes_core.pipe import Message, Pipe
+from smartnodes_core.sandbox import SETUP_VARIABLE, Limits
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NO_NEW_PRIVS = 38
+#: Words of the arenas' bookkeeping, handled as they arrive: the main thread may be waiting for exactly this space.
+_SENT = "sent"
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A message to serve. `call_id` is 0 for a post, which has no answer."""
+
+    call_id: int
+    method: str
+    params: dict[str, Any]
+
+
+class ChildChannel:
+    """Made once, by `open`, in the child's main thread."""
+
+    def __init__(self, pipe: Pipe, inbound: Arena, outbound: Arena, limits: Limits) -> None:
+        self.inbound = inbound
+        self.outbound = outbound
+        self.limits = limits
+        self._pipe = pipe
+        # both queues are reentrant: `release` runs wherever the garbage collector happens to run
+        self._inbox: queue.SimpleQueue[Incoming | None] = queue.SimpleQueue()
+        self._released: queue.SimpleQueue[int] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="sandbox-pipe", daemon=True).start()
+
+    @classmethod
+    def open(cls) -> ChildChannel:
+        """Takes over the inherited descriptors and gives up privileges. Raises LocalError outside a sandbox."""
+        text = os.environ.pop(SETUP_VARIABLE, "")
+        if not text:
+            raise LocalError("this program is started by a node's sandbox, not by hand")
+        setup = json.loads(text)
+        limits = Limits(**setup["limits"])
+        harden(limits, int(setup["parent"]))
+        end = socket.socket(fileno=int(setup["pipe"]))
+        inbound = Arena.attach(setup["inbound"][0], setup["inbound"][1], "inbound")
+        outbound = Arena.attach(setup["outbound"][0], setup["outbound"][1], "outbound")
+        for fd in (end.fileno(), inbound.fd, outbound.fd):
+            os.set_inheritable(fd, False)
+        return cls(Pipe(end), inbound, outbound, limits)
+
+    def receive(self, timeout_s: float | None = None) -> Incoming | None:
+        """The next message, or None when none came in `timeout_s` (0: at once, None: for ever) or slices were
+        released."""
+        try:
+            message = self._inbox.get(block=timeout_s != 0, timeout=timeout_s or None)
+        except queue.Empty:
+            message = None
+        self.flush()
+        return message
+
+    def wake(self) -> None:
+        """Makes a waiting `receive` return, from any thread."""
+        self._inbox.put(None)
+
+    def reply(self, call_id: int, result: dict[str, Any]) -> None:
+        """Answers a call; nothing to do for a post."""
+        if call_id:
+            self._send(Message("result", call_id, "", result))
+
+    def fail(self, call_id: int, error: SmartnodesError) -> None:
+        """Answers a call with an error, which arrives as the class of its code."""
+        if call_id:
+            self._send(Message("error", call_id, "", {"code": error.code, "message": str(error)[:4096]}))
+
+    def event(self, name: str, params: dict[str, Any]) -> None:
+        """Tells the node something, unasked."""
+        self._send(Message("event", 0, name, params))
+
+    def release(self, offset: int) -> None:
+        """Says that the inbound slice at `offset` is no longer read. Safe in finalizers: it takes no lock."""
+        self._released.put(offset)
+        self._inbox.put(None)
+
+    def flush(self) -> None:
+        """Tells the node which slices were released."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._send(Message("event", 0, "released", {"offset": self._released.get_nowait()}))
+
+    def _send(self, message: Message) -> None:
+        try:
+            self._pipe.send(message)
+        except OSError:
+            os._exit(0)  # the node is gone: nobody is left to compute for
+
+    def _read(self) -> None:
+        try:
+            while (message := self._pipe.receive()) is not None:
+                if message.name == _SENT:
+                    self.outbound.free(int(message.params["offset"]))
+                else:
+                    self._inbox.put(Incoming(message.id, message.name, message.params))
+        except (ProtocolError, KeyError, ValueError) as error:
+            sys.stderr.write(f"the pipe from the node is broken: {error}\n")
+            os._exit(1)
+        os._exit(0)  # not sys.exit: this thread has to end a main thread that may be deep in a kernel
+
+
+def harden(limits: Limits, parent_pid: int) -> None:
+    """Gives up what the child does not need and takes the limits on. Raises SandboxError where the system refuses."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        for option, value in ((_PR_SET_NO_NEW_PRIVS, 1), (_PR_SET_PDEATHSIG, signal.SIGKILL)):
+            if libc.prctl(option, value, 0, 0, 0):
+                raise SandboxError(f"prctl({option}): {os.strerror(ctypes.get_errno())}")
+        if os.getppid() != parent_pid:
+            os._exit(0)  # the node ended before we asked to be told
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _lower(resource.RLIMIT_NOFILE, limits.num_files)
+    if limits.memory_bytes:
+        _lower(resource.RLIMIT_DATA, limits.memory_bytes)
+    if limits.nice:
+        os.nice(limits.nice)
+
+
+def _lower(kind: int, wanted: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(kind, (limit, limit))

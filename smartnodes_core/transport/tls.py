@@ -1,0 +1,226 @@
+"""Connections over TCP with TLS 1.3, both sides proving their node keys (see `certificate.py`).
+
+Neighbours: `tls_connection.py` is one connection, `memory.py` the twin that most tests use. No resumption, no early data: every
+handshake proves its keys afresh. Tensors may later travel on connections of their own behind the same interface.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import threading
+import time
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+
+from OpenSSL import SSL
+
+from smartnodes_core.errors import ConfigError, DeadlineError, PeerUnreachableError, PortInUseError
+from smartnodes_core.identity import Identity
+from smartnodes_core.records import SignedBinding
+from smartnodes_core.transport.base import Admit, FrameSink, join_endpoint, split_endpoint
+from smartnodes_core.transport.certificate import Expectations, make_certificate
+from smartnodes_core.transport.tls_connection import Terms, TlsConnection
+
+logger = logging.getLogger(__name__)
+
+HANDSHAKE_TIMEOUT_S = 10.0
+MAX_PENDING_HANDSHAKES = 128
+_SUITES = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"
+_SSL_MODE_ENABLE_PARTIAL_WRITE = 1
+
+
+class TlsTransport:
+    """Dials and listens as `identity`, showing `signed_binding`; peers' bindings must be for the same chain and network."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        signed_binding: SignedBinding | None,
+        *,
+        handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
+        max_pending_handshakes: int = MAX_PENDING_HANDSHAKES,
+    ) -> None:
+        self.handshake_timeout_s = handshake_timeout_s
+        self.max_pending_handshakes = max_pending_handshakes
+        self.expectations = Expectations.of(signed_binding)
+        self.context = _make_context(identity, signed_binding)
+
+    def listen(self, endpoint: str, sink: FrameSink, admit: Admit) -> TlsListener:
+        """See `transport.base.Transport.listen`."""
+        host, port = split_endpoint(endpoint)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        server = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            if os.name == "posix":
+                server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind((host, port))
+            server.listen(256)
+        except OSError as error:
+            server.close()
+            if error.errno == errno.EADDRINUSE:
+                raise PortInUseError(
+                    f"port {port} on {host} is taken by another program: end it, or choose another port (0 takes any free one)"
+                ) from None
+            raise ConfigError(f"cannot listen on {endpoint}: {error.strerror or error}") from None
+        listener = TlsListener(self, server, sink, admit)
+        listener.start()
+        return listener
+
+    def dial(
+        self,
+        endpoint: str,
+        sink: FrameSink,
+        admit: Admit,
+        expected_node_key: bytes | None = None,
+        timeout_s: float = 10.0,
+    ) -> TlsConnection:
+        """See `transport.base.Transport.dial`."""
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            tcp = socket.create_connection(split_endpoint(endpoint), timeout_s)
+        except TimeoutError:
+            raise DeadlineError(f"{endpoint} did not answer in {timeout_s:g} s") from None
+        except OSError as error:
+            raise PeerUnreachableError(f"nobody can be reached at {endpoint}: {error.strerror or error}") from None
+        tune(tcp)
+        ready: Future[TlsConnection] = Future()
+        connection = TlsConnection(
+            tcp,
+            self.context,
+            Terms(sink, admit, self.expectations, expected_node_key, deadline_s),
+            dialled=True,
+            endpoint=endpoint,
+            on_ready=lambda made, error: ready.set_exception(error) if error else ready.set_result(made),
+            on_ended=lambda _: None,
+        )
+        connection.start()
+        try:
+            return ready.result(
+                timeout=max(0.0, deadline_s - time.monotonic()) + 1.0
+            )  # the owner thread keeps the deadline
+        except FutureTimeout:
+            connection.close("not admitted in time")
+            raise DeadlineError(f"the checks on {endpoint} did not end in {timeout_s:g} s") from None
+
+
+class TlsListener:
+    """Accepts connections until closed; each shakes hands on its own thread, at most `max_pending_handshakes` at once."""
+
+    def __init__(self, transport: TlsTransport, server: socket.socket, sink: FrameSink, admit: Admit) -> None:
+        self._transport, self._server, self._sink, self._admit = transport, server, sink, admit
+        self.endpoint = join_endpoint(*server.getsockname()[:2])
+        self._closed = False
+        self._pending: set[TlsConnection] = set()
+        self._lock = threading.Lock()
+        self.num_refused = 0
+        self._thread = threading.Thread(target=self._accept_all, name=f"listen {self.endpoint}", daemon=True)
+
+    def __repr__(self) -> str:
+        return f"TlsListener({self.endpoint}, {len(self._pending)} handshakes, {self.num_refused} refused)"
+
+    def start(self) -> None:
+        """Starts accepting."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stops accepting and drops unfinished handshakes; established connections stay. Harmless when repeated."""
+        if self._closed:
+            return
+        self._closed = True
+        with contextlib.suppress(OSError):  # not connected, says the kernel, and wakes accept() all the same
+            self._server.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._server.close()
+        with self._lock:
+            pending = list(self._pending)
+        for connection in pending:
+            connection.close("no longer listening")
+        for connection in pending:
+            connection.join(2.0)
+
+    def _accept_all(self) -> None:
+        while not self._closed:
+            try:
+                tcp, address = self._server.accept()
+            except OSError as error:
+                if self._closed:
+                    return
+                logger.warning("accepting on %s: %s", self.endpoint, error)
+                if error.errno in (errno.EBADF, errno.EINVAL):
+                    return
+                continue
+            try:
+                self._take(tcp, join_endpoint(*address[:2]))
+            except (OSError, RuntimeError) as error:  # no descriptors or threads left, or the peer is gone again
+                logger.warning("a connection from %s could not be taken: %s", address, error)
+                tcp.close()
+
+    def _take(self, tcp: socket.socket, endpoint: str) -> None:
+        with self._lock:
+            full = len(self._pending) >= self._transport.max_pending_handshakes
+        if full:
+            self.num_refused += 1
+            tcp.close()
+            return
+        tune(tcp)
+        deadline_s = time.monotonic() + self._transport.handshake_timeout_s
+        connection = TlsConnection(
+            tcp,
+            self._transport.context,
+            Terms(self._sink, self._admit, self._transport.expectations, None, deadline_s),
+            dialled=False,
+            endpoint=endpoint,
+            on_ready=self._on_ready,
+            on_ended=self._forget,
+        )
+        with self._lock:
+            self._pending.add(connection)
+        connection.start()
+
+    def _on_ready(self, connection: TlsConnection, error: Exception | None) -> None:
+        if error is None:
+            self._forget(connection)
+            return
+        self.num_refused += 1
+        logger.info("refused a connection: %s", error)
+
+    def _forget(self, connection: TlsConnection) -> None:
+        with self._lock:
+            self._pending.discard(connection)
+
+
+def tune(tcp: socket.socket) -> None:
+    """No Nagle, for delayed acknowledgements would hold calls up; dead links are noticed within about half a minute."""
+    tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    tcp.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 30_000)):
+        option = getattr(socket, name, None)  # not every system has each
+        if option is not None:
+            tcp.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def _make_context(identity: Identity, signed_binding: SignedBinding | None) -> SSL.Context:
+    context = SSL.Context(SSL.TLS_METHOD)
+    context.set_min_proto_version(SSL.TLS1_3_VERSION)
+    context.set_max_proto_version(SSL.TLS1_3_VERSION)
+    context.set_tls13_ciphersuites(_SUITES)
+    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    context.set_options(SSL.OP_NO_TICKET | SSL.OP_NO_COMPRESSION)
+    # A whole slice per call instead of one record: fewer crossings into C, and the interpreter lock is free meanwhile
+    context.clear_mode(_SSL_MODE_ENABLE_PARTIAL_WRITE)
+    key, certificate = make_certificate(identity, signed_binding)
+    context.use_privatekey(key)
+    context.use_certificate(certificate)
+    context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, _accept_self_signed)
+    return context
+
+
+def _accept_self_signed(
+    connection: SSL.Connection, certificate: object, error_number: int, depth: int, preverified: int
+) -> bool:
+    """TLS proves possession of the key; who it belongs to is checked after the handshake, from the extension."""
+    return depth == 0

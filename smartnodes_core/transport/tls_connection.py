@@ -1,0 +1,339 @@
+"""One TLS connection: its owner thread shakes hands, verifies, then pumps frames both ways until either side ends it.
+
+Only the owner thread touches the TLS object. It sleeps in poll() on the socket and on a pipe through which senders wake it;
+nothing is polled on a clock. Sending never waits for receiving or the reverse, so two large bodies may cross.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from OpenSSL import SSL
+
+from smartnodes_core.errors import ConnectionLostError, DeadlineError, ProtocolError, SmartnodesError
+from smartnodes_core.transport.base import LINGER_S, SEND_TIMEOUT_S, Admit, FrameSink, Peer
+from smartnodes_core.transport.certificate import Expectations, check_certificate, check_expected
+from smartnodes_core.transport.outbox import Outbox, OutFrame
+from smartnodes_core.transport.welcome import check_welcome, no_body, refusal, refused_before, welcome
+from smartnodes_core.wire import Buffer, Frame, FrameReader, Header, byte_views, encode_prefix_and_header
+
+logger = logging.getLogger(__name__)
+
+_RECORD_BYTES = 16 << 10  # a TLS record: what one read can give
+_WRITE_BYTES = 256 << 10  # handed to TLS at a time, so that reading gets its turn
+_READ_BYTES = 1 << 20  # read in a row, so that writing gets its turn
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a connection's handshake is checked against."""
+
+    sink: FrameSink
+    admit: Admit
+    expectations: Expectations | None
+    expected_node_key: bytes | None
+    deadline_s: float  # of the monotonic clock, for the whole handshake
+
+
+class TlsConnection:
+    """A `transport.base.Connection` over a connected TCP socket.
+
+    `on_ready(connection, error)` is called once: admitted by both sides (None), or failed. `on_ended` is called last.
+    """
+
+    def __init__(
+        self,
+        tcp: socket.socket,
+        context: SSL.Context,
+        terms: Terms,
+        *,
+        dialled: bool,
+        endpoint: str,
+        on_ready: Callable[[TlsConnection, Exception | None], None],
+        on_ended: Callable[[TlsConnection], None],
+    ) -> None:
+        self.dialled = dialled
+        self._tcp, self._terms, self._endpoint = tcp, terms, endpoint
+        self._on_ready, self._on_ended = on_ready, on_ended
+        self._tls = SSL.Connection(context, tcp)
+        (self._tls.set_connect_state if dialled else self._tls.set_accept_state)()
+        self._peer: Peer | None = None
+        self._reader = FrameReader(self._allocate)
+        self._open = False
+        self._ended = False
+        self._outbox = Outbox()
+        self._sending: OutFrame | None = None
+        self._unsent: list[memoryview] = []  # of `_sending`
+        self._close_by_s: float | None = None
+        self._asleep = False
+        self._wake_lock = threading.Lock()
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
+        self._poll = select.poll()
+        self._poll.register(self._wake_read, select.POLLIN)
+        self._thread = threading.Thread(target=self._run, name=f"tls {endpoint}", daemon=True)
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else "open" if self._open else "handshake"
+        return f"TlsConnection({self._peer or self._endpoint}, {state}, {len(self._outbox)} queued, {self._reader!r})"
+
+    @property
+    def peer(self) -> Peer:
+        if self._peer is None:
+            raise ConnectionLostError(f"{self._endpoint} has not shown who it is")
+        return self._peer
+
+    @property
+    def closed(self) -> bool:
+        return self._ended or self._close_by_s is not None
+
+    def start(self) -> None:
+        """Starts the owner thread."""
+        self._thread.start()
+
+    def send(
+        self,
+        header: dict[str, Any],
+        body: Sequence[Buffer] = (),
+        on_sent: Callable[[], None] | None = None,
+        timeout_s: float = SEND_TIMEOUT_S,
+    ) -> None:
+        views = byte_views(body)
+        num_body_bytes = sum(view.nbytes for view in views)
+        head = encode_prefix_and_header(header, num_body_bytes)
+        frame = OutFrame(head, views, on_sent, len(head) + num_body_bytes)
+        on_owner = threading.current_thread() is self._thread
+        self._outbox.put(frame, 0.0 if on_owner else timeout_s, str(self.peer))
+        self._wake()
+
+    def close(self, reason: str) -> None:
+        if self._close_by_s is None:
+            self._close_by_s = time.monotonic() + LINGER_S
+        self._outbox.close(reason)
+        self._wake()
+
+    def join(self, timeout_s: float) -> bool:
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _wake(self) -> None:
+        # `_asleep` is set before the owner looks at the queue for the last time: it is read here after the queue was filled
+        if not self._asleep:
+            return
+        with self._wake_lock:
+            if self._ended:
+                return
+            try:
+                os.write(self._wake_write, b"\0")
+            except BlockingIOError:
+                return  # a full pipe wakes as well
+
+    # -- the owner thread ---------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        error: Exception | None = None
+        try:
+            self._handshake()
+            self._open = True
+            self._on_ready(self, None)
+            self._terms.sink.on_open(self)
+            self._pump()
+        except SmartnodesError as found:
+            error = found
+        except (OSError, SSL.Error) as found:
+            error = _lost(found, self._peer or self._endpoint)
+        except Exception as found:
+            logger.exception("connection to %s: a frame's receiver failed", self._peer or self._endpoint)
+            error = found
+        self._end(error)
+
+    def _end(self, error: Exception | None) -> None:
+        if error is not None and self._close_by_s is not None:
+            error = None  # we were closing anyway
+        try:
+            self._tls.shutdown()
+        except (SSL.Error, OSError):
+            logger.debug("%s was gone before the goodbye", self._endpoint)
+        self._tcp.close()
+        with self._wake_lock:
+            self._ended = True
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+        self._outbox.close(str(error) if error else "closed by this side")
+        self._finish_sending()
+        self._outbox.clear()
+        try:
+            if self._open:
+                self._terms.sink.on_closed(self, error)
+            else:
+                self._on_ready(self, error or ConnectionLostError(f"{self._endpoint}: closed during the handshake"))
+        except Exception:
+            logger.exception("connection to %s: a receiver failed at its end", self._peer or self._endpoint)
+        self._on_ended(self)
+
+    def _handshake(self) -> None:
+        self._tcp.setblocking(False)
+        self._poll.register(self._tcp, select.POLLIN)
+        self._repeat(self._tls.do_handshake)
+        certificate = self._tls.get_peer_certificate(as_cryptography=True)
+        if certificate is None:
+            raise ProtocolError(f"{self._endpoint} showed no certificate")
+        try:
+            peer = check_certificate(certificate, self._terms.expectations, self._endpoint)
+            check_expected(peer, self._terms.expected_node_key)
+            self._terms.admit(peer)
+        except SmartnodesError as error:
+            self._refuse(error)
+            raise
+        self._peer = peer
+        self._write_all(welcome())
+        try:
+            frame = self._read_frame()
+        except (SSL.ZeroReturnError, SSL.SysCallError):
+            raise refused_before(peer) from None
+        check_welcome(frame.header, peer)
+
+    def _refuse(self, error: SmartnodesError) -> None:
+        """Tells the peer why, then waits a moment for it to hang up, lest a reset overtake the message."""
+        try:
+            self._write_all(refusal(error))
+            self._tls.shutdown()
+            self._tcp.shutdown(socket.SHUT_WR)
+            deadline_s = min(self._terms.deadline_s, time.monotonic() + LINGER_S)
+            while (left_s := deadline_s - time.monotonic()) > 0:
+                self._poll.poll(left_s * 1000)
+                if not self._tcp.recv(4096):
+                    return
+        except (OSError, SSL.Error, DeadlineError) as failed:
+            logger.debug("%s did not wait to be refused: %s", self._endpoint, failed)
+
+    def _repeat(self, step: Callable[[], Any]) -> Any:
+        """The result of a non-blocking TLS operation, repeated whenever the socket is ready, until the handshake's deadline."""
+        while True:
+            try:
+                return step()
+            except SSL.WantReadError:
+                events = select.POLLIN
+            except SSL.WantWriteError:
+                events = select.POLLOUT
+            left_s = self._terms.deadline_s - time.monotonic()
+            self._poll.modify(self._tcp, events)
+            if self._close_by_s is not None:
+                raise ConnectionLostError(f"{self._endpoint}: closed during the handshake")
+            if left_s <= 0 or not self._poll.poll(left_s * 1000):
+                raise DeadlineError(f"{self._endpoint} did not finish its handshake in time")
+
+    def _write_all(self, data: bytes) -> None:
+        self._repeat(lambda: self._tls.send(data))  # without partial writes: all or again
+
+    def _read_frame(self) -> Frame:
+        while True:
+            count = self._repeat(lambda: self._tls.recv_into(self._reader.target()))
+            frame = self._reader.advance(count)
+            if frame is not None:
+                return frame
+
+    def _pump(self) -> None:
+        while True:
+            more_to_read = self._read_some()
+            blocked = self._write_some()
+            idle = blocked or not len(self._outbox)
+            if self._close_by_s is not None and (not len(self._outbox) or time.monotonic() >= self._close_by_s):
+                return
+            if more_to_read or not idle:
+                continue
+            self._sleep(blocked)
+
+    def _sleep(self, blocked: bool) -> None:
+        """Until the socket is ready or a sender wakes us."""
+        self._poll.modify(self._tcp, select.POLLIN | select.POLLOUT if blocked else select.POLLIN)
+        self._asleep = True
+        try:
+            if len(self._outbox) and not blocked:
+                return  # put between the last look and `_asleep`
+            closing = self._close_by_s
+            timeout_ms = None if closing is None else max(0.0, closing - time.monotonic()) * 1000
+            if closing is not None and not len(self._outbox):
+                return
+            ready = self._poll.poll(timeout_ms)
+        finally:
+            self._asleep = False
+        if any(descriptor == self._wake_read for descriptor, _ in ready):
+            os.read(self._wake_read, 4096)
+
+    def _read_some(self) -> bool:
+        """Reads what has arrived, delivering whole frames. True when it stopped only to let writing have its turn."""
+        num_bytes = 0
+        reader, sink = self._reader, self._terms.sink
+        while num_bytes < _READ_BYTES:
+            try:
+                count = self._tls.recv_into(reader.target(), _RECORD_BYTES)
+            except SSL.WantReadError:
+                return False
+            num_bytes += count
+            frame = reader.advance(count)
+            if frame is not None:
+                sink.on_frame(self, frame.header, frame.body)
+        return True
+
+    def _write_some(self) -> bool:
+        """Hands up to _READ_BYTES to TLS. True when the socket takes no more for now."""
+        num_bytes = 0
+        while num_bytes < _READ_BYTES:
+            if self._sending is None:
+                self._sending = self._outbox.take()
+                if self._sending is None:
+                    return False
+                self._unsent = _pieces(self._sending)
+            piece = self._unsent[0][:_WRITE_BYTES]
+            try:
+                count = self._tls.send(piece)
+            except SSL.WantWriteError:
+                return True  # the same piece comes again: TLS holds its first records already
+            num_bytes += count
+            if count == len(self._unsent[0]):
+                del self._unsent[0]
+                if not self._unsent:
+                    self._finish_sending()
+            else:
+                self._unsent[0] = self._unsent[0][count:]
+        return False
+
+    def _finish_sending(self) -> None:
+        frame, self._sending, self._unsent = self._sending, None, []
+        if frame is not None:
+            self._outbox.finish(frame)
+
+    def _allocate(self, header: Header, num_bytes: int) -> memoryview | None:
+        if not self._open:
+            return no_body(header, num_bytes)
+        return self._terms.sink.allocate(self, header, num_bytes)
+
+
+def _pieces(frame: OutFrame) -> list[memoryview]:
+    """Small frames in one piece, hence one packet; of large ones no byte is copied."""
+    if frame.body and frame.num_bytes <= _RECORD_BYTES:
+        return [memoryview(b"".join([frame.head, *frame.body]))]
+    return [memoryview(frame.head), *frame.body]
+
+
+def _lost(error: Exception, peer: Peer | str) -> Exception:
+    """What a failed socket or TLS call means to us."""
+    if isinstance(error, SSL.ZeroReturnError):
+        return ConnectionLostError(f"{peer} closed the connection")
+    if isinstance(error, SSL.SysCallError):
+        return ConnectionLostError(f"the connection to {peer} broke: {error.args[-1]}")
+    if isinstance(error, SSL.Error):
+        reasons = ", ".join(str(reason[-1]) for reason in (error.args[0] if error.args else []))
+        return ProtocolError(f"{peer} broke the rules of TLS: {reasons or 'no reason given'}")
+    return ConnectionLostError(f"the connection to {peer} broke: {error}")

@@ -1,0 +1,147 @@
+"""One micro-batch forwards and backwards through one stage, and the sum of its gradients. Torch only, no links.
+
+The whole backward is one `torch.autograd.grad` over the inputs that need a gradient and the parameters; together with the sum
+in a fixed order this gives bit for bit what `.backward()` accumulates in a plain loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tensorlink.errors import TensorError
+from tensorlink.program.interpreter import Interpreter
+from tensorlink.records import Cut
+
+Value = Tensor | int
+
+
+@dataclass
+class ForwardPass:
+    """The graph of one micro-batch, alive until its last backward. `loss` only where a loss program ended it."""
+
+    inputs: list[Value]
+    outputs: list[Value]
+    loss: Tensor | None = None
+    freed: bool = False
+
+    def free(self) -> None:
+        """Lets go of every activation."""
+        self.inputs, self.outputs, self.loss, self.freed = [], [], None, True
+
+
+def forward(
+    interpreter: Interpreter,
+    cut: Cut,
+    inputs: Sequence[Value],
+    seed_for: Callable[[int], int],
+    grad: bool,
+    loss: tuple[Interpreter, Sequence[Value]] | None = None,
+) -> ForwardPass:
+    """Runs a stage on `inputs`, in the order of `cut`; those whose slot needs a gradient become leaves.
+
+    `loss` is a loss program's interpreter with its targets: it then runs on the outputs. Raises ProgramError, TensorError.
+    """
+    leaves: list[Value] = []
+    for slot, value in zip(cut.slots, inputs, strict=True):
+        if isinstance(value, Tensor):
+            value = value.detach()
+            if grad and slot.requires_grad:
+                value.requires_grad_()
+        leaves.append(value)
+    with torch.set_grad_enabled(grad):
+        outputs = interpreter.run(leaves, seed_for)
+        passed = ForwardPass(leaves, outputs)
+        if loss is not None:
+            (passed.loss,) = loss[0].run([*outputs, *loss[1]], seed_for)
+    return passed
+
+
+def backward(
+    passed: ForwardPass,
+    gradients: Mapping[int, Tensor],
+    parameters: Mapping[str, Tensor],
+    retain: bool,
+) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+    """Gradients of the inputs (by slot, zeros where nothing flows) and of the parameters (by name, those that got one).
+
+    `gradients` are those of the outputs by slot; of the loss under the slot -1. Raises TensorError for a second backward
+    through a graph that was not retained, or a gradient of the wrong shape.
+    """
+    if passed.freed:
+        raise TensorError(
+            "backward through a forward whose graph was freed: keep it with retain_graph=True, or run the forward again"
+        )
+    roots, root_gradients = _roots(passed, gradients)
+    slots = [i for i, v in enumerate(passed.inputs) if isinstance(v, Tensor) and v.requires_grad]
+    names = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    wanted = [*(passed.inputs[slot] for slot in slots), *(parameters[name] for name in names)]
+    found: Sequence[Tensor | None] = [None] * len(wanted)
+    if roots and wanted:
+        found = torch.autograd.grad(roots, wanted, root_gradients, retain_graph=retain, allow_unused=True)  # type: ignore[arg-type]
+    of_inputs = {}
+    for slot, gradient in zip(slots, found, strict=False):
+        of_inputs[slot] = torch.zeros_like(passed.inputs[slot]) if gradient is None else gradient.contiguous()  # type: ignore[arg-type]
+    of_parameters = {
+        name: gradient for name, gradient in zip(names, found[len(slots) :], strict=True) if gradient is not None
+    }
+    if not retain:
+        passed.free()
+    return of_inputs, of_parameters
+
+
+def _roots(passed: ForwardPass, gradients: Mapping[int, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    roots, root_gradients = [], []
+    for slot, gradient in sorted(gradients.items()):
+        root = passed.loss if slot < 0 else passed.outputs[slot]
+        if not isinstance(root, Tensor) or not root.requires_grad:
+            continue  # the cut says a gradient may come; nothing here depends on a parameter
+        if root.shape != gradient.shape or root.dtype != gradient.dtype:
+            raise TensorError(
+                f"slot {slot}: a gradient of {gradient.dtype} {list(gradient.shape)} for an output of {root.dtype} "
+                f"{list(root.shape)}"
+            )
+        roots.append(root)
+        root_gradients.append(gradient)
+    return roots, root_gradients
+
+
+class GradientSum:
+    """Gradients of a step, added in the order of `add`. What `add` was given is never written to."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._own: set[str] = set()
+
+    def add(self, gradients: Mapping[str, Tensor]) -> None:
+        """Adds one micro-batch."""
+        for name, gradient in gradients.items():
+            if name not in self._sums:
+                self._sums[name] = gradient
+            elif name in self._own:
+                self._sums[name].add_(gradient)
+            else:
+                self._sums[name] = self._sums[name] + gradient
+                self._own.add(name)
+
+    def take(self) -> dict[str, Tensor]:
+        """The sums, contiguous; empties this."""
+        found = {name: tensor.contiguous() for name, tensor in sorted(self._sums.items())}
+        self._sums, self._own = {}, set()
+        return found
+
+    def squared_norm(self) -> tuple[float, str]:
+        """Sum of squares over all gradients, and the name of the first that is not finite ("" for none)."""
+        total, bad = 0.0, ""
+        for name, tensor in sorted(self._sums.items()):
+            norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64 if tensor.numel() < 4096 else None))
+            if not bad and not norm < float("inf"):
+                bad = name
+            total += norm * norm
+        return total, bad
+
+    def __len__(self) -> int:
+        return len(self._sums)

@@ -1,0 +1,290 @@
+"""How a job comes to be: trace, profile, partition, plan, open, load; and what the model keeps of it.
+
+Read `place` from top to bottom: it is the first story of the architecture up to the first forward.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from smartnodes_core.errors import JobError
+from smartnodes_core.jobs import Job, spec_digest
+from smartnodes_core.records import NO_DIGEST, Announcement, Assignment, AuditTerms, JobRecord, Plan, Record
+from tensorlink.audit.commitments import initial_root
+from tensorlink.parameters import RemoteParameter
+from tensorlink.pipeline.driver import Driver
+from tensorlink.program.graph import LossProgram, StageProgram
+from tensorlink.program.inputs import flatten_inputs, split_micro_batches
+from tensorlink.program.limits import Estimate, check
+from tensorlink.program.trace import TracedModel, trace
+from tensorlink.program.values import DTYPES
+from tensorlink.program.weights import dump
+from tensorlink.records import set_root
+from tensorlink.sharding.partition import partition
+from tensorlink.sharding.plan import PlacementPlan, StageNeed, plan
+from tensorlink.sharding.profile import profile
+from tensorlink.worker import JOB_TYPE
+
+if TYPE_CHECKING:
+    from tensorlink.network import Network
+
+MAX_STATE_BYTES = 8 << 30
+#: Caps under which the user's side estimates a stage; a worker checks it again under its own.
+MAX_STAGE_BYTES = 1 << 40
+MAX_STAGE_FLOPS = 1 << 60
+WAIT_FOR_WORKERS_S = 20.0
+
+
+@dataclass
+class Placement:
+    """A job that runs, and what the user's side must remember of it."""
+
+    network: Network
+    traced: TracedModel
+    programs: list[StageProgram]
+    driver: Driver
+    job: Job
+    table: PlacementPlan
+    module_names: list[str]
+    aliases: dict[str, str]
+    set_up_s: float = 0.0
+    closed: bool = False
+    step_times_s: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
+
+    # -- signing, and roots for the step's order -------------------------------------------------------------------------
+
+    def sign(self, record: Record) -> bytes:
+        """The record signed by the user's node key."""
+        return self.network.identity.sign(record).encode()
+
+    @staticmethod
+    def step_input_root(roots: Mapping[str, bytes]) -> bytes:
+        """The root over all inputs of a step, by "call.micro_batch"."""
+        return set_root(dict(roots)) if roots else NO_DIGEST
+
+    # -- state ----------------------------------------------------------------------------------------------------------------
+
+    def remote_parameters(self) -> OrderedDict[str, RemoteParameter]:
+        """Stand-ins in the order of the wrapped module's `named_parameters()`."""
+        places = {
+            name: (program.stage_index, spec)
+            for program in reversed(self.programs)
+            for name, spec in program.parameters.items()
+        }
+        made: OrderedDict[str, RemoteParameter] = OrderedDict()
+        for name in self.module_names:
+            if name in places:
+                stage, spec = places[name]
+                made[name] = RemoteParameter.make(name, stage, spec.shape, DTYPES[spec.dtype], spec.requires_grad)
+        return made
+
+    def in_module_order(self, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`found` under every name the wrapped module's state_dict has, aliases of tied weights included."""
+        ordered: OrderedDict[str, torch.Tensor] = OrderedDict()
+        for name in self.module_names:
+            ordered[name] = found[self.aliases.get(name, name)]
+        return ordered
+
+    def send_state(self, state: Mapping[str, Any], strict: bool) -> None:
+        """Send weights to the stages. Raises JobError naming what is missing, too much or of another shape."""
+        missing = [name for name in self.module_names if name not in state]
+        unexpected = [name for name in state if name not in self.module_names]
+        if strict and (missing or unexpected):
+            raise JobError(f"load_state_dict: missing {missing[:5]}, unexpected {unexpected[:5]}: pass strict=False to skip")
+        for program in self.programs:
+            expected = program.expected_state()
+            piece = {}
+            for name, (dtype, shape) in expected.items():
+                if name in state:
+                    if tuple(state[name].shape) != tuple(shape):
+                        raise JobError(f"{name}: found shape {list(state[name].shape)}, needed {list(shape)}")
+                    piece[name] = state[name].detach().to("cpu", DTYPES[dtype])
+            if piece:
+                self.driver.call(program.stage_index, "set_state", {}, [dump(piece)])
+
+    def send_loss(self, program: LossProgram) -> bytes:
+        """Give the last stage its loss; returns its digest, which every step's order names."""
+        self.driver.call(self.driver.num_stages - 1, "set_loss", {}, [program.to_json()])
+        return program.digest
+
+    # -- telling and ending -----------------------------------------------------------------------------------------------------
+
+    def report(self, num_steps: int) -> dict[str, Any]:
+        """Plain data: plan, timings, audits and reputation per stage."""
+        verdicts = list(self.driver.verdicts)
+        stages = []
+        for placed in self.table.stages:
+            worker = placed.worker.node_key
+            own = [verdict for verdict in verdicts if verdict.worker == worker]
+            stages.append(
+                {
+                    "stage": placed.stage,
+                    "worker": worker.hex(),
+                    "endpoint": placed.worker.endpoints[0],
+                    "parameters": list(self.programs[placed.stage].parameters),
+                    "predicted_micro_batch_s": placed.micro_batch_s,
+                    "busy_s": self.driver.busy_s.get(placed.stage, 0.0),
+                    "audits_passed": sum(verdict.finding == "honest" for verdict in own),
+                    "audits_failed": sum(verdict.finding == "fraudulent" for verdict in own),
+                    "audits_inconclusive": sum(verdict.finding == "inconclusive" for verdict in own),
+                    "reputation": self.network.reputation_of(worker),
+                }
+            )
+        return {
+            "job": self.job.id.hex(),
+            "num_steps": num_steps,
+            "set_up_s": self.set_up_s,
+            "predicted_step_s": self.table.step_s,
+            "stages": stages,
+            "num_spares": len(self.table.spares),
+        }
+
+    def close(self) -> None:
+        """End the job: a validator is told, workers are released."""
+        if not self.closed:
+            self.closed = True
+            self.driver.close()
+            self.network.user.close_job(self.job)
+
+    def __str__(self) -> str:
+        return f"job={self.job.id.hex()[:8]}"
+
+
+def place(
+    module: torch.nn.Module,
+    network: Network,
+    stages: int | None,
+    micro_batches: int,
+    example_inputs: tuple[Any, ...] | dict[str, Any],
+    seed: int,
+    timeout_s: float,
+    audit_rates: tuple[float, float] | None,
+    progress: bool,
+) -> Placement:
+    """Bring `module` onto the network's workers. Raises TraceError, PartitionError, NoWorkersError, JobError."""
+    began = time.monotonic()
+    with tqdm(total=5, disable=not progress, leave=False, unit="") as bar:
+        bar.set_description("trace")
+        traced = trace(module, example_inputs)
+        bar.update()
+        bar.set_description("find workers")
+        wanted = stages or 1
+        workers = network.find_workers(wanted, WAIT_FOR_WORKERS_S)
+        num_stages = stages or len(workers)
+        bar.update()
+        bar.set_description("partition")
+        programs = partition(traced, profile(traced, example_inputs), num_stages)
+        estimates = _estimates(traced, programs, example_inputs, micro_batches)
+        bar.update()
+        bar.set_description("open the job")
+        needs = [_need(estimate, num_stages, stage) for stage, estimate in enumerate(estimates)]
+        table = plan(needs, workers, micro_batches)
+        driver = Driver(network.user, programs[0].inputs, programs[-1].outputs, timeout_s)
+        state = traced.state()
+        record = _record(network, programs, estimates, state, seed, audit_rates)
+        job = network.user.open_job(record, _plan(network, record, table), driver)
+        driver.attach(job)
+        placement = Placement(
+            network, traced, programs, driver, job, table, list(module.state_dict()), dict(traced.aliases)
+        )
+        try:
+            bar.update()
+            bar.set_description("send weights")
+            _load_stages(driver, programs, state)
+        except BaseException:
+            placement.close()
+            raise
+        bar.update()
+    placement.set_up_s = time.monotonic() - began
+    network.opened(placement)
+    return placement
+
+
+def _estimates(
+    traced: TracedModel, programs: list[StageProgram], example_inputs: Any, micro_batches: int
+) -> list[Estimate]:
+    """What one micro-batch of each stage costs, at the size of the largest micro-batch of the example."""
+    args, kwargs = ((), example_inputs) if isinstance(example_inputs, dict) else (tuple(example_inputs), {})
+    _, samples = split_micro_batches(traced, flatten_inputs(traced, args, kwargs), micro_batches)
+    return [
+        check(program, batch=max(samples), max_bytes=MAX_STAGE_BYTES, max_flops=MAX_STAGE_FLOPS) for program in programs
+    ]
+
+
+def _need(estimate: Estimate, num_stages: int, stage: int) -> StageNeed:
+    in_flight = num_stages - stage
+    return StageNeed(
+        estimate.parameter_bytes,
+        estimate.saved_bytes * in_flight + estimate.peak_activation_bytes,
+        estimate.flops_forward + estimate.flops_backward,
+    )
+
+
+def _record(
+    network: Network,
+    programs: list[StageProgram],
+    estimates: list[Estimate],
+    state: Mapping[str, torch.Tensor],
+    seed: int,
+    audit_rates: tuple[float, float] | None,
+) -> JobRecord:
+    terms = network.audit_terms
+    if audit_rates is not None:
+        unit_rate, step_rate = audit_rates
+        terms = AuditTerms(
+            unit_rate_ppm=round(unit_rate * 1e6),
+            step_rate_ppm=round(step_rate * 1e6),
+            window_steps=terms.window_steps,
+            window_s=terms.window_s,
+            auditors=terms.auditors,
+        )
+    return JobRecord(
+        network_id=network.network_id,
+        job_type=JOB_TYPE,
+        author=network.identity.node_key,
+        nonce=network.user.nonce(),
+        created_at_s=int(time.time()),
+        num_stages=len(programs),
+        num_replicas=1,
+        specs=[spec_digest(program.to_json()) for program in programs],
+        initial_roots=[initial_root(program, _state_of(program, state)) for program in programs],
+        work_units=[max(1, estimate.flops_forward + estimate.flops_backward) for estimate in estimates],
+        audit=terms,
+        terms={"seed": seed},
+    )
+
+
+def _plan(network: Network, record: JobRecord, table: PlacementPlan) -> Plan:
+    return Plan(
+        job=record.digest(),
+        version=0,
+        assignments=[
+            Assignment(stage=placed.stage, replica=0, worker=placed.worker.node_key, endpoint=placed.worker.endpoints[0])
+            for placed in table.stages
+        ],
+        spares=[_key(worker) for worker in table.spares],
+        validators=network.validators(),
+        reason=f"first plan: {len(table.stages)} stages, predicted step {table.step_s * 1e3:.0f} ms",
+    )
+
+
+def _key(worker: Announcement) -> bytes:
+    return worker.node_key
+
+
+def _state_of(program: StageProgram, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: state[name] for name in program.expected_state()}
+
+
+def _load_stages(driver: Driver, programs: list[StageProgram], state: Mapping[str, torch.Tensor]) -> None:
+    for program in programs:
+        data = program.to_json()
+        weights = dump(_state_of(program, state))
+        driver.call(program.stage_index, "load", {"program_bytes": len(data)}, [data, weights])

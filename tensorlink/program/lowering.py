@@ -1,0 +1,261 @@
+"""From the graph of `torch.export` to ours: names, arguments, regions without gradients, and no assertions.
+
+Export gives undecomposed training IR as an `fx.Graph`. Every node becomes a node of the program or disappears: assertions,
+`lift_fresh_copy` and whatever nobody reads; in-place writes become values (`mutation.py`).
+Neighbours: `capture.py` (calls export), `trace.py` (joins the two modes), `values.py`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tensorlink.errors import TraceError
+from tensorlink.program.graph import Graph, Node
+from tensorlink.program.mutation import Mutations
+from tensorlink.program.ops import ALLOWED, RECURRENT, is_random
+from tensorlink.program.sources import line_of, module_of
+from tensorlink.program.values import (
+    DTYPE_NAMES,
+    MEMORY_FORMAT_NAMES,
+    Arg,
+    Buffer,
+    Device,
+    DType,
+    Layout,
+    MemoryFormat,
+    Parameter,
+    Value,
+)
+
+_SYMBOLIC: dict[Any, str] = {
+    operator.add: "sym.add",
+    operator.sub: "sym.sub",
+    operator.mul: "sym.mul",
+    operator.floordiv: "sym.floordiv",
+    operator.truediv: "sym.truediv",
+    operator.mod: "sym.mod",
+    operator.neg: "sym.neg",
+    operator.eq: "sym.eq",
+    operator.ne: "sym.ne",
+    operator.lt: "sym.lt",
+    operator.le: "sym.le",
+    operator.gt: "sym.gt",
+    operator.ge: "sym.ge",
+    torch.sym_min: "sym.min",
+    torch.sym_max: "sym.max",
+    torch.sym_int: "sym.int",
+    torch.sym_float: "sym.float",
+}
+_ASSERTIONS = ("aten._assert", "aten.sym_constrain_range", "aten._functional_assert")
+_IDENTITIES = frozenset({"aten.lift_fresh_copy.default", "aten.lift_fresh.default", "aten.lift.default"})
+
+
+@dataclass(frozen=True)
+class ValueInfo:
+    """What the trace knows of a value; stays with the user, for the cuts and their messages.
+
+    `shape` has -1 where a size depends on the batch; `batch_dims` are the dimensions that are the batch itself. `permutation` orders
+    the dimensions from outermost to innermost in memory, None where the tensor does not fill its memory without gaps.
+    """
+
+    type: str
+    dtype: str
+    shape: tuple[int, ...] = ()
+    batch_dims: tuple[int, ...] = ()
+    permutation: tuple[int, ...] | None = None
+    is_batch: bool = False
+    module: str = ""
+    line: str = ""
+
+
+@dataclass
+class Lowered:
+    """One mode's graph with what is known of its values."""
+
+    graph: Graph
+    info: dict[int, ValueInfo]
+
+
+@dataclass
+class Lowering:
+    """Walks an exported graph once. `names` maps placeholder names to the arguments they stand for."""
+
+    root: fx.GraphModule
+    names: Mapping[str, Arg]
+    next_id: int
+    nodes: list[Node] = field(default_factory=list)
+    info: dict[int, ValueInfo] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.grad = True
+        self.where: fx.Node | None = None
+        self.mutations = Mutations(self._emit)
+
+    def run(self) -> list[Arg]:
+        """Lowers the whole graph; returns what it outputs."""
+        return self._graph(self.root, [self.names[node.name] for node in self.root.graph.find_nodes(op="placeholder")])
+
+    # -- graphs and nodes ------------------------------------------------------------------------------------------
+
+    def _graph(self, module: fx.GraphModule, inputs: list[Arg]) -> list[Arg]:
+        env: dict[fx.Node, Any] = {}
+        remaining = iter(inputs)
+        for node in module.graph.nodes:
+            self.where = node
+            if node.op == "placeholder":
+                env[node] = next(remaining)
+            elif node.op == "get_attr":
+                env[node] = self._attribute(module, node)
+            elif node.op == "output":
+                outputs = node.args[0] if isinstance(node.args[0], list | tuple) else [node.args[0]]
+                return [self._arg(item, env) for item in outputs]
+            else:
+                env[node] = self._call(node, env, module)
+        raise self.refused("a graph without an output")
+
+    def _attribute(self, module: fx.GraphModule, node: fx.Node) -> Any:
+        target = operator.attrgetter(str(node.target))(module)
+        if isinstance(target, fx.GraphModule):
+            return target
+        raise self.refused(f"the attribute {node.target} of type {type(target).__name__}")
+
+    def _call(self, node: fx.Node, env: dict[fx.Node, Any], module: fx.GraphModule) -> Any:
+        target = node.target
+        if target is operator.getitem:
+            return self._getitem(node, env)
+        if target in _SYMBOLIC:
+            return self._emit(_SYMBOLIC[target], tuple(self._arg(arg, env) for arg in node.args), (), node)
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            return self._region(node, env)
+        if not isinstance(target, torch._ops.OpOverload):
+            raise self.refused(f"a call of {target}")
+        name = f"{target.namespace}.{target._schema.name.split('::')[1]}.{target._overloadname}"
+        if name.startswith(_ASSERTIONS):
+            return None
+        args = tuple(self._arg(arg, env) for arg in node.args)
+        kwargs = tuple(sorted((key, self._arg(arg, env)) for key, arg in node.kwargs.items() if key != "generator"))
+        if name == "aten.sym_size.int":
+            return self._emit("sym_size", args, (), node)
+        if name in _IDENTITIES:
+            return args[0]
+        if target._schema.is_mutable:
+            return self.mutations.write(name, args, kwargs, node)
+        self._check_allowed(name, args)
+        result = self._emit(name, args, kwargs, node)
+        self.mutations.note_view(result, name, args, kwargs, node)
+        return result
+
+    def _getitem(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        source, index = env[node.args[0]], node.args[1]  # type: ignore[index]
+        if isinstance(source, list):  # the results of an inlined region
+            return source[index]  # type: ignore[index]
+        result = self._emit("getitem", (self.mutations.latest(source), index), (), node)  # type: ignore[arg-type]
+        self.mutations.note_view(result, "getitem", (source,), (), node)
+        return result
+
+    def _region(self, node: fx.Node, env: dict[fx.Node, Any]) -> list[Arg]:
+        """Inlines `with torch.no_grad()` and `with torch.autocast(enabled=False)`, which export keeps as nested graphs."""
+        kind = str(node.target)
+        if "wrap_with_set_grad_enabled" in kind:
+            enabled, graph, *inputs = node.args
+        elif "wrap_with_autocast" in kind and not node.args[2]:
+            enabled, graph, inputs = self.grad, node.args[4], list(node.args[5:])
+        else:
+            raise self.refused(
+                f"{kind}, a region that a stage program cannot hold yet; compute it without autocast, cond or nested functions"
+            )
+        outer, self.grad = self.grad, self.grad and bool(enabled)
+        results = self._graph(env[graph], [self._arg(item, env) for item in inputs])  # type: ignore[index]
+        self.grad = outer
+        return results
+
+    # -- arguments and emission ------------------------------------------------------------------------------------
+
+    def _arg(self, item: Any, env: dict[fx.Node, Any]) -> Arg:
+        if isinstance(item, fx.Node):
+            return self.mutations.latest(env[item])
+        if item is None or isinstance(item, bool | int | float | str):
+            return item
+        if isinstance(item, list | tuple):
+            return tuple(self._arg(inner, env) for inner in item)
+        if isinstance(item, torch.dtype) and item in DTYPE_NAMES:
+            return DType(DTYPE_NAMES[item])
+        if isinstance(item, torch.device):
+            return Device()
+        if isinstance(item, torch.memory_format):
+            return MemoryFormat(MEMORY_FORMAT_NAMES[item])
+        if item is torch.strided:
+            return Layout("strided")
+        raise self.refused(f"an argument of type {type(item).__name__} ({str(item)[:60]})")
+
+    def _emit(
+        self, op: str, args: tuple[Arg, ...], kwargs: tuple[tuple[str, Arg], ...], node: fx.Node, like: Any = None
+    ) -> Value:
+        value = Value(self.next_id)
+        self.next_id += 1
+        self.nodes.append(Node(op, args, kwargs, value.id, self.grad))
+        self.info[value.id] = describe(node.meta.get("val") if like is None else like, node)
+        return value
+
+    def _check_allowed(self, name: str, args: tuple[Arg, ...]) -> None:
+        if name not in ALLOWED:
+            raise self.refused(f"the op {name}, which is not on the allowlist of tensorlink.program.allowlist")
+        if name in RECURRENT and is_random(name, args):
+            raise self.refused(
+                "dropout inside a recurrent layer, whose mask cannot be reproduced; use layers of one each with nn.Dropout between"
+            )
+
+    def refused(self, what: str) -> TraceError:
+        """The error for something a program cannot hold, with the user's line."""
+        place = line_of(self.where) if self.where is not None else ""
+        return TraceError(f"the model needs {what}{f' at {place}' if place else ''}")
+
+
+def describe(value: Any, node: fx.Node | None = None) -> ValueInfo:
+    """What is known of a traced value (a fake tensor, a symbolic size, or a list of tensors)."""
+    module, line = (module_of(node), line_of(node)) if node is not None else ("", "")
+    if isinstance(value, Tensor):
+        sizes = [size if isinstance(size, int) else -1 for size in value.shape]
+        batch = tuple(dim for dim, size in enumerate(value.shape) if is_batch(size))
+        dtype = DTYPE_NAMES.get(value.dtype, str(value.dtype))
+        return ValueInfo("tensor", dtype, tuple(sizes), batch, permutation_of(value), module=module, line=line)
+    if isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
+        return ValueInfo("symint", "int64", is_batch=is_batch(value), module=module, line=line)
+    return ValueInfo("list", "", module=module, line=line)
+
+
+def is_batch(size: Any) -> bool:
+    """Whether a traced size is the batch size itself, rather than a number or something computed from it."""
+    return isinstance(size, torch.SymInt) and bool(size.node.expr.is_Symbol)
+
+
+def permutation_of(value: Tensor) -> tuple[int, ...] | None:
+    """The order of dimensions in memory from outermost to innermost; None unless the tensor is dense in that order."""
+    if value.is_contiguous():
+        return tuple(range(value.dim()))
+    order = tuple(sorted(range(value.dim()), key=lambda dim: -int(_hint(value.stride(dim)))))
+    return order if value.permute(order).is_contiguous() else None
+
+
+def _hint(size: Any) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def without_dead(nodes: list[Node], outputs: list[int], keep: Callable[[Node], bool]) -> list[Node]:
+    """The nodes that an output depends on, and those to keep for what they write."""
+    wanted = set(outputs)
+    alive = []
+    for node in reversed(nodes):
+        if node.id in wanted or keep(node):
+            wanted.update(node.values())
+            alive.append(node)
+    return alive[::-1]
+
+
+__all__ = ["Lowered", "Lowering", "Parameter", "Buffer", "ValueInfo", "describe", "without_dead"]

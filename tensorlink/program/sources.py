@@ -1,0 +1,43 @@
+"""Where in the user's code something came from: for messages that name a line, and for matching the two modes."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from pathlib import Path
+
+import torch
+from torch import fx
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
+_TORCH = str(Path(torch.__file__).parent)
+_OURS = str(Path(__file__).parent)
+
+
+def _foreign(filename: str) -> bool:
+    return filename.startswith((_TORCH, _OURS, "torch/", "<")) or "/torch/" in filename
+
+
+def line_of(node: fx.Node) -> str:
+    """`file:line (function)` of the innermost frame outside torch that made the node, "" if it is not known."""
+    frames = [frame for frame in _FRAME.findall(node.meta.get("stack_trace") or "") if not _foreign(frame[0])]
+    return f"{frames[-1][0]}:{frames[-1][1]} ({frames[-1][2]})" if frames else ""
+
+
+def line_of_error(error: BaseException) -> str:
+    """`file:line (function)` of the innermost frame outside torch in the error's chain of tracebacks, "" if there is none."""
+    current: BaseException | None = error
+    found = ""
+    while current is not None:
+        frames = [frame for frame in traceback.extract_tb(current.__traceback__) if not _foreign(frame.filename)]
+        if frames and frames[-1].name != "trace":
+            found = f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].name})"
+        current = current.__cause__ or current.__context__
+    return found
+
+
+def module_of(node: fx.Node) -> str:
+    """The path of the submodule that made the node, such as "layers.3.attention"; "" for the outermost."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [entry[0] for entry in stack.values() if not entry[0].startswith("_empty")]
+    return str(paths[-1]) if paths else ""

@@ -1,0 +1,123 @@
+"""The same training in one plain process: the oracle.
+
+`Reference` computes what `DistributedModel` computes, with plain torch: the same micro-batches, forwards in order, and gradients added in
+the order of `(call, micro_batch)`. Without dropout it runs the module itself; with dropout, the uncut program with the masks that the
+stages draw. Losses and gradients of a distributed run on the same thread count are bitwise equal to these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from smartnodes_core.errors import JobError
+from tensorlink.model import _boundaries, _loss_weights
+from tensorlink.pipeline.seeds import seed_for
+from tensorlink.program.inputs import flatten_inputs, split_micro_batches, unflatten_outputs
+from tensorlink.program.interpreter import Interpreter
+from tensorlink.program.trace import TracedModel, trace
+
+
+class Reference(torch.nn.Module):
+    """`module` trained in this process as the network would train it; its own parameters hold weights and gradients.
+
+    Use any torch optimizer on `module.parameters()`; call `end_step()` after each of its steps, so that dropout masks follow the
+    same numbering as in the network (`train_step` does both).
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        *,
+        micro_batches: int = 8,
+        example_inputs: tuple[Any, ...] | dict[str, Any],
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.module = module
+        self.traced: TracedModel = trace(module, example_inputs)
+        self._micro_batches = micro_batches
+        self._seed = seed
+        self._step_index = self._num_calls = 0
+        self._program = _program(self.traced, module) if self.traced.is_random else None
+        self.train(module.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output for a batch, one micro-batch after the other."""
+        flat = flatten_inputs(self.traced, args, kwargs)
+        pieces, _ = split_micro_batches(self.traced, flat, self._micro_batches)
+        call, self._num_calls = self._num_calls, self._num_calls + 1
+        anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
+        outputs = _InOrder.apply(self, call, pieces, anchor)
+        return unflatten_outputs(self.traced, list(outputs))
+
+    def train_step(
+        self,
+        *batch: Any,
+        loss_fn: Callable[..., torch.Tensor],
+        optimizer: torch.optim.Optimizer,
+        loss_reduction: str | Callable[[Any], float] = "mean",
+    ) -> torch.Tensor:
+        """As `DistributedModel.train_step`, with a plain torch optimizer."""
+        optimizer.zero_grad()
+        *inputs, target = batch
+        pieces, samples = split_micro_batches(
+            self.traced, flatten_inputs(self.traced, tuple(inputs), {}), self._micro_batches
+        )
+        targets = torch.tensor_split(target, _boundaries(samples))
+        weights = _loss_weights(loss_reduction, samples, targets)
+        losses = []
+        for micro_batch, piece in enumerate(pieces):
+            outputs = unflatten_outputs(self.traced, self._run(piece, 0, micro_batch))
+            loss = loss_fn(outputs, targets[micro_batch])
+            loss.backward(torch.tensor(weights[micro_batch], dtype=loss.dtype))
+            losses.append(loss.item())
+        optimizer.step()
+        self.end_step()
+        return torch.tensor(sum(w * loss for w, loss in zip(weights, losses, strict=True)), dtype=torch.float32)
+
+    def end_step(self) -> None:
+        """The optimizer has stepped: the next forward is call 0 of the next step."""
+        self._step_index, self._num_calls = self._step_index + 1, 0
+
+    def _run(self, piece: list[Any], call: int, micro_batch: int) -> list[Any]:
+        if self._program is None:
+            return self.traced.call_module(self.module, piece)
+        interpreter = self._program[self.training]
+        return interpreter.run(piece, seed_for(self._seed, 0, self._step_index, call, micro_batch))
+
+
+class _InOrder(torch.autograd.Function):
+    """All micro-batches as one node of the user's graph, whose backward goes through them in order."""
+
+    @staticmethod
+    def forward(ctx: Any, reference: Reference, call: int, pieces: list[list[Any]], anchor: torch.Tensor) -> Any:
+        with torch.set_grad_enabled(anchor.requires_grad):
+            runs = [reference._run(piece, call, index) for index, piece in enumerate(pieces)]
+        ctx.runs = runs
+        return tuple(torch.cat([run[slot].detach() for run in runs]) for slot in range(len(runs[0])))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        boundaries = _boundaries([len(run[0]) for run in ctx.runs])
+        split = [torch.tensor_split(gradient, boundaries) for gradient in gradients]
+        for index, run in enumerate(ctx.runs):
+            wanted = [(out, split[slot][index]) for slot, out in enumerate(run) if out.requires_grad]
+            torch.autograd.backward([out for out, _ in wanted], [gradient.contiguous() for _, gradient in wanted])
+        return None, None, None, None
+
+
+def _program(traced: TracedModel, module: torch.nn.Module) -> dict[bool, Interpreter]:
+    whole = traced.whole()
+    parameters = {name: parameter for name, parameter in module.named_parameters() if name in whole.parameters}
+    missing = set(whole.parameters) - set(parameters)
+    if missing:
+        raise JobError(f"the module has no parameters {sorted(missing)}, which its trace names")
+    buffers = {name: tensor for name, tensor in traced.state().items() if name in whole.buffers}
+    return {mode: Interpreter(whole.graph(mode), parameters, buffers) for mode in (True, False)}
+
+
+reference = Reference
