@@ -1,9 +1,10 @@
 """The audit protocol over bytes and hashes: who is challenged, on what, and why nobody could foresee it.
 
-A worker's signed `Commitment` reaches the job's validators. Each assigned validator signs the list of commitments it holds
-(`ReceivedList`) and, once every other assigned validator has fixed a list with the same commitments, reveals the next preimage of its
-hash chain. The seed of a commitment is the hash over those preimages and the commitment: no worker can foresee it, no single
-validator can steer it, and anyone checks afterwards that it selects exactly the unit that was challenged.
+A worker's signed `Commitment` reaches the job's validators. Each assigned validator signs the list of commitments it
+holds (`ReceivedList`) and, once every other assigned validator has fixed a list with the same commitments, reveals
+the next preimage of its hash chain. The seed of a commitment is the hash over those preimages and the commitment: no
+worker can foresee it, no single validator can steer it, and anyone checks afterwards that it selects exactly the unit
+that was challenged.
 
 Pure: no clock, no socket, no tensor. `nodes/validator.py` moves the messages, `nodes/worker.py` answers challenges, and
 the network built on this layer compares what was opened (`Auditor`).
@@ -53,7 +54,7 @@ class Selection:
     auditor: bytes
 
 
-# -- hash chains --------------------------------------------------------------------------------------------------------
+# -- hash chains ------------------------------------------------------------------------------------------------------
 
 
 def hash_link(value: bytes) -> bytes:
@@ -104,7 +105,7 @@ class TipTracker:
         return True
 
 
-# -- drawing --------------------------------------------------------------------------------------------------------------
+# -- drawing ----------------------------------------------------------------------------------------------------------
 
 
 def assigned_validators(job: bytes, validators: Sequence[bytes]) -> list[bytes]:
@@ -127,7 +128,9 @@ def select(seed: bytes, terms: AuditTerms, num_units: int, auditors: Sequence[by
     auditor = sorted(auditors)[_draw(seed, b"auditor", 0) % len(auditors)]
     if _chance(seed, b"step", 0, terms.step_rate_ppm):
         return [Selection(2, WHOLE_STEP, auditor)]
-    return [Selection(1, unit, auditor) for unit in range(num_units) if _chance(seed, b"unit", unit, terms.unit_rate_ppm)]
+    return [
+        Selection(1, unit, auditor) for unit in range(num_units) if _chance(seed, b"unit", unit, terms.unit_rate_ppm)
+    ]
 
 
 def _draw(seed: bytes, purpose: bytes, index: int) -> int:
@@ -173,11 +176,13 @@ def check_challenge(
         raise AuditError(f"the seed does not select tier {challenge.tier}, unit {challenge.unit} for this auditor")
 
 
-# -- T0: both ends of a link say the same -----------------------------------------------------------------------------------
+# -- T0: both ends of a link say the same -----------------------------------------------------------------------------
 
 
 def link_disagreements(before: Commitment, after: Commitment) -> list[str]:
-    """Where the commitments of two neighbouring stages for one step contradict each other, in words; empty if nowhere."""
+    """Where the commitments of two neighbouring stages for one step contradict each other, in words; empty if
+    nowhere.
+    """
     found = []
     upstream = {(unit.call, unit.micro_batch, unit.backward_pass): unit.roots for unit in before.units}
     for unit in after.units:
@@ -187,5 +192,7 @@ def link_disagreements(before: Commitment, after: Commitment) -> list[str]:
             continue
         for ours, theirs in (("y", "x"), ("gy", "gx")):
             if roots.get(ours) != unit.roots.get(theirs):
-                found.append(f"micro-batch {unit.micro_batch}: {ours} of stage {before.stage} is not {theirs} of {after.stage}")
+                found.append(
+                    f"micro-batch {unit.micro_batch}: {ours} of stage {before.stage} is not {theirs} of {after.stage}"
+                )
     return found

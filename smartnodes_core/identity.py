@@ -1,7 +1,7 @@
 """A node's Ed25519 identity: its key file, what it signs, and the two-way binding to an account on chain.
 
-Signatures are over a domain and a digest, so that a signature made for one purpose is void for any other. The binding is
-signed by both keys: the node vouches for the account, and the account (EIP-191, as any wallet signs) for the node.
+Signatures are over a domain and a digest, so that a signature made for one purpose is void for any other. The binding
+is signed by both keys: the node vouches for the account, and the account (EIP-191, as any wallet signs) for the node.
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ class Identity:
         return Signed(record=encoded, signer=self.node_key, signature=self.sign_bytes(_RECORD_DOMAIN, encoded))
 
     def save(self, path: str | os.PathLike[str], passphrase: str | None = None) -> None:
-        """Writes the key file, readable by its owner alone, sealed by `passphrase` if given. Never overwrites: IdentityError."""
+        """Writes the key file, readable by its owner alone, sealed by `passphrase` if given.
+
+        Never overwrites: IdentityError.
+        """
         seed = bytes(self._key)
         fields: dict[str, int | str] = {"version": 1, "node_key": self.node_key.hex()}
         if passphrase is None:
@@ -165,7 +168,9 @@ def make_binding(
     network_id: int,
     expires_at_s: int,
 ) -> SignedBinding:
-    """Binds `identity` to the account of the 32-byte secret `account_key`, in `role`, until `expires_at_s` (Unix time)."""
+    """Binds `identity` to the account of the 32-byte secret `account_key`, in `role`, until `expires_at_s` (Unix
+    time).
+    """
     binding = Binding(
         node_key=identity.node_key,
         account=signing.address_of(account_key),

@@ -1,6 +1,7 @@
 """A job as the nodes hold it: the signed record, the plan in force, and what a network's own code must provide.
 
-`JobHandler` is what a worker runs for jobs of one type; it is implemented by the network built on this layer (for Tensorlink by
+`JobHandler` is what a worker runs for jobs of one type; it is implemented by the network built on this layer (for
+Tensorlink by
 `tensorlink.worker.StageHandler`). `WorkerPort` is what the worker node offers it in return.
 """
 
@@ -131,7 +132,9 @@ class JobHandler(Protocol):
         """Serve a call of the job's author."""
 
     def allocate(self, stage: StageOfJob, sender: NodeKey, header: dict, num_bytes: int) -> memoryview:
-        """Where the body of a frame from `sender` goes; raises ProtocolError to refuse it before anything is allocated."""
+        """Where the body of a frame from `sender` goes; raises ProtocolError to refuse it before anything is
+        allocated.
+        """
 
     def receive(self, stage: StageOfJob, sender: NodeKey, header: dict, body: memoryview) -> None:
         """A frame is in. Runs on the connection's thread: must not wait."""

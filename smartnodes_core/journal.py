@@ -1,7 +1,7 @@
 """What this node signed, durable before it is sent: a restart never signs a second version of anything.
 
-One append-only file of `u32 length | u32 crc32 | key | digest` entries, fsynced before `once` returns. A torn tail (the machine
-died while writing) is cut off at start; what it held was never sent.
+One append-only file of `u32 length | u32 crc32 | key | digest` entries, fsynced before `once` returns. A torn tail
+(the machine died while writing) is cut off at start; what it held was never sent.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """The signed records on which all parts of the network agree.
 
-A record is an immutable value with one canonical encoding: msgpack with sorted keys and no floats (a float travels as the
-text of `float.hex()`). Each carries its kind and version in the field `kind`; decoding checks types, caps and that the bytes are
-the canonical ones, so that one record never has two digests. The encodings are frozen by golden bytes in
+A record is an immutable value with one canonical encoding: msgpack with sorted keys and no floats (a float travels as
+the text of `float.hex()`). Each carries its kind and version in the field `kind`; decoding checks types, caps and
+that the bytes are the canonical ones, so that one record never has two digests. The encodings are frozen by golden
+bytes in
 `tests/smartnodes_core/test_records.py`: a change of shape is a new version, never an edit.
 
-Neighbours: `identity.py` signs them, `jobs.py`, `audit.py` and `rounds.py` give them meaning. Nothing here knows tensors.
+Neighbours: `identity.py` signs them, `jobs.py`, `audit.py` and `rounds.py` give them meaning. Nothing here knows
+tensors.
 """
 
 from __future__ import annotations
@@ -95,7 +97,7 @@ class Signed(Record, frozen=True, kw_only=True, tag="Signed/1"):
     signature: NodeSignature
 
 
-# -- who a peer is, and what it offers ----------------------------------------------------------------------------------
+# -- who a peer is, and what it offers --------------------------------------------------------------------------------
 
 
 class Binding(Record, frozen=True, kw_only=True, tag="Binding/1"):
@@ -149,8 +151,9 @@ class AuditTerms(Record, frozen=True, kw_only=True, tag="AuditTerms/1"):
 class JobRecord(Record, frozen=True, kw_only=True, tag="JobRecord/1"):
     """A job as its author signs it before placement: nothing in it is chosen by a worker. Its digest is the job's id.
 
-    `specs` names what each stage runs (for Tensorlink: the digest of its program), `initial_roots` the state each starts
-    from, `work_units` what one micro-batch of each stage is worth. `terms` holds what the network built on this layer agrees (bytes as hex).
+    `specs` names what each stage runs (for Tensorlink: the digest of its program), `initial_roots` the state each
+    starts from, `work_units` what one micro-batch of each stage is worth. `terms` holds what the network built on
+    this layer agrees (bytes as hex).
     """
 
     network_id: Count
@@ -177,7 +180,9 @@ class Assignment(Record, frozen=True, kw_only=True, tag="Assignment/1"):
 
 
 class Plan(Record, frozen=True, kw_only=True, tag="Plan/1"):
-    """Who runs what. Every rollback, take-over and resume raises `version`; work under an older version counts for nothing."""
+    """Who runs what. Every rollback, take-over and resume raises `version`; work under an older version counts for
+    nothing.
+    """
 
     job: Digest
     version: Count
@@ -187,11 +192,12 @@ class Plan(Record, frozen=True, kw_only=True, tag="Plan/1"):
     reason: Text
 
 
-# -- what a worker did, and whether it is so ----------------------------------------------------------------------------
+# -- what a worker did, and whether it is so --------------------------------------------------------------------------
 
 
 class Unit(Record, frozen=True, kw_only=True, tag="Unit/1"):
-    """What one micro-batch of a step took in and gave out. `call` counts forwards since the last step, `backward_pass` backwards
+    """What one micro-batch of a step took in and gave out. `call` counts forwards since the last step,
+    `backward_pass` backwards
     through that forward (-1: the forward alone)."""
 
     call: Count
@@ -203,8 +209,8 @@ class Unit(Record, frozen=True, kw_only=True, tag="Unit/1"):
 class Commitment(Record, frozen=True, kw_only=True, tag="Commitment/1"):
     """A worker's claim about one step of its stage, signed before anybody can know what will be audited.
 
-    `previous` chains it to the commitment before (for step 0: the job's digest). `roots` binds state before and after and
-    the accumulated result, `units` each micro-batch. Floats are `float.hex()` text.
+    `previous` chains it to the commitment before (for step 0: the job's digest). `roots` binds state before and after
+    and the accumulated result, `units` each micro-batch. Floats are `float.hex()` text.
     """
 
     job: Digest
@@ -225,7 +231,9 @@ class Commitment(Record, frozen=True, kw_only=True, tag="Commitment/1"):
 
 
 class Receipt(Record, frozen=True, kw_only=True, tag="Receipt/1"):
-    """One end of a link says what crossed it in one step: the root over the identities and digests of `num_items` deliveries."""
+    """One end of a link says what crossed it in one step: the root over the identities and digests of `num_items`
+    deliveries.
+    """
 
     job: Digest
     plan_version: Count
@@ -258,7 +266,9 @@ class Reveal(Record, frozen=True, kw_only=True, tag="Reveal/1"):
 
 
 class Challenge(Record, frozen=True, kw_only=True, tag="Challenge/1"):
-    """Asks a worker to open one committed unit (tier 1) or a whole step (tier 2: `unit` is -1) that the seed selects."""
+    """Asks a worker to open one committed unit (tier 1) or a whole step (tier 2: `unit` is -1) that the seed
+    selects.
+    """
 
     job: Digest
     commitment: Digest
@@ -287,7 +297,9 @@ class Opening(Record, frozen=True, kw_only=True, tag="Opening/1"):
 
 
 class Verdict(Record, frozen=True, kw_only=True, tag="Verdict/1"):
-    """What an auditor found. Only `fraudulent` costs a worker its reputation, and it carries evidence that anyone re-runs."""
+    """What an auditor found. Only `fraudulent` costs a worker its reputation, and it carries evidence that anyone
+    re-runs.
+    """
 
     job: Digest
     plan_version: Count

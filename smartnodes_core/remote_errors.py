@@ -1,7 +1,7 @@
 """How an error crosses a connection: as its class's `code` and its message, and back as the same class.
 
-Classes are found among all subclasses of SmartnodesError, wherever they are declared. What comes back remembers which peer
-raised it (`raised_by`), so that a fault found here is never confused with one that a peer reports.
+Classes are found among all subclasses of SmartnodesError, wherever they are declared. What comes back remembers which
+peer raised it (`raised_by`), so that a fault found here is never confused with one that a peer reports.
 """
 
 from __future__ import annotations

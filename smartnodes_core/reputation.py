@@ -1,8 +1,9 @@
 """From verdicts to a score: one byte per member, pure and the same for every validator that computes it.
 
-0 is blacklisted and stays so; 1 is a newcomer; 255 the best. Honest verdicts raise it by steps that shrink towards the top and
-are capped per round, so that a good name takes many rounds to earn; an inconclusive verdict leaves it; one fraudulent verdict takes all
-of it. The rule that follows from Verdict and consequence in the protocol; `rounds.py` puts its results on chain.
+0 is blacklisted and stays so; 1 is a newcomer; 255 the best. Honest verdicts raise it by steps that shrink towards the
+top and are capped per round, so that a good name takes many rounds to earn; an inconclusive verdict leaves it; one
+fraudulent verdict takes all of it. The rule that follows from Verdict and consequence in the protocol; `rounds.py` puts
+its results on chain.
 """
 
 from __future__ import annotations

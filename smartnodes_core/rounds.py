@@ -1,7 +1,7 @@
 """The rules of a round, pure: who proposes, what a proposal holds, who is paid what, when to sign.
 
-A validator builds a proposal from its evidence with `propose`, and checks another's with `justify` against the one it builds
-itself: the same evidence gives the same bytes. `contracts/Rounds.sol` executes what a quorum signed. Neighbours:
+A validator builds a proposal from its evidence with `propose`, and checks another's with `justify` against the one it
+builds itself: the same evidence gives the same bytes. `contracts/Rounds.sol` executes what a quorum signed. Neighbours:
 `reputation.py` (scores), `chain/merkle.py` (rewards root), `chain/base.py` (the chain that executes).
 """
 
@@ -50,8 +50,8 @@ class Standing:
 class RoundContext:
     """What the chain says before a round; equal for every validator that proposes or checks it.
 
-    `totals_wei` are the cumulative rewards under the last executed root, `signers` those whose signatures carried the round
-    before, `emission_wei` what may be allotted up to `until_s`.
+    `totals_wei` are the cumulative rewards under the last executed root, `signers` those whose signatures carried the
+    round before, `emission_wei` what may be allotted up to `until_s`.
     """
 
     domain: Domain
@@ -69,7 +69,9 @@ class RoundContext:
 
 @dataclass(frozen=True)
 class RoundEvidence:
-    """What a validator collected in the round: the accounts' verdicts and work, and the digests of the records behind them."""
+    """What a validator collected in the round: the accounts' verdicts and work, and the digests of the records behind
+    them.
+    """
 
     verdicts: Mapping[bytes, VerdictCounts] = field(default_factory=dict)
     work_units: Mapping[bytes, int] = field(default_factory=dict)
@@ -87,9 +89,9 @@ def quorum(num_validators: int) -> int:
 def draw_proposers(validators: Iterable[bytes], previous_hash: bytes, round_number: int) -> list[bytes]:
     """All validators in the order in which they may propose: the first in view 0, the next after each timeout.
 
-    The order follows from the digest of the round before, which its quorum fixed. Whoever completes that digest last can
-    try variants (include one signature or another changes nothing, another `until_s` does), so it can be ground, within
-    what a quorum signs.
+    The order follows from the digest of the round before, which its quorum fixed. Whoever completes that digest last
+    can try variants (include one signature or another changes nothing, another `until_s` does), so it can be ground,
+    within what a quorum signs.
     """
     seed = previous_hash + word(round_number)
     return sorted(set(validators), key=lambda account: keccak(seed + account))
@@ -100,8 +102,8 @@ def allot(
 ) -> dict[bytes, int]:
     """Splits a round's emission: 85 % among workers by verified work, 15 % in equal parts among `signers`.
 
-    Equal work earns equal pay. Shares are rounded down and what remains is not minted, nor is a part that nobody earned.
-    `cap_wei` bounds the workers' part (the fees burned in the round times kappa), None leaves it unbounded.
+    Equal work earns equal pay. Shares are rounded down and what remains is not minted, nor is a part that nobody
+    earned. `cap_wei` bounds the workers' part (the fees burned in the round times kappa), None leaves it unbounded.
     """
     pool = emission_wei * WORKERS_PERCENT // 100
     signers_pool = emission_wei - pool
@@ -195,11 +197,12 @@ def _reputation_differences(found: bytes, own: bytes) -> list[str]:
         given = unpack_reputations(found)
     except ValueError as error:
         return [f"reputations: {error}"]
-    return [
-        f"reputations: member {index} proposed {given.get(index, 'unchanged')}, recomputed {expected.get(index, 'unchanged')}"
-        for index in sorted(given.keys() | expected.keys())
-        if given.get(index) != expected.get(index)
-    ]
+    reasons = []
+    for index in sorted(given.keys() | expected.keys()):
+        found_score, own_score = given.get(index, "unchanged"), expected.get(index, "unchanged")
+        if found_score != own_score:
+            reasons.append(f"reputations: member {index} proposed {found_score}, recomputed {own_score}")
+    return reasons
 
 
 def _show(value: object) -> str:

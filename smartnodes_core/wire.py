@@ -54,7 +54,10 @@ def encode_prefix_and_header(header: Mapping[str, Any], num_body_bytes: int) -> 
 
 
 def decode_header(data: Buffer) -> Header:
-    """The header in `data`. Raises ProtocolError unless it is a map with text keys of plain data, nested within the cap."""
+    """The header in `data`.
+
+    Raises ProtocolError unless it is a map with text keys of plain data, nested within the cap.
+    """
     try:
         header = _decoder.decode(data)
     except (msgspec.DecodeError, RecursionError, ValueError, MemoryError) as error:
@@ -81,7 +84,10 @@ def _check_plain(value: object, depth: int) -> None:
 
 
 def byte_views(body: Sequence[Buffer]) -> list[memoryview]:
-    """The non-empty parts of `body` as flat views of bytes, uncopied. Raises ValueError for memory that is not contiguous."""
+    """The non-empty parts of `body` as flat views of bytes, uncopied.
+
+    Raises ValueError for memory that is not contiguous.
+    """
     views = [memoryview(part) for part in body]
     for view in views:
         if not view.c_contiguous:
@@ -181,7 +187,8 @@ class FrameReader:
 
     def _on_body(self) -> Frame | None:
         header, body = self._header, self._body
-        assert header is not None and body is not None  # ours, not the peer's
+        assert header is not None  # ours, not the peer's
+        assert body is not None
         self._header = self._body = None
         self._expect(self._prefix, self._on_prefix)
         return Frame(header, body)

@@ -1,8 +1,8 @@
 """`DistributedModel`: a plain module, cut into stages that run on workers, used like the module it wraps.
 
 The story of a forward: inputs are flattened and cut into micro-batches (`program/inputs.py`), sent to the first stage (`pipeline/driver.py`),
-and come back from the last; `loss.backward()` enters `_Pipeline.backward`, which sends the gradients the other way. `train_step` leaves
-the loss to the last stage. How a job comes to be is in `placement.py`.
+and come back from the last; `loss.backward()` enters `_Pipeline.backward`, which sends the gradients the other way.
+`train_step` leaves the loss to the last stage. How a job comes to be is in `placement.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from smartnodes_core.errors import JobError
 from smartnodes_core.records import NO_DIGEST
 from tensorlink.audit.commitments import input_root
 from tensorlink.errors import NonFiniteError, OptimizerError, RemoteParameterError
-from tensorlink.parameters import RemoteParameter
 from tensorlink.pipeline.driver import Call
 from tensorlink.placement import MAX_STATE_BYTES, Placement, place
 from tensorlink.program.inputs import flatten_inputs, split_micro_batches, unflatten_outputs
@@ -36,11 +35,13 @@ class DistributedModel(torch.nn.Module):
     """`module`, trained by the workers of `network`.
 
     `stages` is how many workers share it (default: as many as are free), `micro_batches` into how many pieces a batch is cut,
-    `example_inputs` a tuple (or a dict, for keyword inputs) of tensors like those of training, batch first. `seed` fixes dropout.
+    `example_inputs` a tuple (or a dict, for keyword inputs) of tensors like those of training, batch first. `seed`
+    fixes dropout.
     `timeout_s` is the shortest time after which silence of the pipeline is an error; it grows with the steps measured.
     `audit_rates` are (per micro-batch, per step) probabilities; `progress` shows a bar while the job is set up.
 
-    Raises TraceError, PartitionError, NoWorkersError or JobError, each saying what was found, what is needed and what to do.
+    Raises TraceError, PartitionError, NoWorkersError or JobError, each saying what was found, what is needed and what
+    to do.
     """
 
     def __init__(
@@ -75,10 +76,12 @@ class DistributedModel(torch.nn.Module):
         self._closing = threading.Lock()
         self.train(module.training)
 
-    # -- the loop of a PyTorch user ------------------------------------------------------------------------------------------
+    # -- the loop of a PyTorch user -----------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's output for a batch. Raises NonFiniteError for NaN in the inputs, WorkerLostError, DeadlineError."""
+        """The module's output for a batch. Raises NonFiniteError for NaN in the inputs, WorkerLostError,
+        DeadlineError.
+        """
         flat = flatten_inputs(self._traced, args, kwargs)
         _check_finite(flat)
         grad = torch.is_grad_enabled()
@@ -95,9 +98,9 @@ class DistributedModel(torch.nn.Module):
     ) -> torch.Tensor:
         """One whole step with the loss computed in the last stage (1F1B): zeroes gradients, trains on `batch`, updates.
 
-        `batch` is the module's inputs followed by the target of `loss_fn(output, target)`. `loss_reduction` says how `loss_fn`
-        reduces: "mean" weights micro-batches by samples, "sum" adds, a function `weight_fn(target)` weights by what it
-        counts (valid tokens, say). Returns the loss of the whole batch, a scalar without gradient.
+        `batch` is the module's inputs followed by the target of `loss_fn(output, target)`. `loss_reduction` says how
+        `loss_fn` reduces: "mean" weights micro-batches by samples, "sum" adds, a function `weight_fn(target)` weights
+        by what it counts (valid tokens, say). Returns the loss of the whole batch, a scalar without gradient.
         """
         if optimizer is not self._optimizer:
             raise OptimizerError("train_step needs the DistributedOptimizer that was made for this model")
@@ -132,7 +135,7 @@ class DistributedModel(torch.nn.Module):
         self._decide(self._driver.gather(prepared), order, clip_norm)
         return torch.tensor(sum(w * call.losses[i] for i, w in enumerate(weights)), dtype=torch.float32)
 
-    # -- what nn.Module offers, for parameters that are elsewhere --------------------------------------------------------------
+    # -- what nn.Module offers, for parameters that are elsewhere -----------------------------------------------------
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -194,7 +197,7 @@ class DistributedModel(torch.nn.Module):
             "the parameters live on workers and keep the wrapped module's dtype and device: move or cast the module before wrapping it"
         )
 
-    # -- one call -------------------------------------------------------------------------------------------------------------
+    # -- one call -----------------------------------------------------------------------------------------------------
 
     def _open_call(self, samples: list[int], options: dict[str, Any]) -> Call:
         call = Call(self._step_index, len(self._calls), samples)
@@ -259,7 +262,7 @@ class DistributedModel(torch.nn.Module):
         call.input_gradients.clear()
         return found
 
-    # -- the step ---------------------------------------------------------------------------------------------------------------
+    # -- the step -----------------------------------------------------------------------------------------------------
 
     def _set_optimizer(self, optimizer: DistributedOptimizer) -> None:
         groups = optimizer.wire_options()
@@ -414,5 +417,3 @@ def _check_finite(values: Sequence[Any]) -> None:
                 f"input {index} holds NaN or infinity in sample {rows[0]}"
                 f"{f' and {len(rows) - 1} more' if len(rows) > 1 else ''}: clean the batch before training on it"
             )
-
-

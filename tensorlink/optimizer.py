@@ -1,7 +1,8 @@
 """`DistributedOptimizer`: a torch optimizer whose work is done where the parameters live.
 
-It is a `torch.optim.Optimizer` with the wrapped class's defaults, so that every learning-rate scheduler of torch drives it: the groups'
-options travel with each step. `step()` asks every stage whether it can commit, then commits on all or on none.
+It is a `torch.optim.Optimizer` with the wrapped class's defaults, so that every learning-rate scheduler of torch
+drives it: the groups' options travel with each step. `step()` asks every stage whether it can commit, then commits on
+all or on none.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 class DistributedOptimizer(torch.optim.Optimizer):
     """Updates the parameters of a `DistributedModel`.
 
-    `optimizer_class` is one of torch's optimizers on the allowlist (`tensorlink.stage_optimizer.ALLOWED`); `options` are its own.
+    `optimizer_class` is one of torch's optimizers on the allowlist (`tensorlink.stage_optimizer.ALLOWED`); `options`
+    are its own.
     `groups` are maps with `parameters` (name patterns such as `["*.bias", "norm.*"]`) and options that differ; what
     no pattern matches follows `options`. Raises OptimizerError for an optimizer or option that workers do not run.
     """
@@ -56,8 +58,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Commit the step on every stage or on none.
 
-        Raises NonFiniteError (and leaves every parameter as it was) when a gradient is NaN or infinite, WorkerLostError when
-        a worker is gone.
+        Raises NonFiniteError (and leaves every parameter as it was) when a gradient is NaN or infinite,
+        WorkerLostError when a worker is gone.
         """
         loss = None
         if closure is not None:
@@ -84,7 +86,9 @@ def _by_pattern(model: DistributedModel, groups: Sequence[dict[str, Any]]) -> li
     for group in made:
         patterns = group.pop("parameters", None)
         if not patterns:
-            raise OptimizerError("a parameter group needs the key 'parameters': a list of name patterns such as '*.bias'")
+            raise OptimizerError(
+                "a parameter group needs the key 'parameters': a list of name patterns such as '*.bias'"
+            )
         group["patterns"] = tuple([patterns] if isinstance(patterns, str) else patterns)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -1,7 +1,7 @@
 """Parameters that live on workers, as the user sees them: shape, dtype, where; never a gradient or a value.
 
-On meta tensors torch's own `step()` and `clip_grad_norm_()` silently do nothing, so whatever would touch a gradient here raises
-and names the method of ours that does it where the parameter lives.
+On meta tensors torch's own `step()` and `clip_grad_norm_()` silently do nothing, so whatever would touch a gradient
+here raises and names the method of ours that does it where the parameter lives.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ _REMEDY = (
     "model.clip_grad_norm_() for clipping, model.state_dict() for values"
 )
 #: What looks at a parameter without touching values.
-_HARMLESS = {"__repr__", "numel", "size", "dim", "is_floating_point", "is_complex", "element_size", "stride", "__hash__"}
+_HARMLESS = {
+    "__repr__",
+    "numel",
+    "size",
+    "dim",
+    "is_floating_point",
+    "is_complex",
+    "element_size",
+    "stride",
+    "__hash__",
+}
 
 
 class RemoteParameter(torch.nn.Parameter):

@@ -58,7 +58,7 @@ class Placement:
     closed: bool = False
     step_times_s: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
 
-    # -- signing, and roots for the step's order -------------------------------------------------------------------------
+    # -- signing, and roots for the step's order ----------------------------------------------------------------------
 
     def sign(self, record: Record) -> bytes:
         """The record signed by the user's node key."""
@@ -69,7 +69,7 @@ class Placement:
         """The root over all inputs of a step, by "call.micro_batch"."""
         return set_root(dict(roots)) if roots else NO_DIGEST
 
-    # -- state ----------------------------------------------------------------------------------------------------------------
+    # -- state --------------------------------------------------------------------------------------------------------
 
     def remote_parameters(self) -> OrderedDict[str, RemoteParameter]:
         """Stand-ins in the order of the wrapped module's `named_parameters()`."""
@@ -97,7 +97,9 @@ class Placement:
         missing = [name for name in self.module_names if name not in state]
         unexpected = [name for name in state if name not in self.module_names]
         if strict and (missing or unexpected):
-            raise JobError(f"load_state_dict: missing {missing[:5]}, unexpected {unexpected[:5]}: pass strict=False to skip")
+            raise JobError(
+                f"load_state_dict: missing {missing[:5]}, unexpected {unexpected[:5]}: pass strict=False to skip"
+            )
         for program in self.programs:
             expected = program.expected_state()
             piece = {}
@@ -114,7 +116,7 @@ class Placement:
         self.driver.call(self.driver.num_stages - 1, "set_loss", {}, [program.to_json()])
         return program.digest
 
-    # -- telling and ending -----------------------------------------------------------------------------------------------------
+    # -- telling and ending -------------------------------------------------------------------------------------------
 
     def report(self, num_steps: int) -> dict[str, Any]:
         """Plain data: plan, timings, audits and reputation per stage."""
@@ -266,7 +268,9 @@ def _plan(network: Network, record: JobRecord, table: PlacementPlan) -> Plan:
         job=record.digest(),
         version=0,
         assignments=[
-            Assignment(stage=placed.stage, replica=0, worker=placed.worker.node_key, endpoint=placed.worker.endpoints[0])
+            Assignment(
+                stage=placed.stage, replica=0, worker=placed.worker.node_key, endpoint=placed.worker.endpoints[0]
+            )
             for placed in table.stages
         ],
         spares=[_key(worker) for worker in table.spares],

@@ -2,8 +2,9 @@
 
 Frozen by golden bytes like those of `smartnodes_core.records`. No torch here: the node process reads these too.
 
-A tensor's digest is computed over its contiguous little-endian bytes in leaves of 1 MiB, BLAKE3 keyed with one key for leaves
-and another for inner nodes (so that no inner node passes for a leaf), and bound to name, dtype, shape and byte count.
+A tensor's digest is computed over its contiguous little-endian bytes in leaves of 1 MiB, BLAKE3 keyed with one key
+for leaves and another for inner nodes (so that no inner node passes for a leaf), and bound to name, dtype, shape and
+byte count.
 """
 
 from __future__ import annotations
@@ -62,11 +63,12 @@ class TensorId(Record, frozen=True, kw_only=True, tag="TensorId/1"):
 class StepOrder(Record, frozen=True, kw_only=True, tag="StepOrder/1"):
     """What the user asks of one step, signed: nothing of it is left to a worker.
 
-    `input_root` and `target_root` bind what the user sends (32 zero bytes where nothing is). `optimizer` is the name on the
-    allowlist of `stage_optimizer.py`; `options` holds one map per parameter group, floats as `float.hex()` text, with the key
-    `parameters` for the names in the group. `loss` is the digest of the loss program of `train_step` (32 zero bytes for the
-    drop-in loop) and `loss_weights` what each micro-batch's loss counts, as `float.hex()`; `loss_scale` and `clip_norm`
-    likewise ("" for none).
+    `input_root` and `target_root` bind what the user sends (32 zero bytes where nothing is). `optimizer` is the name
+    on the allowlist of `stage_optimizer.py`; `options` holds one map per parameter group, floats as `float.hex()`
+    text, with the key
+    `parameters` for the names in the group. `loss` is the digest of the loss program of `train_step` (32 zero bytes
+    for the drop-in loop) and `loss_weights` what each micro-batch's loss counts, as `float.hex()`; `loss_scale` and
+    `clip_norm` likewise ("" for none).
     """
 
     job: Digest
@@ -79,7 +81,7 @@ class StepOrder(Record, frozen=True, kw_only=True, tag="StepOrder/1"):
     loss_scale: Name
     clip_norm: Name
     optimizer: Name
-    options: Annotated[list[dict[Name, int | Name | bool | None | list[Name]]], Meta(max_length=256)]
+    options: Annotated[list[dict[Name, int | Name | bool | list[Name] | None]], Meta(max_length=256)]
 
 
 class Prepare(Record, frozen=True, kw_only=True, tag="Prepare/1"):
@@ -92,7 +94,9 @@ class Prepare(Record, frozen=True, kw_only=True, tag="Prepare/1"):
 
 
 class Prepared(Record, frozen=True, kw_only=True, tag="Prepared/1"):
-    """A stage's answer: its squared gradient norm as `float.hex()`, and the first tensor that is not finite ("" for none)."""
+    """A stage's answer: its squared gradient norm as `float.hex()`, and the first tensor that is not finite ("" for
+    none).
+    """
 
     job: Digest
     plan_version: Count
@@ -103,7 +107,9 @@ class Prepared(Record, frozen=True, kw_only=True, tag="Prepared/1"):
 
 
 class Decide(Record, frozen=True, kw_only=True, tag="Decide/1"):
-    """Commit on every stage or on none. `clip_coefficient` is `float.hex()` text; `order` the digest of the `StepOrder`."""
+    """Commit on every stage or on none. `clip_coefficient` is `float.hex()` text; `order` the digest of the
+    `StepOrder`.
+    """
 
     job: Digest
     plan_version: Count

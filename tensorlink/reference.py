@@ -1,8 +1,9 @@
 """The same training in one plain process: the oracle.
 
-`Reference` computes what `DistributedModel` computes, with plain torch: the same micro-batches, forwards in order, and gradients added in
-the order of `(call, micro_batch)`. Without dropout it runs the module itself; with dropout, the uncut program with the masks that the
-stages draw. Losses and gradients of a distributed run on the same thread count are bitwise equal to these.
+`Reference` computes what `DistributedModel` computes, with plain torch: the same micro-batches, forwards in order,
+and gradients added in the order of `(call, micro_batch)`. Without dropout it runs the module itself; with dropout,
+the uncut program with the masks that the stages draw. Losses and gradients of a distributed run on the same thread
+count are bitwise equal to these.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from tensorlink.program.trace import TracedModel, trace
 class Reference(torch.nn.Module):
     """`module` trained in this process as the network would train it; its own parameters hold weights and gradients.
 
-    Use any torch optimizer on `module.parameters()`; call `end_step()` after each of its steps, so that dropout masks follow the
-    same numbering as in the network (`train_step` does both).
+    Use any torch optimizer on `module.parameters()`; call `end_step()` after each of its steps, so that dropout masks
+    follow the same numbering as in the network (`train_step` does both).
     """
 
     def __init__(

@@ -1,6 +1,8 @@
-"""What an auditor re-executes, on the Node side: hands openings to a computing process of its own and takes the finding.
+"""What an auditor re-executes, on the Node side: hands openings to a computing process of its own and takes the
+finding.
 
-No torch here. The process starts with the first audit and runs at low priority, so that auditing never slows what else the machine does.
+No torch here. The process starts with the first audit and runs at low priority, so that auditing never slows what
+else the machine does.
 """
 
 from __future__ import annotations
@@ -72,9 +74,7 @@ class ReplayAuditor:
             loss = bytes(body[len(body) - opening.items[-1].num_bytes :])
         return order, loss, opening
 
-    def _examine(
-        self, case: Case, order: StepOrder, loss: bytes, opening: Opening, body: memoryview
-    ) -> dict[str, Any]:
+    def _examine(self, case: Case, order: StepOrder, loss: bytes, opening: Opening, body: memoryview) -> dict[str, Any]:
         with self._lock:
             if not self._running:
                 self._sandbox.start()

@@ -1,7 +1,8 @@
 """What a rig does with a stage, on the Node side: no torch here, no tensors, only frames, offsets and records.
 
-`StageHandler` stands between the network (`smartnodes_core/nodes/worker.py`) and the computing process (`tensorlink/compute.py`). Frames are
-received straight into shared memory and the computing process is told where they lie; what it computes is sent from shared memory.
+`StageHandler` stands between the network (`smartnodes_core/nodes/worker.py`) and the computing process
+(`tensorlink/compute.py`). Frames are received straight into shared memory and the computing process is told where
+they lie; what it computes is sent from shared memory.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ _FROM = {"activation": "previous", "activation_gradient": "next", "target": "aut
 class StageHandler:
     """A `JobHandler` for training stages; one computing process serves all stages of the rig.
 
-    `memory_bytes` is what the rig offers (0: what the computing process measures), `num_threads` how many threads compute.
+    `memory_bytes` is what the rig offers (0: what the computing process measures), `num_threads` how many threads
+    compute.
     """
 
     job_type = JOB_TYPE
@@ -70,7 +72,7 @@ class StageHandler:
         """End the computing process."""
         self._sandbox.stop()
 
-    # -- JobHandler -----------------------------------------------------------------------------------------------------------
+    # -- JobHandler ---------------------------------------------------------------------------------------------------
 
     def attach(self, port: WorkerPort) -> None:
         self._port = port
@@ -125,7 +127,11 @@ class StageHandler:
     def allocate(self, stage: StageOfJob, sender: NodeKey, header: dict[str, Any], num_bytes: int) -> memoryview:
         """Shared memory for a tensor, provided it comes from where tensors of its type come from."""
         source = _FROM.get(str(header.get("type")))
-        expected = {"previous": stage.previous or stage.author, "next": stage.next or stage.author, "author": stage.author}
+        expected = {
+            "previous": stage.previous or stage.author,
+            "next": stage.next or stage.author,
+            "author": stage.author,
+        }
         if source is None or sender != expected[source]:
             raise ProtocolError(f"stage {stage.stage} takes no {header.get('type')!r} from this peer")
         if not all(field in header for field in _TENSOR_FIELDS):
@@ -136,9 +142,7 @@ class StageHandler:
 
     def receive(self, stage: StageOfJob, sender: NodeKey, header: dict[str, Any], body: memoryview) -> None:
         message = {field: header[field] for field in _TENSOR_FIELDS}
-        self._sandbox.post(
-            "tensor", {**message, "key": stage.key, "offset": header["offset"], "num_bytes": len(body)}
-        )
+        self._sandbox.post("tensor", {**message, "key": stage.key, "offset": header["offset"], "num_bytes": len(body)})
 
     def spec(self, stage: StageOfJob) -> bytes:
         with self._lock:
@@ -162,7 +166,7 @@ class StageHandler:
         items.append(OpeningItem(label="loss_program", meta=b"", num_bytes=len(loss)))
         return OpenedUnit(items, body, order)
 
-    # -- calls of the author ----------------------------------------------------------------------------------------------------
+    # -- calls of the author ------------------------------------------------------------------------------------------
 
     def _load(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> tuple[dict[str, Any], list[Buffer]]:
         """The body holds the program and then the weights; the program must be the one that the job record names."""
@@ -195,18 +199,24 @@ class StageHandler:
             raise RecordError("the weights are not those that the job record names for this stage")
         return reply, []
 
-    def _set_loss(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> tuple[dict[str, Any], list[Buffer]]:
+    def _set_loss(
+        self, stage: StageOfJob, params: dict[str, Any], body: memoryview
+    ) -> tuple[dict[str, Any], list[Buffer]]:
         loss = bytes(body)
         with self._lock:
             self._losses[stage.key] = loss
         return self._compute(stage, "set_loss", {"loss_program": loss}), []
 
-    def _prepare(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> tuple[dict[str, Any], list[Buffer]]:
+    def _prepare(
+        self, stage: StageOfJob, params: dict[str, Any], body: memoryview
+    ) -> tuple[dict[str, Any], list[Buffer]]:
         prepare = Prepare.decode(params["prepare"])
         self._check_plan(stage, prepare)
         return self._compute(stage, "prepare", {"step": prepare.step, "num_units": prepare.num_units}), []
 
-    def _decide(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> tuple[dict[str, Any], list[Buffer]]:
+    def _decide(
+        self, stage: StageOfJob, params: dict[str, Any], body: memoryview
+    ) -> tuple[dict[str, Any], list[Buffer]]:
         """Commit or abort as the author's signed order says: its options, nothing of this rig's own."""
         decide = Decide.decode(params["decide"])
         self._check_plan(stage, decide)
@@ -231,7 +241,9 @@ class StageHandler:
         )
         return reply, []
 
-    def _state(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> tuple[dict[str, Any], list[Buffer]]:
+    def _state(
+        self, stage: StageOfJob, params: dict[str, Any], body: memoryview
+    ) -> tuple[dict[str, Any], list[Buffer]]:
         reply = self._compute(stage, "state", {})
         view = self._sandbox.outbound.view(reply["offset"], reply["num_bytes"])
         try:
@@ -240,7 +252,9 @@ class StageHandler:
             view.release()
             self._sandbox.post("sent", {"offset": reply["offset"]})
 
-    def _set_state(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> tuple[dict[str, Any], list[Buffer]]:
+    def _set_state(
+        self, stage: StageOfJob, params: dict[str, Any], body: memoryview
+    ) -> tuple[dict[str, Any], list[Buffer]]:
         offset, num_bytes = self._put(body)
         return self._compute(stage, "set_state", {"weights": {"offset": offset, "num_bytes": num_bytes}}), []
 
@@ -257,7 +271,7 @@ class StageHandler:
     def _compute(self, stage: StageOfJob, method: str, params: dict[str, Any]) -> dict[str, Any]:
         return self._sandbox.call(method, {**params, "key": stage.key}, timeout_s=CALL_TIMEOUT_S)
 
-    # -- events of the computing process ------------------------------------------------------------------------------------------
+    # -- events of the computing process ------------------------------------------------------------------------------
 
     def _on_event(self, name: str, params: dict[str, Any]) -> None:
         if name == "released":

@@ -36,7 +36,9 @@ class NoFundsError(ChainError):
 
 @dataclass(frozen=True)
 class Member:
-    """One registered account. `live`: it counts now (a validator: it is in the epoch). `exit_at_s` 0: no exit asked for."""
+    """One registered account. `live`: it counts now (a validator: it is in the epoch). `exit_at_s` 0: no exit asked
+    for.
+    """
 
     account: bytes
     role: Role
@@ -102,8 +104,9 @@ class Balances:
 
 
 class Chain(Protocol):
-    """One account's view of the contracts. Every method raises ChainUnreachableError, WrongChainError, NoFundsError or, where a
-    contract says no, RefusedError. A method that changes something returns when the change is in a block."""
+    """One account's view of the contracts. Every method raises ChainUnreachableError, WrongChainError, NoFundsError or,
+    where a contract says no, RefusedError. A method that changes something returns when the change is in a block.
+    """
 
     @property
     def account(self) -> bytes:
@@ -121,7 +124,9 @@ class Chain(Protocol):
         """The contract that bindings name."""
 
     def register(self, role: Role, node_key_hash: bytes, network_id: int) -> int:
-        """Joins a network under the SHA-256 of the node key, approving and paying the role's stake; returns the member index."""
+        """Joins a network under the SHA-256 of the node key, approving and paying the role's stake; returns the member
+        index.
+        """
 
     def request_exit(self, network_id: int) -> None:
         """Stops taking part; the stake is paid back by `withdraw_stake` after the exit delay."""
@@ -154,7 +159,9 @@ class Chain(Protocol):
         """The hash to sign, computed here."""
 
     def execute_round(self, proposal: RoundProposal, signatures: Sequence[bytes]) -> None:
-        """Carries a round; signatures (65 bytes) may come in any order, and those that no account can have made are left out."""
+        """Carries a round; signatures (65 bytes) may come in any order, and those that no account can have made are
+        left out.
+        """
 
     def claimed_wei(self, network_id: int, account: bytes) -> int: ...
 
@@ -162,7 +169,9 @@ class Chain(Protocol):
         """What a claim of this cumulative total would still pay."""
 
     def claim(self, network_id: int, round_number: int, account: bytes, total_wei: int, proof: Sequence[bytes]) -> int:
-        """Claims `account`'s cumulative total under the root of a round, and returns the wei paid: 0 if all was claimed before."""
+        """Claims `account`'s cumulative total under the root of a round, and returns the wei paid: 0 if all was claimed
+        before.
+        """
 
     def deposit(self, network_id: int, job: bytes, amount_wei: int, deadline_s: int) -> bytes:
         """Pays SNO for a job into escrow, and returns the escrow's id."""

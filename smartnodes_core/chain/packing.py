@@ -1,7 +1,7 @@
 """Reputation updates as the contract reads them: `contracts/libraries/ReputationUpdates.sol` is the other half.
 
-Per storage word of 32 members: `u24 word | u32 mask | one byte per set bit, highest lane first`. Words ascend, so that one set of
-changes has one encoding.
+Per storage word of 32 members: `u24 word | u32 mask | one byte per set bit, highest lane first`. Words ascend, so that
+one set of changes has one encoding.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""A round's proposal exactly as `contracts/interfaces/IRounds.sol` defines it, its ABI encoding and the hash that is signed.
+"""A round's proposal exactly as `contracts/interfaces/IRounds.sol` defines it, its ABI encoding and the hash that is
+signed.
 
-`eth_abi` is imported on first use (0.2 s). Neighbours: `smartnodes_core/rounds.py` fills proposals in, `signing.py` signs them.
+`eth_abi` is imported on first use (0.2 s). Neighbours: `smartnodes_core/rounds.py` fills proposals in, `signing.py`
+signs them.
 """
 
 from __future__ import annotations
@@ -20,6 +22,17 @@ _SETTLEMENT_ABI = "(bytes32,uint256,uint256,(address,uint256)[])"
 PROPOSAL_ABI = (
     "(uint32,uint64,uint32,bytes32,uint64,bytes,bytes32,uint256,bytes32[],bytes32[],"
     f"{_SLASH_ABI}[],{_SETTLEMENT_ABI}[],bytes32)"
+)
+
+_HEAD_FIELDS = (
+    "network_id",
+    "round",
+    "view",
+    "previous_hash",
+    "until_s",
+    "reputations",
+    "rewards_root",
+    "allotment_wei",
 )
 
 
@@ -53,7 +66,8 @@ class Settlement:
 class RoundProposal:
     """Everything one round executes, in the order of the contract's struct. Hashes are 32 bytes.
 
-    `reputations` are packed (`packing.py`); `rewards_root` zero leaves the last root in force; `view` is `viewNumber` there.
+    `reputations` are packed (`packing.py`); `rewards_root` zero leaves the last root in force; `view` is `viewNumber`
+    there.
     """
 
     network_id: int
@@ -93,26 +107,27 @@ class RoundProposal:
 
     def encode(self) -> bytes:
         """The canonical ABI encoding: what the contract hashes and the `Proposal` record carries as `content`."""
-        from eth_abi import encode
+        from eth_abi.abi import encode
 
         return encode([PROPOSAL_ABI], [self.as_abi()])
 
     @classmethod
     def decode(cls, data: bytes) -> RoundProposal:
         """The proposal in `data`. Raises RecordError unless the bytes are its one canonical encoding."""
-        from eth_abi import decode
+        from eth_abi.abi import decode
 
         try:
             values = decode([PROPOSAL_ABI], data)[0]
-            *head, created, completed, slashes, settlements, evidence_root = values
+            created, completed, slashes, settlements, evidence_root = values[8:]
+            head: dict[str, Any] = dict(zip(_HEAD_FIELDS, values[:8], strict=True))
             proposal = cls(
-                *head,
+                **head,
                 jobs_created=tuple(created),
                 jobs_completed=tuple(completed),
                 slashes=tuple(Slash(*slash) for slash in slashes),
                 settlements=tuple(
-                    Settlement(*rest, payments=tuple(Payment(bytes.fromhex(to[2:]), wei) for to, wei in payments))
-                    for *rest, payments in settlements
+                    Settlement(escrow, fee, back, tuple(Payment(bytes.fromhex(to[2:]), wei) for to, wei in payments))
+                    for escrow, fee, back, payments in settlements
                 ),
                 evidence_root=evidence_root,
             )

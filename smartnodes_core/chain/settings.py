@@ -20,8 +20,9 @@ YEAR_S = 365 * 24 * 3600
 class ChainSettings:
     """Amounts in wei of SNO, times in seconds. The defaults are the public network's; a demo shortens the times.
 
-    Emission: `emission_wei` every `emission_period_s`, times `emission_keep_bps`/10,000 each `emission_decay_s`, never below
-    `emission_tail_wei`. `networks` maps network ids to their share of it in 1/10,000; `genesis` accounts to what they start with.
+    Emission: `emission_wei` every `emission_period_s`, times `emission_keep_bps`/10,000 each `emission_decay_s`, never
+    below `emission_tail_wei`. `networks` maps network ids to their share of it in 1/10,000; `genesis` accounts to what
+    they start with.
     """
 
     round_interval_s: int = 600
@@ -48,11 +49,14 @@ class ChainSettings:
                 "because the contract keeps the last 64 roots"
             )
         if sum(self.networks.values()) > 10_000:
-            raise ConfigError(f"the networks' shares sum to {sum(self.networks.values())}: at most 10000 are there to share")
+            raise ConfigError(
+                f"the networks' shares sum to {sum(self.networks.values())}: at most 10000 are there to share"
+            )
 
     @classmethod
     def from_toml(cls, path: Path) -> ChainSettings:
-        """Reads `[chain]`: any field by its name; `networks` and `genesis` as tables with text keys, amounts as integers or text.
+        """Reads `[chain]`: any field by its name; `networks` and `genesis` as tables with text keys, amounts as
+        integers or text.
 
         Raises ConfigError naming the key that is unknown or malformed.
         """
@@ -76,9 +80,10 @@ class ChainSettings:
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where the contracts of one deployment lie."""
+    """Where the contracts of one deployment lie, and from which block on they have events."""
 
     chain_id: int
+    from_block: int
     sno: bytes
     registry: bytes
     escrow: bytes
@@ -94,11 +99,17 @@ class Addresses:
         """Raises ConfigError where the file is missing or not such a file."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            names = [item.name for item in fields(cls) if item.name != "chain_id"]
-            return cls(chain_id=int(values["chain_id"]), **{name: _account(values[name]) for name in names})
+            return cls(
+                chain_id=int(values["chain_id"]),
+                from_block=int(values["from_block"]),
+                sno=_account(values["sno"]),
+                registry=_account(values["registry"]),
+                escrow=_account(values["escrow"]),
+                rounds=_account(values["rounds"]),
+            )
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}; `tensorlink deploy` writes this file") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is not an addresses file: {error!r}; `tensorlink deploy` writes one") from None
 
 

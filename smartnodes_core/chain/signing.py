@@ -1,7 +1,8 @@
 """Accounts of the chain: secp256k1 keys, keccak, EIP-712 and EIP-191 hashes, signatures of 65 bytes (r, s, v).
 
-Light on purpose: nodes import it at once, while `client.py` loads web3 only after the node listens. Everything here is bytes;
-`checksum` makes the text that people and web3 read. Neighbours: `rounds.py` says what is signed, `identity.py` binds accounts.
+Light on purpose: nodes import it at once, while `client.py` loads web3 only after the node listens. Everything here is
+bytes; `checksum` makes the text that people and web3 read. Neighbours: `rounds.py` says what is signed, `identity.py`
+binds accounts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ def keccak(data: bytes) -> bytes:
 
 
 def word(value: int | bytes) -> bytes:
-    """One 32-byte ABI word: integers and addresses padded on the left, bytes32 as they are. Raises ValueError if too large."""
+    """One 32-byte ABI word: integers and addresses padded on the left, bytes32 as they are. Raises ValueError if too
+    large.
+    """
     if isinstance(value, int):
         if value < 0:
             raise ValueError(f"{value}: the contracts know no negative numbers")
@@ -49,7 +52,9 @@ def address_of(key: bytes) -> bytes:
     try:
         public = coincurve.PrivateKey(key).public_key
     except ValueError as error:
-        raise ConfigError(f"not a private key of the chain: {error}; 32 bytes below the curve's order are needed") from None
+        raise ConfigError(
+            f"not a private key of the chain: {error}; 32 bytes below the curve's order are needed"
+        ) from None
     return _address(public)
 
 

@@ -1,4 +1,5 @@
-"""A validator's auditing: collect commitments, fix lists, reveal preimages, challenge what the seeds select, give verdicts.
+"""A validator's auditing: collect commitments, fix lists, reveal preimages, challenge what the seeds select, give
+verdicts.
 
 The rules are pure and live in `smartnodes_core/audit.py`; this module moves the messages. One thread fixes and reveals lists,
 one re-executes; neither ever waits for the other or for the chain.
@@ -30,6 +31,7 @@ from smartnodes_core.identity import Identity, verify
 from smartnodes_core.jobs import Job, spec_digest
 from smartnodes_core.journal import Journal
 from smartnodes_core.nodes.base import Node
+from smartnodes_core.nodes.evidence import EvidenceDesk
 from smartnodes_core.records import (
     MAX_RECORD_BYTES,
     NO_DIGEST,
@@ -67,10 +69,13 @@ class AuditedJob:
     lists: dict[tuple[NodeKey, int], tuple[ReceivedList, bytes]] = field(default_factory=dict)
     listed_by: dict[bytes, dict[NodeKey, int]] = field(default_factory=dict)
     reveals: dict[tuple[NodeKey, int], tuple[Reveal, bytes]] = field(default_factory=dict)
-    pending: list[tuple[int, float]] = field(default_factory=list)  # own lists not yet revealed, and when they were fixed
+    pending: list[tuple[int, float]] = field(
+        default_factory=list
+    )  # own lists not yet revealed, and when they were fixed
     drawn: dict[bytes, list[Selection]] = field(default_factory=dict)
     specs: dict[int, bytes] = field(default_factory=dict)
     verdicts: dict[bytes, tuple[Verdict, bytes]] = field(default_factory=dict)
+    confirmed: set[bytes] = field(default_factory=set)  # fraudulent verdicts that this validator re-ran itself
     link_faults: list[str] = field(default_factory=list)
     latest_step: dict[tuple[int, int], int] = field(default_factory=dict)
     closed: bool = False
@@ -82,8 +87,9 @@ class AuditedJob:
 class AuditDesk:
     """The auditing of one validator over all its jobs.
 
-    `tip` gives a validator's hash-chain tip on chain; `list_interval_s` is how long commitments are gathered before a list is
-    fixed, `reveal_timeout_s` after how long a list is revealed although another validator has not listed the same.
+    `tip` gives a validator's hash-chain tip on chain; `list_interval_s` is how long commitments are gathered before a
+    list is fixed, `reveal_timeout_s` after how long a list is revealed although another validator has not listed the
+    same.
     """
 
     def __init__(
@@ -91,6 +97,7 @@ class AuditDesk:
         node: Node,
         identity: Identity,
         auditor: Auditor,
+        evidence: EvidenceDesk,
         chain: HashChain,
         tip: Callable[[NodeKey], bytes | None],
         journal: Journal,
@@ -100,10 +107,11 @@ class AuditDesk:
     ):
         self.jobs: dict[bytes, AuditedJob] = {}
         self.lock = threading.RLock()
-        self.on_verdict: Callable[[AuditedJob, Verdict], None] = lambda job, verdict: None
+        evidence.on_confirmed = self.confirm
         self._node = node
         self._identity = identity
         self._auditor = auditor
+        self._evidence = evidence
         self._chain = chain
         self._tip = tip
         self._trackers: dict[tuple[NodeKey, bytes], TipTracker] = {}
@@ -142,7 +150,7 @@ class AuditDesk:
             elif job.plan.version > self.jobs[job.id].job.plan.version:
                 self.jobs[job.id].job = job
 
-    # -- commitments ------------------------------------------------------------------------------------------------------
+    # -- commitments --------------------------------------------------------------------------------------------------
 
     @allow(roles=("worker", "validator"), max_body_bytes=MAX_RECORD_BYTES)
     def rpc_commitment(self, caller: Peer, params: dict[str, Any], body: memoryview) -> None:
@@ -150,21 +158,28 @@ class AuditDesk:
         self.take_commitment(bytes(body))
 
     def take_commitment(self, data: bytes) -> None:
-        """Store a signed commitment. Raises AuthorityError for a stage the signer does not run, RecordError for a second one."""
+        """Store a signed commitment. Raises AuthorityError for a stage the signer does not run, RecordError for a
+        second one.
+        """
         signed = Signed.decode(data)
         commitment = verify(signed, Commitment)
         digest = commitment.digest()
         with self.lock:
             audited = self._job(commitment.job)
             job = audited.job
-            if signed.signer != commitment.worker or job.worker_of(commitment.stage, commitment.replica) != signed.signer:
+            if (
+                signed.signer != commitment.worker
+                or job.worker_of(commitment.stage, commitment.replica) != signed.signer
+            ):
                 raise AuthorityError(f"stage {commitment.stage} is not run by the signer of this commitment")
             if commitment.work_units != job.record.work_units[commitment.stage] * len(commitment.units):
                 raise RecordError("the work claimed is not the units times what the job says each is worth")
             place = (commitment.plan_version, commitment.replica, commitment.stage, commitment.step)
             before = audited.by_place.setdefault(place, digest)
             if before != digest:
-                raise RecordError(f"two commitments for step {commitment.step} of stage {commitment.stage}: equivocation")
+                raise RecordError(
+                    f"two commitments for step {commitment.step} of stage {commitment.stage}: equivocation"
+                )
             if digest in audited.commitments:
                 return
             audited.commitments[digest], audited.signed[digest] = commitment, data
@@ -180,7 +195,9 @@ class AuditDesk:
         for lower in (commitment.stage - 1, commitment.stage):
             ends = [
                 audited.commitments.get(
-                    audited.by_place.get((commitment.plan_version, commitment.replica, stage, commitment.step), NO_DIGEST)
+                    audited.by_place.get(
+                        (commitment.plan_version, commitment.replica, stage, commitment.step), NO_DIGEST
+                    )
                 )
                 for stage in (lower, lower + 1)
             ]
@@ -208,7 +225,7 @@ class AuditDesk:
             except SmartnodesError as error:
                 logger.warning("a commitment that a validator listed could not be fetched: %s", error)
 
-    # -- lists and reveals --------------------------------------------------------------------------------------------------
+    # -- lists and reveals --------------------------------------------------------------------------------------------
 
     def _fix_lists(self) -> None:
         while not self._stopping.is_set():
@@ -270,7 +287,9 @@ class AuditDesk:
             audited = self.jobs[job_id]
             with self.lock:
                 received = audited.lists[(self._node.node_key, index)][0]
-                complete = all(len(audited.listed_by[digest]) == len(audited.assigned) for digest in received.commitments)
+                complete = all(
+                    len(audited.listed_by[digest]) == len(audited.assigned) for digest in received.commitments
+                )
                 if not complete and time.monotonic() - fixed_at < self._reveal_timeout_s:
                     return  # later preimages would give this one away
                 audited.pending.remove((index, fixed_at))
@@ -307,7 +326,7 @@ class AuditDesk:
             raise AuthorityError("this validator has posted no hash-chain tip on chain")
         return self._trackers.setdefault((validator, tip), TipTracker(tip))
 
-    # -- draw, challenge, verdict ---------------------------------------------------------------------------------------------
+    # -- draw, challenge, verdict -------------------------------------------------------------------------------------
 
     def _draw(self, audited: AuditedJob, digests: list[bytes]) -> None:
         """Draw for every commitment whose preimages are all out; queue the cases that fall to this validator."""
@@ -354,48 +373,52 @@ class AuditDesk:
             auditor=self._node.node_key,
             deadline_s=int(time.time() + self._challenge_timeout_s),
         )
-        finding, reason = self._open_and_examine(
-            audited, commitment, challenge, lists, [reveals[key][1] for key in sorted(reveals)]
-        )
-        self._give_verdict(audited, commitment, challenge, finding, reason)
+        signed_reveals = [reveals[key][1] for key in sorted(reveals)]
+        try:
+            case, body = self._open(audited, commitment, challenge, lists, signed_reveals)
+        except PeerFault as fault:
+            self._give_verdict(audited, commitment, challenge, "inconclusive", f"not opened: {fault}")
+            return
+        except SmartnodesError as error:
+            self._give_verdict(audited, commitment, challenge, "inconclusive", f"no opening came: {error}")
+            return
+        finding, reason = self._auditor.examine(case, body)
+        evidence = NO_DIGEST
+        if finding == "fraudulent":
+            evidence = self._evidence.keep(case, audited.signed[digest], body)
+        self._give_verdict(audited, commitment, challenge, finding, reason, evidence)
 
-    def _open_and_examine(
+    def _open(
         self,
         audited: AuditedJob,
         commitment: Commitment,
         challenge: Challenge,
         lists: list[bytes],
         reveals: list[bytes],
-    ) -> tuple[Finding, str]:
+    ) -> tuple[Case, memoryview]:
+        """Have the worker open the unit. Raises PeerFault where it refuses or answers wrongly, Unavailable where it does not."""
         key = audited.of_stage(commitment.stage, commitment.replica)
-        params = {
-            "key": key,
-            "challenge": self._identity.sign(challenge).encode(),
-            "lists": lists,
-            "reveals": reveals,
-        }
-        try:
-            spec = self._spec(audited, commitment, key)
-            reply = self._node.call(
-                commitment.worker, "challenge", params, timeout_s=self._challenge_timeout_s, max_body_bytes=MAX_OPENING_BYTES
-            )
-            signed = Signed.decode(reply.params["opening"])
-            opening = verify(signed, Opening)
-            if signed.signer != commitment.worker or opening.challenge != challenge.digest():
-                raise RecordError("the opening is not the worker's, or answers another challenge")
-            order = bytes(reply.params["order"])
-        except PeerFault as fault:
-            return "inconclusive", f"the worker did not open: {fault}"
-        except SmartnodesError as error:
-            return "inconclusive", f"no opening came: {error}"
-        case = Case(audited.job.record, spec, commitment, challenge, order, opening.encode())
-        return self._auditor.examine(case, reply.body)
+        params = {"key": key, "challenge": self._identity.sign(challenge).encode(), "lists": lists, "reveals": reveals}
+        spec = self._spec(audited, commitment, key)
+        reply = self._node.call(
+            commitment.worker, "challenge", params, timeout_s=self._challenge_timeout_s, max_body_bytes=MAX_OPENING_BYTES
+        )
+        at = int(reply.params["opening_bytes"])
+        order_end = at + int(reply.params["order_bytes"])
+        signed = Signed.decode(bytes(reply.body[:at]))
+        opening = verify(signed, Opening)
+        if signed.signer != commitment.worker or opening.challenge != challenge.digest():
+            raise RecordError("the opening is not the worker's, or answers another challenge")
+        order = bytes(reply.body[at:order_end])
+        return Case(audited.job.record, spec, commitment, challenge, order, opening.encode()), reply.body[order_end:]
 
     def _spec(self, audited: AuditedJob, commitment: Commitment, key: str) -> bytes:
         """What the stage runs, fetched once from its worker and checked against the job record."""
         spec = audited.specs.get(commitment.stage)
         if spec is None:
-            reply = self._node.call(commitment.worker, "spec", {"key": key}, timeout_s=30, max_body_bytes=MAX_SPEC_BYTES)
+            reply = self._node.call(
+                commitment.worker, "spec", {"key": key}, timeout_s=30, max_body_bytes=MAX_SPEC_BYTES
+            )
             spec = bytes(reply.body)
             if spec_digest(spec) != audited.job.record.specs[commitment.stage]:
                 raise RecordError("the worker gave another spec than the job record names")
@@ -403,7 +426,13 @@ class AuditDesk:
         return spec
 
     def _give_verdict(
-        self, audited: AuditedJob, commitment: Commitment, challenge: Challenge, finding: Finding, reason: str
+        self,
+        audited: AuditedJob,
+        commitment: Commitment,
+        challenge: Challenge,
+        finding: Finding,
+        reason: str,
+        evidence: bytes = NO_DIGEST,
     ) -> None:
         verdict = Verdict(
             job=audited.job.id,
@@ -419,7 +448,7 @@ class AuditDesk:
             auditor=self._node.node_key,
             finding=finding,
             reason=reason[:4000],
-            evidence=NO_DIGEST,
+            evidence=evidence,
             work_units=commitment.work_units,
             decided_at_s=int(time.time()),
         )
@@ -443,9 +472,18 @@ class AuditDesk:
             if verdict.digest() in audited.verdicts:
                 return
             audited.verdicts[verdict.digest()] = (verdict, data)
-        self.on_verdict(audited, verdict)
+            own = verdict.auditor == self._node.node_key
+            if own:
+                audited.confirmed.add(verdict.digest())
+        if verdict.finding == "fraudulent" and not own:
+            self._evidence.confirm(verdict)
 
-    # -- small parts --------------------------------------------------------------------------------------------------------
+    def confirm(self, verdict: Verdict) -> None:
+        """This validator has re-run a fraud verdict and found the same: rounds may carry it."""
+        with self.lock:
+            self._job(verdict.job).confirmed.add(verdict.digest())
+
+    # -- small parts --------------------------------------------------------------------------------------------------
 
     def _job(self, job_id: bytes) -> AuditedJob:
         audited = self.jobs.get(job_id)
@@ -453,9 +491,7 @@ class AuditDesk:
             raise RecordError("a job this validator does not know")
         return audited
 
-    def _tell(
-        self, audited: AuditedJob, method: str, params: dict[str, Any], also: tuple[NodeKey, ...] = ()
-    ) -> None:
+    def _tell(self, audited: AuditedJob, method: str, params: dict[str, Any], also: tuple[NodeKey, ...] = ()) -> None:
         """One-way to all other validators of the job (all keep its history), and to `also`."""
         for peer in (*audited.job.plan.validators, *also):
             if peer != self._node.node_key:

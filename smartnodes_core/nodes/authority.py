@@ -1,7 +1,7 @@
 """Who may connect: the chain's members, with the role that they registered and a reputation above zero.
 
-An authority is asked in every handshake, and again about live connections whenever the chain has changed. When the chain cannot
-be reached, peers that are known stay, and new ones are refused with that reason.
+An authority is asked in every handshake, and again about live connections whenever the chain has changed. When the
+chain cannot be reached, peers that are known stay, and new ones are refused with that reason.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
+from smartnodes_core.chain.base import Member
 from smartnodes_core.errors import AuthorityError, ChainError
 from smartnodes_core.transport.base import Peer
 
@@ -21,21 +22,6 @@ logger = logging.getLogger(__name__)
 POLL_INTERVAL_S = 15.0
 MIN_REFRESH_INTERVAL_S = 1.0
 FIRST_LIST_TIMEOUT_S = 10.0
-
-
-class Member(Protocol):
-    """What is read of the chain's list (`chain/base.py`): `key_hash` is the SHA-256 of the node key."""
-
-    @property
-    def address(self) -> bytes: ...
-    @property
-    def role(self) -> str: ...
-    @property
-    def key_hash(self) -> bytes: ...
-    @property
-    def reputation(self) -> int: ...
-    @property
-    def live(self) -> bool: ...
 
 
 class Authority(Protocol):
@@ -72,7 +58,8 @@ class OpenAuthority:
 
 class ChainAuthority:
     """Admits live members of the chain's list, which it reads every `poll_interval_s` and, at most once in
-    `min_refresh_interval_s`, when somebody unknown appears. `members` may raise ChainError, and is never called twice at once.
+    `min_refresh_interval_s`, when somebody unknown appears. `members` may raise ChainError, and is never called twice
+    at once.
     """
 
     def __init__(
@@ -125,18 +112,20 @@ class ChainAuthority:
             raise AuthorityError(
                 f"{peer} is not registered on chain: register its key {peer.node_key.hex()[:16]} first"
             )
-        if peer.binding is None or peer.binding.account != member.address:
+        if peer.binding is None or peer.binding.account != member.account:
             raise AuthorityError(
-                f"{peer} is registered by account 0x{member.address.hex()}, which its binding does not name"
+                f"{peer} is registered by account 0x{member.account.hex()}, which its binding does not name"
             )
         if peer.binding.expires_at_s <= time.time():
             raise AuthorityError(f"the binding of {peer} has expired: it has to sign a new one")
         if member.role != peer.role:
             raise AuthorityError(f"{peer} is registered as {member.role}, not as {peer.role}")
-        if not member.live:
-            raise AuthorityError(f"{peer} has left: its registration on chain has ended")
         if member.reputation <= 0:
             raise AuthorityError(f"{peer} is blacklisted: its reputation on chain is 0")
+        if not _takes_part(member):
+            raise AuthorityError(
+                f"{peer} takes no part: it has left, or its stake on chain is below what its role needs"
+            )
 
     def _refresh_if_old(self) -> bool:
         """True when the list was read since the caller looked at it, here or by another thread."""
@@ -172,3 +161,10 @@ class ChainAuthority:
             if self._on_change is not None and not self._stopping.is_set():
                 self._on_change()
             self._stopping.wait(self._poll_interval_s)
+
+
+def _takes_part(member: Member) -> bool:
+    """Also those on the way in or out: a validator awaiting its epoch, and who has asked to leave and still answers audits."""
+    joining = member.role == "validator" and member.exit_at_s == 0
+    leaving = member.exit_at_s != 0 and member.stake_wei > 0
+    return member.live or joining or leaving

@@ -1,7 +1,7 @@
 """A node: one identity on the network, with its connections, what it serves and whom it calls.
 
-Roles (`user.py`, `worker.py`, `validator.py`) are objects that a node serves. Nothing here imports the chain's client: the
-authority is given, and a node listens before web3 is loaded.
+Roles (`user.py`, `worker.py`, `validator.py`) are objects that a node serves. Nothing here imports the chain's
+client: the authority is given, and a node listens before web3 is loaded.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ _INBOUND_WAIT_S = 1.0
 class Node:
     """A node of the network; `start` listens at `endpoint` (port 0: any free one; None: dial only).
 
-    Methods taking a `node_key` dial by themselves when there is no connection, at the endpoints given to `add_address`. They
-    raise PeerUnreachableError, AuthorityError, DeadlineError, ConnectionLostError, BusyError, or what the peer raised.
+    Methods taking a `node_key` dial by themselves when there is no connection, at the endpoints given to
+    `add_address`. They raise PeerUnreachableError, AuthorityError, DeadlineError, ConnectionLostError, BusyError, or
+    what the peer raised.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class Node:
             raise ConfigError("this node does not listen: start it with an endpoint")
         return self._listener.endpoint
 
-    # -- what it serves -------------------------------------------------------------------------------------------------
+    # -- what it serves -----------------------------------------------------------------------------------------------
 
     def serve(self, obj: object) -> None:
         """Lets peers call the methods of `obj` named `rpc_…`; see `rpc.allow`."""
@@ -123,10 +124,12 @@ class Node:
         self._rpc.on_stream(topic, allocate, receive)
 
     def on_peer_lost(self, callback: Callable[[bytes, str], None]) -> None:
-        """Has `callback(node_key, reason)` called, on the connection's thread, when a peer's connection ends (not at `stop`)."""
+        """Has `callback(node_key, reason)` called, on the connection's thread, when a peer's connection ends (not at
+        `stop`).
+        """
         self._lost_callbacks.append(callback)
 
-    # -- whom it calls --------------------------------------------------------------------------------------------------
+    # -- whom it calls ------------------------------------------------------------------------------------------------
 
     def connect(self, endpoint: str, node_key: bytes | None = None, timeout_s: float = DIAL_TIMEOUT_S) -> Peer:
         """Connects to whoever is at `endpoint`, who must own `node_key` if that is given, and remembers the address."""
@@ -170,7 +173,9 @@ class Node:
         body: Sequence[Buffer] = (),
         timeout_s: float = SEND_TIMEOUT_S,
     ) -> None:
-        """Calls `method` of a peer without an answer; its notifications are handled in the order in which they were sent."""
+        """Calls `method` of a peer without an answer; its notifications are handled in the order in which they were
+        sent.
+        """
         self._rpc.notify(self._connection(node_key, timeout_s), method, params, body, timeout_s=timeout_s)
 
     def stream(
@@ -196,7 +201,7 @@ class Node:
             logger.info("dropping %s: %s", connection.peer, reason)
             connection.close(reason)
 
-    # -- connections ----------------------------------------------------------------------------------------------------
+    # -- connections --------------------------------------------------------------------------------------------------
 
     def _connection(self, node_key: bytes, timeout_s: float) -> Connection:
         connection = self._links.get(node_key)

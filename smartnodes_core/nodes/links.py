@@ -1,7 +1,7 @@
 """A node's connections, one for each peer, and where peers are reached.
 
-When both sides dial at once, the connection dialled by the smaller node key stays: the owner of that key refuses the other
-during its handshake, before anything was sent on it, and the other side waits for the one that is coming.
+When both sides dial at once, the connection dialled by the smaller node key stays: the owner of that key refuses the
+other during its handshake, before anything was sent on it, and the other side waits for the one that is coming.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class Links:
             raise DuplicateConnectionError("a connection between us exists or is just being made")
 
     def begin_dialling(self, node_key: bytes, deadline_s: float) -> Connection | None:
-        """Waits until nobody else dials this peer: the connection that they made, or None, and the caller dials and must
-        call `end_dialling`. Raises PeerUnreachableError at the deadline."""
+        """Waits until nobody else dials this peer: the connection that they made, or None, and the caller dials and
+        must call `end_dialling`. Raises PeerUnreachableError at the deadline."""
         with self._changed:
             while True:
                 found = self._live.get(node_key)

@@ -1,7 +1,8 @@
 """A validator's rounds: gather what was verified, propose it or check another's proposal, sign, execute.
 
-The rules are pure and live in `smartnodes_core/rounds.py`. A proposal names the verdicts and commitments behind it; whoever votes looks
-each of them up among its own, fetches what it lacks, recomputes the proposal and signs only what comes out the same.
+The rules are pure and live in `smartnodes_core/rounds.py`. A proposal names the verdicts and commitments behind it;
+whoever votes looks each of them up among its own, fetches what it lacks, recomputes the proposal and signs only what
+comes out the same.
 """
 
 from __future__ import annotations
@@ -9,23 +10,27 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
+import msgspec
+
 from smartnodes_core.chain.base import Chain, RoundState
+from smartnodes_core.chain.merkle import RewardTree
 from smartnodes_core.chain.signing import address_of, recover, sign_digest
 from smartnodes_core.errors import AuthorityError, RecordError, SmartnodesError
 from smartnodes_core.journal import Journal
 from smartnodes_core.nodes.auditing import AuditDesk, AuditedJob
 from smartnodes_core.nodes.base import Node
-from smartnodes_core.nodes.placement import JobDesk
-from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, NodeKey, Proposal, Verdict, Vote
+from smartnodes_core.nodes.membership import Membership
+from smartnodes_core.records import MAX_RECORD_BYTES, NO_DIGEST, Commitment, NodeKey, Proposal, Verdict, Vote, canonical
 from smartnodes_core.reputation import VerdictCounts
 from smartnodes_core.rounds import (
-    Domain,
     RoundContext,
     RoundEvidence,
     RoundProposal,
+    Standing,
     draw_proposers,
     justify,
     propose,
@@ -44,8 +49,7 @@ MAX_NAMED = 20_000
 class RoundDesk:
     """Carries what this validator and its peers verified on chain, one round after the other.
 
-    `account_of` gives the account bound to a node key, `validators` the node keys of live validators by account. `poll_s` is how often
-    the chain is looked at, `proposer_timeout_s` after how long the next in the draw takes over.
+    `poll_s` is how often the chain is looked at, `proposer_timeout_s` after how long the next in the draw takes over.
     """
 
     def __init__(
@@ -55,10 +59,9 @@ class RoundDesk:
         account_key: bytes,
         network_id: int,
         audits: AuditDesk,
-        jobs: JobDesk,
-        account_of: Callable[[NodeKey], bytes | None],
-        node_key_of: Callable[[bytes], NodeKey | None],
+        membership: Membership,
         journal: Journal,
+        learn_validators: Callable[[], None] = lambda: None,
         poll_s: float = 1.0,
         proposer_timeout_s: float = 10.0,
     ):
@@ -68,9 +71,10 @@ class RoundDesk:
         self._key = account_key
         self._account = address_of(account_key)
         self._network_id = network_id
-        self._audits, self._jobs = audits, jobs
-        self._account_of, self._node_key_of = account_of, node_key_of
+        self._audits = audits
+        self._account_of, self._node_key_of = membership.account_of, membership.node_key_of
         self._journal = journal
+        self._learn_validators = learn_validators
         self._poll_s, self._proposer_timeout_s = poll_s, proposer_timeout_s
         self._settled: set[bytes] = set()
         self._seen: dict[bytes, tuple[Proposal, RoundProposal, dict[bytes, int]]] = {}
@@ -91,7 +95,7 @@ class RoundDesk:
         if self._thread.is_alive():
             self._thread.join(timeout=2)
 
-    # -- proposing ------------------------------------------------------------------------------------------------------------
+    # -- proposing ----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         while not self._stopping.wait(self._poll_s):
@@ -105,36 +109,75 @@ class RoundDesk:
     def _tick(self) -> None:
         state = self._chain.round_state(self._network_id)
         self._follow(state)
-        if time.time() < state.earliest_s:
+        if state.chain_time_s < state.earliest_at_s:
             self._due_since = None
             return
         if self._due_since is None:
             self._due_since = time.monotonic()
-        accounts = sorted(state.validators)
-        order = draw_proposers(accounts, state.previous_hash, state.number)
-        if self._account not in order:
+        self._learn_validators()
+        order = self._proposers(state)
+        if self._account not in order or not self._knows_totals(state):
             return
         rank = order.index(self._account)
-        if time.monotonic() - self._due_since < rank * self._proposer_timeout_s:
-            return
-        self._propose(state, rank)
+        if time.monotonic() - self._due_since >= rank * self._proposer_timeout_s:
+            self._propose(state, rank)
+            self._due_since = time.monotonic()
+
+    def _proposers(self, state: RoundState) -> list[bytes]:
+        return draw_proposers(self._chain.validators(self._network_id), state.previous_hash, state.number + 1)
 
     def _follow(self, state: RoundState) -> None:
-        """Take note of the round that was executed last: its evidence is settled, its rewards are the base of the next."""
+        """Take note of the round that was executed last: its evidence is settled, its rewards are the base of the
+        next.
+        """
         with self._lock:
             if state.number == self._number:
                 return
             known = self._seen.get(state.previous_hash)
             if known is not None:
                 proposal, content, totals = known
-                self._settled.update(proposal.verdicts, proposal.settled, content.jobs_created, content.jobs_completed)
+                self._settled.update(proposal.verdicts, proposal.settled)
                 self._totals_wei = totals
                 self.executed.append(content)
-            elif state.number:
-                self._totals_wei = dict(self._chain.reward_totals(self._network_id))
-            self._signers = tuple(state.signers)
+            executed = self._chain.executed_round(self._network_id, state.number)
+            self._signers = executed.signers if executed else ()
             self._number = state.number
             self._seen.clear()
+
+    def _knows_totals(self, state: RoundState) -> bool:
+        """Whether the cumulative rewards under the last root are known here; else asks the other validators for
+        them.
+        """
+        if self._root_of(self._totals_wei) == state.latest_root:
+            return True
+        for account in self._chain.validators(self._network_id):
+            key = self._node_key_of(account)
+            if account == self._account or key is None:
+                continue
+            try:
+                reply = self._node.call(key, "reward_totals", {}, timeout_s=VOTE_TIMEOUT_S)
+                totals = _decode_totals(reply.body)
+            except SmartnodesError as error:
+                logger.info("no reward totals of %s: %s", key.hex()[:8], error)
+                continue
+            if self._root_of(totals) == state.latest_root:
+                with self._lock:
+                    self._totals_wei = totals
+                return True
+        logger.warning("the rewards under root %s are known to no validator that answers", state.latest_root.hex()[:16])
+        return False
+
+    def _root_of(self, totals: Mapping[bytes, int]) -> bytes:
+        domain = self._chain.domain
+        return RewardTree(domain.chain_id, domain.contract, self._network_id, totals).root if totals else NO_DIGEST
+
+    @allow(max_body_bytes=0)
+    def rpc_reward_totals(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
+        """The cumulative rewards under the last executed root: anybody may check them against the chain and build a
+        claim.
+        """
+        with self._lock:
+            return {}, [canonical({account.hex(): str(wei) for account, wei in self._totals_wei.items()})]
 
     def _propose(self, state: RoundState, view: int) -> None:
         verdicts, commitments = self._unsettled()
@@ -150,23 +193,24 @@ class RoundDesk:
             verdicts=sorted(verdicts),
             settled=sorted(commitments),
         )
-        digest = self._domain(state).digest(content)
+        digest = self._chain.proposal_digest(content)
         signatures = {self._account: self._sign(content, digest)}
         with self._lock:
             self._seen[digest] = (proposal, content, totals)
-        self._collect(state, proposal, digest, signatures)
-        if len(signatures) < quorum(len(state.validators)):
-            logger.warning("round %s: %d of %d signatures", content.round, len(signatures), quorum(len(state.validators)))
+        self._collect(proposal, digest, signatures)
+        needed = quorum(len(self._chain.validators(self._network_id)))
+        if len(signatures) < needed:
+            logger.warning("round %s: %d of %d signatures", content.round, len(signatures), needed)
             return
         self._chain.execute_round(content, [signatures[account] for account in sorted(signatures)])
         logger.info("round %s executed with %d signatures", content.round, len(signatures))
 
-    def _collect(self, state: RoundState, proposal: Proposal, digest: bytes, signatures: dict[bytes, bytes]) -> None:
+    def _collect(self, proposal: Proposal, digest: bytes, signatures: dict[bytes, bytes]) -> None:
         """Ask all other validators at once; those that answer in time and verify are in `signatures` afterwards."""
-        others = [key for account in state.validators if account != self._account and (key := self._node_key_of(account))]
+        accounts = [account for account in self._chain.validators(self._network_id) if account != self._account]
         threads = [
-            threading.Thread(target=self._ask, args=(key, state, proposal, digest, signatures), daemon=True)
-            for key in others
+            threading.Thread(target=self._ask, args=(account, proposal, digest, signatures), daemon=True)
+            for account in accounts
         ]
         for thread in threads:
             thread.start()
@@ -174,20 +218,24 @@ class RoundDesk:
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _ask(
-        self, validator: NodeKey, state: RoundState, proposal: Proposal, digest: bytes, signatures: dict[bytes, bytes]
-    ) -> None:
+    def _ask(self, account: bytes, proposal: Proposal, digest: bytes, signatures: dict[bytes, bytes]) -> None:
+        validator = self._node_key_of(account)
+        if validator is None:
+            logger.info("round %s: validator 0x%s was never met", proposal.round, account.hex()[:8])
+            return
         try:
             reply = self._node.call(validator, "propose", {}, [proposal.encode()], timeout_s=VOTE_TIMEOUT_S)
             vote = Vote.decode(reply.body)
             if not vote.signature:
-                logger.info("round %s: %s does not sign: %s", proposal.round, validator.hex()[:8], "; ".join(vote.reasons))
-            elif vote.validator in state.validators and recover(digest, vote.signature) == vote.validator:
-                signatures[vote.validator] = vote.signature
+                logger.info(
+                    "round %s: %s does not sign: %s", proposal.round, validator.hex()[:8], "; ".join(vote.reasons)
+                )
+            elif vote.validator == account and recover(digest, vote.signature) == account:
+                signatures[account] = vote.signature
         except SmartnodesError as error:
             logger.info("round %s: no vote of %s: %s", proposal.round, validator.hex()[:8], error)
 
-    # -- voting -----------------------------------------------------------------------------------------------------------------
+    # -- voting -------------------------------------------------------------------------------------------------------
 
     @allow(roles=("validator",), max_body_bytes=MAX_RECORD_BYTES)
     def rpc_propose(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
@@ -198,7 +246,7 @@ class RoundDesk:
         state = self._chain.round_state(self._network_id)
         self._follow(state)
         content = RoundProposal.decode(proposal.content)
-        digest = self._domain(state).digest(content)
+        digest = self._chain.proposal_digest(content)
         reasons = self._check(state, proposal, content, caller.node_key)
         signature = b"" if reasons else self._sign(content, digest)
         vote = Vote(proposal=digest, validator=self._account, signature=signature, reasons=reasons[:64])
@@ -206,11 +254,13 @@ class RoundDesk:
 
     def _check(self, state: RoundState, proposal: Proposal, content: RoundProposal, proposer: NodeKey) -> list[str]:
         """Why this validator cannot sign; empty when it can."""
-        order = draw_proposers(sorted(state.validators), state.previous_hash, state.number)
+        order = self._proposers(state)
         if proposal.view >= len(order) or order[proposal.view] != proposal.proposer:
             return [f"view {proposal.view} is not this proposer's"]
         if content.until_s > time.time() + 5:
             return [f"until_s {content.until_s} is in the future"]
+        if not self._knows_totals(state):
+            return ["the rewards under the last root are not known here"]
         try:
             verdicts, commitments = self._look_up(proposal, proposer)
         except RecordError as error:
@@ -221,13 +271,13 @@ class RoundDesk:
         reasons += justify(content, recomputed) or []
         if not reasons:
             with self._lock:
-                self._seen[self._domain(state).digest(content)] = (proposal, content, totals)
+                self._seen[self._chain.proposal_digest(content)] = (proposal, content, totals)
         return reasons
 
-    def _look_up(
-        self, proposal: Proposal, proposer: NodeKey
-    ) -> tuple[dict[bytes, Verdict], dict[bytes, Commitment]]:
-        """The records that a proposal names, from this validator's own books. Raises RecordError for what may not be settled."""
+    def _look_up(self, proposal: Proposal, proposer: NodeKey) -> tuple[dict[bytes, Verdict], dict[bytes, Commitment]]:
+        """The records that a proposal names, from this validator's own books. Raises RecordError for what may not be
+        settled.
+        """
         with self._lock:
             again = self._settled.intersection([*proposal.verdicts, *proposal.settled])
         if again:
@@ -263,12 +313,14 @@ class RoundDesk:
         ]
 
     def _sign(self, content: RoundProposal, digest: bytes) -> bytes:
-        """Sign once per (round, view, previous hash), durably before it leaves. Raises EquivocationError for a second one."""
+        """Sign once per (round, view, previous hash), durably before it leaves. Raises EquivocationError for a second
+        one.
+        """
         scope = f"round/{content.network_id}/{content.round}/{content.view}/{content.previous_hash.hex()}"
         self._journal.once(scope, digest)
         return sign_digest(self._key, digest)
 
-    # -- evidence ---------------------------------------------------------------------------------------------------------------
+    # -- evidence -----------------------------------------------------------------------------------------------------
 
     def _unsettled(self) -> tuple[dict[bytes, Verdict], dict[bytes, Commitment]]:
         with self._lock:
@@ -306,7 +358,8 @@ class RoundDesk:
         for verdict in verdicts.values():
             account = self._account_of(verdict.worker)
             if account is not None:
-                counts[account] = counts.get(account, VerdictCounts()).plus(verdict.finding)
+                before = counts.get(account, VerdictCounts())
+                counts[account] = replace(before, **{verdict.finding: getattr(before, verdict.finding) + 1})
         work: dict[bytes, int] = {}
         for commitment in commitments.values():
             account = self._account_of(commitment.worker)
@@ -315,26 +368,29 @@ class RoundDesk:
         return RoundEvidence(verdicts=counts, work_units=work, digests=[*verdicts, *commitments])
 
     def _context(self, state: RoundState, view: int, until_s: int) -> RoundContext:
+        members = self._chain.members(self._network_id)
         return RoundContext(
-            domain=self._domain(state),
+            domain=self._chain.domain,
             network_id=self._network_id,
-            round=state.number,
+            round=state.number + 1,
             view=view,
             previous_hash=state.previous_hash,
             until_s=until_s,
             emission_wei=self._chain.emission_wei(self._network_id, until_s),
-            num_validators=len(state.validators),
+            num_validators=len(self._chain.validators(self._network_id)),
             signers=self._signers,
-            standings=self._chain.standings(self._network_id),
+            standings={m.account: Standing(m.index, m.reputation, m.stake_wei) for m in members},
             totals_wei=self._totals_wei,
         )
 
-    def _domain(self, state: RoundState) -> Domain:
-        return self._chain.domain
+
+def _decode_totals(body: memoryview) -> dict[bytes, int]:
+    """What `rpc_reward_totals` answers. Raises RecordError."""
+    try:
+        return {bytes.fromhex(account): int(wei) for account, wei in msgspec.msgpack.decode(body).items()}
+    except (msgspec.DecodeError, ValueError, AttributeError, TypeError) as error:
+        raise RecordError(f"not a table of reward totals: {error}") from None
 
 
 def _first(records: Mapping[bytes, Any]) -> dict[bytes, Any]:
     return {digest: records[digest] for digest in sorted(records)[:MAX_NAMED]}
-
-
-__all__: Sequence[str] = ["RoundDesk"]

@@ -55,7 +55,7 @@ class UserNode:
         node.on_stream(STREAM, self._allocate, self._receive)
         node.on_peer_lost(self._peer_lost)
 
-    # -- opening and closing --------------------------------------------------------------------------------------------
+    # -- opening and closing ------------------------------------------------------------------------------------------
 
     @staticmethod
     def nonce() -> bytes:
@@ -63,7 +63,9 @@ class UserNode:
         return secrets.token_bytes(32)
 
     def open_job(self, record: JobRecord, plan: Plan, listener: JobListener, timeout_s: float = 60.0) -> Job:
-        """Sign job and plan and have one of the plan's validators open it. Raises JobError, NoWorkersError, Unavailable."""
+        """Sign job and plan and have one of the plan's validators open it. Raises JobError, NoWorkersError,
+        Unavailable.
+        """
         job = Job.open(self._identity.sign(record).encode(), self._identity.sign(plan).encode())
         for item in plan.assignments:
             self.node.add_address(item.worker, item.endpoint)
@@ -97,7 +99,7 @@ class UserNode:
         with self._lock:
             self._jobs.pop(job.id, None)
 
-    # -- driving stages -------------------------------------------------------------------------------------------------
+    # -- driving stages -----------------------------------------------------------------------------------------------
 
     def call(
         self,
@@ -124,7 +126,7 @@ class UserNode:
         worker = stage.job.worker_of(stage.stage, stage.replica)
         self.node.stream(worker, STREAM, {**header, "key": stage.key}, [body], on_sent)
 
-    # -- hearing ----------------------------------------------------------------------------------------------------------
+    # -- hearing ------------------------------------------------------------------------------------------------------
 
     @allow(roles=("worker",), max_body_bytes=0)
     def rpc_job_event(self, caller: Peer, params: dict[str, Any], body: memoryview) -> None:

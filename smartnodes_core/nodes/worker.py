@@ -1,7 +1,8 @@
-"""The worker role: take stages of jobs, serve their authors and neighbours, commit to the work, open what is challenged.
+"""The worker role: take stages of jobs, serve their authors and neighbours, commit to the work, open what is
+challenged.
 
-Everything a peer may call is named `rpc_…`; each checks in its first lines who calls and what the job allows. The work itself is
-done by a `JobHandler`, which knows what a stage is; this module knows only bytes, hashes and signatures.
+Everything a peer may call is named `rpc_…`; each checks in its first lines who calls and what the job allows. The
+work itself is done by a `JobHandler`, which knows what a stage is; this module knows only bytes, hashes and signatures.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from smartnodes_core.audit import TipTracker, assigned_validators, check_challenge
-from smartnodes_core.errors import AuditError, AuthorityError, BusyError, JobError, ProtocolError, SmartnodesError
+from smartnodes_core.errors import AuditError, AuthorityError, BusyError, JobError, ProtocolError, SmartnodesError, WorkerLostError
 from smartnodes_core.identity import Identity, verify
 from smartnodes_core.jobs import Buffer, Job, JobHandler, StageOfJob
 from smartnodes_core.journal import Journal
@@ -55,6 +56,7 @@ class WorkerNode:
         self._stages: dict[str, StageOfJob] = {}
         self._ledgers: dict[str, _Ledger] = {}
         self.verdicts: list[Verdict] = []
+        self.on_slots_changed: Callable[[], None] = lambda: None
         handler.attach(self)
         node.serve(self)
         node.on_stream(STREAM, self._allocate, self._receive)
@@ -64,7 +66,7 @@ class WorkerNode:
         with self._lock:
             return self._num_slots - len(self._stages)
 
-    # -- placement ------------------------------------------------------------------------------------------------------
+    # -- placement ----------------------------------------------------------------------------------------------------
 
     @allow(roles=("validator",), max_body_bytes=0)
     def rpc_assign(self, caller: Peer, params: dict[str, Any], body: memoryview) -> dict[str, Any]:
@@ -78,13 +80,17 @@ class WorkerNode:
         with self._lock:
             fresh = [stage for stage in stages if stage.key not in self._stages]
             if len(fresh) > self.num_free_slots:
-                raise BusyError(f"{len(fresh)} stages asked for, {self.num_free_slots} of {self._num_slots} slots are free")
+                raise BusyError(
+                    f"{len(fresh)} stages asked for, {self.num_free_slots} of {self._num_slots} slots are free"
+                )
             for stage in fresh:
                 self.handler.assign(stage)
                 self._stages[stage.key] = stage
                 self._ledgers[stage.key] = _Ledger(stage)
         for item in job.plan.assignments:
-            self.node.add_address(item.worker, item.endpoint)
+            if item.worker != self.node.node_key:
+                self.node.add_address(item.worker, item.endpoint)
+        self.on_slots_changed()
         return {"stages": [stage.stage for stage in stages]}
 
     @allow(roles=("validator", "user"), max_body_bytes=0)
@@ -104,15 +110,24 @@ class WorkerNode:
         for stage in stages:
             self._drop(stage, reason)
 
+    def drain(self, reason: str) -> None:
+        """Give up every stage, telling their authors why."""
+        with self._lock:
+            stages = list(self._stages.values())
+        for stage in stages:
+            self.fail(stage, WorkerLostError(f"the worker of stage {stage.stage} leaves: {reason}"))
+            self._drop(stage, reason)
+
     def _drop(self, stage: StageOfJob, reason: str) -> None:
         with self._lock:
             if self._stages.pop(stage.key, None) is None:
                 return
             self._ledgers.pop(stage.key, None)
         self.handler.release(stage, reason)
+        self.on_slots_changed()
         logger.info("released stage %s: %s", stage.stage, reason)
 
-    # -- the author's calls, the neighbours' tensors ------------------------------------------------------------------------
+    # -- the author's calls, the neighbours' tensors ------------------------------------------------------------------
 
     @allow(roles=("user",), max_body_bytes=MAX_STATE_BYTES)
     def rpc_job(self, caller: Peer, params: dict[str, Any], body: memoryview) -> tuple[dict[str, Any], Any]:
@@ -151,7 +166,7 @@ class WorkerNode:
         except SmartnodesError as lost:
             logger.warning("stage %s failed and its author cannot be told: %s (%s)", stage.stage, error, lost)
 
-    # -- commitments and challenges -------------------------------------------------------------------------------------------
+    # -- commitments and challenges -----------------------------------------------------------------------------------
 
     def commit(self, stage: StageOfJob, content: dict[str, Any]) -> None:
         """`WorkerPort`: chain, sign (durably) and publish the commitment of one step."""
@@ -179,7 +194,9 @@ class WorkerNode:
         return {}, [self.handler.spec(stage)]
 
     @allow(roles=("validator",), max_body_bytes=0)
-    def rpc_challenge(self, caller: Peer, params: dict[str, Any], body: memoryview) -> tuple[dict[str, Any], list[bytes]]:
+    def rpc_challenge(
+        self, caller: Peer, params: dict[str, Any], body: memoryview
+    ) -> tuple[dict[str, Any], list[bytes]]:
         """Open a committed unit, provided that the seed selects it; otherwise AuditError, without penalty."""
         signed = Signed.decode(params["challenge"])
         challenge = verify(signed, Challenge)
@@ -194,7 +211,9 @@ class WorkerNode:
         self._check_draw(stage, challenge, commitment, params)
         opened = self.handler.open(stage, commitment, challenge.tier, challenge.unit)
         opening = Opening(challenge=challenge.digest(), commitment=challenge.commitment, items=opened.items)
-        return {"opening": self._identity.sign(opening).encode(), "order": opened.order}, [opened.body]
+        signed_opening = self._identity.sign(opening).encode()
+        sizes = {"opening_bytes": len(signed_opening), "order_bytes": len(opened.order)}
+        return sizes, [signed_opening, opened.order, opened.body]
 
     def _check_draw(
         self, stage: StageOfJob, challenge: Challenge, commitment: Commitment, params: dict[str, Any]
@@ -215,7 +234,7 @@ class WorkerNode:
             if verdict.finding != "honest":
                 logger.warning("audit of step %s: %s (%s)", verdict.step, verdict.finding, verdict.reason)
 
-    # -- small parts ----------------------------------------------------------------------------------------------------------
+    # -- small parts --------------------------------------------------------------------------------------------------
 
     def _stage(self, key: str) -> StageOfJob:
         with self._lock:

@@ -1,7 +1,7 @@
 """Calls with ids and deadlines, one-way notifications, and streams of tensors, over a transport's connections.
 
-`endpoint.py` is the whole of it in one class; `serving.py` says what peers may call, `inbound.py` runs it, `pending.py` keeps the
-calls that wait for replies, `pool.py` the threads.
+`endpoint.py` is the whole of it in one class; `serving.py` says what peers may call, `inbound.py` runs it,
+`pending.py` keeps the calls that wait for replies, `pool.py` the threads.
 """
 
 from smartnodes_core.rpc.endpoint import CALL_TIMEOUT_S, MAX_REPLY_BODY_BYTES, RpcEndpoint

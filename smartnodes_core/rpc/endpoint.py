@@ -35,7 +35,8 @@ MAX_THREADS = 32
 class RpcEndpoint:
     """A `FrameSink` that serves peers' calls and makes our own.
 
-    `opened` and `lost` are called on a connection's owner thread as it begins and ends; `lost` after all its calls have failed.
+    `opened` and `lost` are called on a connection's owner thread as it begins and ends; `lost` after all its calls
+    have failed.
     """
 
     def __init__(
@@ -88,10 +89,11 @@ class RpcEndpoint:
         timeout_s: float = CALL_TIMEOUT_S,
         max_body_bytes: int = MAX_REPLY_BODY_BYTES,
     ) -> Reply:
-        """Calls `method` of the peer and waits for the reply, whose body may have `max_body_bytes`. Not for owner threads.
+        """Calls `method` of the peer and waits for the reply, whose body may have `max_body_bytes`. Not for owner
+        threads.
 
-        `body` must not change until the call returns. Raises DeadlineError after `timeout_s`, ConnectionLostError as soon as the
-        connection ends, BusyError, or what the peer raised (`remote_errors.raised_by` names it).
+        `body` must not change until the call returns. Raises DeadlineError after `timeout_s`, ConnectionLostError as
+        soon as the connection ends, BusyError, or what the peer raised (`remote_errors.raised_by` names it).
         """
         deadline_s = time.monotonic() + timeout_s
         pending = PendingCall(connection, method, max_body_bytes)
@@ -123,7 +125,10 @@ class RpcEndpoint:
         on_sent: Callable[[], None] | None = None,
         timeout_s: float = SEND_TIMEOUT_S,
     ) -> None:
-        """Calls `method` without an answer. `body` must not change until `on_sent`; see `Connection.send` for the errors."""
+        """Calls `method` without an answer.
+
+        `body` must not change until `on_sent`; see `Connection.send` for the errors.
+        """
         header = {"kind": "notify", "method": method, "params": params or {}}
         connection.send(header, body, on_sent, timeout_s)
 
@@ -232,8 +237,8 @@ class RpcEndpoint:
             self.num_late_replies += 1
             return None
         if num_bytes > pending.max_body_bytes:
-            message = f"{connection.peer} answered {pending.method} with {num_bytes} bytes, at most {pending.max_body_bytes} are taken"
-            pending.settle(None, ProtocolError(message))
+            found = f"{connection.peer} answered {pending.method} with {num_bytes} bytes"
+            pending.settle(None, ProtocolError(f"{found}, at most {pending.max_body_bytes} are taken"))
             return None
         return memoryview(bytearray(num_bytes))
 

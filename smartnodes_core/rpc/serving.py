@@ -75,9 +75,9 @@ def methods_of(obj: object) -> dict[str, Method]:
 class StreamReceiver:
     """Takes the tensors of one topic, on the connection's owner thread.
 
-    `allocate(peer, header, num_bytes)` gives the memory before the body is read. A ProtocolError ends the connection; any other
-    SmartnodesError has the frame skipped. `receive(peer, header, body)` is called with the filled memory. Both hold up
-    everything else on the connection: return soon.
+    `allocate(peer, header, num_bytes)` gives the memory before the body is read. A ProtocolError ends the connection;
+    any other SmartnodesError has the frame skipped. `receive(peer, header, body)` is called with the filled memory.
+    Both hold up everything else on the connection: return soon.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """What a transport is: authenticated connections that carry frames. `tls.py` is the real one, `memory.py` its twin.
 
-Both sides verify the other's node key and binding and run `admit` before either may send or receive a frame. Each connection
-has one owner thread, on which the sink's methods run; frames arrive in the order in which they were sent.
+Both sides verify the other's node key and binding and run `admit` before either may send or receive a frame. Each
+connection has one owner thread, on which the sink's methods run; frames arrive in the order in which they were sent.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ class DuplicateConnectionError(Unavailable):
 
 @dataclass(frozen=True)
 class Peer:
-    """The other end of a connection, as proven in its handshake. `binding` and `role` are None for a peer without an account."""
+    """The other end of a connection, as proven in its handshake.
+
+    `binding` and `role` are None for a peer without an account.
+    """
 
     node_key: bytes
     binding: Binding | None
@@ -69,10 +72,11 @@ class Connection(Protocol):
     ) -> None:
         """Queues a frame. The memory of `body` must not change until `on_sent` is called.
 
-        Waits while more than MAX_QUEUED_BYTES are queued (one larger frame is taken when the queue is empty). `on_sent` runs
-        exactly once, on a transport thread, when `body` is no longer read: sent, or the connection ended. It is not a receipt.
-        Raises BusyError when there was no room for `timeout_s` (at once on an owner thread, which must not wait),
-        ConnectionLostError when the connection is closed, ProtocolError when the header is over its cap; then `on_sent` never runs.
+        Waits while more than MAX_QUEUED_BYTES are queued (one larger frame is taken when the queue is empty).
+        `on_sent` runs exactly once, on a transport thread, when `body` is no longer read: sent, or the connection
+        ended. It is not a receipt. Raises BusyError when there was no room for `timeout_s` (at once on an owner
+        thread, which must not wait), ConnectionLostError when the connection is closed, ProtocolError when the header
+        is over its cap; then `on_sent` never runs.
         """
         ...
 
@@ -86,15 +90,18 @@ class Connection(Protocol):
 
 
 class FrameSink(Protocol):
-    """Where a connection's frames go. All methods run on the connection's owner thread: what blocks here holds up the peer."""
+    """Where a connection's frames go.
+
+    All methods run on the connection's owner thread: what blocks here holds up the peer.
+    """
 
     def on_open(self, connection: Connection) -> None:
         """Both sides have admitted each other; called once, before the first frame."""
         ...
 
     def allocate(self, connection: Connection, header: Header, num_bytes: int) -> memoryview | None:
-        """Memory for a body, exactly `num_bytes` long and writable; None to have the body skipped and the frame dropped.
-        Raises ProtocolError to end the connection."""
+        """Memory for a body, exactly `num_bytes` long and writable; None to have the body skipped and the frame
+        dropped. Raises ProtocolError to end the connection."""
         ...
 
     def on_frame(self, connection: Connection, header: Header, body: memoryview) -> None:

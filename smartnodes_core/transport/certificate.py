@@ -1,7 +1,8 @@
 """The certificate that proves a node in a TLS handshake, in the manner of libp2p's TLS specification.
 
-A self-signed X.509 certificate over an ephemeral P-256 key carries, in one critical extension, the node's signature over that
-key and its signed binding. TLS proves the possession of the ephemeral key, the extension that the node vouches for it.
+A self-signed X.509 certificate over an ephemeral P-256 key carries, in one critical extension, the node's signature
+over that key and its signed binding. TLS proves the possession of the ephemeral key, the extension that the node
+vouches for it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ class CertifiedKey(Record, frozen=True, kw_only=True, tag="CertifiedKey/1"):
 
 @dataclass(frozen=True)
 class Expectations:
-    """What a peer's binding must be for: the chain, registry and network of this node. None accepts peers without one."""
+    """What a peer's binding must be for: the chain, registry and network of this node.
+
+    None accepts peers without one.
+    """
 
     chain_id: int
     registry: bytes

@@ -1,7 +1,7 @@
 """The in-process twin of `tls.py`: the same checks, threads, order, caps and errors, no sockets. Most tests run on it.
 
-Bodies are copied once, into the memory that the receiving sink allocates, as a socket would. `MemoryHub` is the network: it
-knows who listens where, and can cut connections.
+Bodies are copied once, into the memory that the receiving sink allocates, as a socket would. `MemoryHub` is the
+network: it knows who listens where, and can cut connections.
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ class Outbox:
             self._changed.notify_all()
 
     def take(self, *, wait: bool = False) -> OutFrame | None:
-        """The oldest frame, to be given back to `finish`; it counts as queued until then. None when there is none: with `wait`
-        that means closed and empty."""
+        """The oldest frame, to be given back to `finish`; it counts as queued until then. None when there is none:
+        with `wait` that means closed and empty."""
         with self._changed:
             while wait and not self._frames and self._closed_because is None:
                 self._changed.wait()

@@ -1,7 +1,8 @@
 """Connections over TCP with TLS 1.3, both sides proving their node keys (see `certificate.py`).
 
-Neighbours: `tls_connection.py` is one connection, `memory.py` the twin that most tests use. No resumption, no early data: every
-handshake proves its keys afresh. Tensors may later travel on connections of their own behind the same interface.
+Neighbours: `tls_connection.py` is one connection, `memory.py` the twin that most tests use. No resumption, no early
+data: every handshake proves its keys afresh. Tensors may later travel on connections of their own behind the same
+interface.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ _SSL_MODE_ENABLE_PARTIAL_WRITE = 1
 
 
 class TlsTransport:
-    """Dials and listens as `identity`, showing `signed_binding`; peers' bindings must be for the same chain and network."""
+    """Dials and listens as `identity`, showing `signed_binding`; peers' bindings must be for the same chain and
+    network.
+    """
 
     def __init__(
         self,
@@ -63,7 +66,8 @@ class TlsTransport:
             server.close()
             if error.errno == errno.EADDRINUSE:
                 raise PortInUseError(
-                    f"port {port} on {host} is taken by another program: end it, or choose another port (0 takes any free one)"
+                    f"port {port} on {host} is taken by another program: "
+                    "end it, or choose another port (0 takes any free one)"
                 ) from None
             raise ConfigError(f"cannot listen on {endpoint}: {error.strerror or error}") from None
         listener = TlsListener(self, server, sink, admit)
@@ -108,7 +112,9 @@ class TlsTransport:
 
 
 class TlsListener:
-    """Accepts connections until closed; each shakes hands on its own thread, at most `max_pending_handshakes` at once."""
+    """Accepts connections until closed; each shakes hands on its own thread, at most `max_pending_handshakes` at
+    once.
+    """
 
     def __init__(self, transport: TlsTransport, server: socket.socket, sink: FrameSink, admit: Admit) -> None:
         self._transport, self._server, self._sink, self._admit = transport, server, sink, admit

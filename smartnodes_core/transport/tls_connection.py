@@ -1,7 +1,7 @@
 """One TLS connection: its owner thread shakes hands, verifies, then pumps frames both ways until either side ends it.
 
-Only the owner thread touches the TLS object. It sleeps in poll() on the socket and on a pipe through which senders wake it;
-nothing is polled on a clock. Sending never waits for receiving or the reverse, so two large bodies may cross.
+Only the owner thread touches the TLS object. It sleeps in poll() on the socket and on a pipe through which senders
+wake it; nothing is polled on a clock. Sending never waits for receiving or the reverse, so two large bodies may cross.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ class TlsConnection:
         return not self._thread.is_alive()
 
     def _wake(self) -> None:
-        # `_asleep` is set before the owner looks at the queue for the last time: it is read here after the queue was filled
+        # `_asleep` is set before the owner looks at the queue for the last time: it is read here after the queue was
+        # filled
         if not self._asleep:
             return
         with self._wake_lock:
@@ -218,7 +219,9 @@ class TlsConnection:
             logger.debug("%s did not wait to be refused: %s", self._endpoint, failed)
 
     def _repeat(self, step: Callable[[], Any]) -> Any:
-        """The result of a non-blocking TLS operation, repeated whenever the socket is ready, until the handshake's deadline."""
+        """The result of a non-blocking TLS operation, repeated whenever the socket is ready, until the handshake's
+        deadline.
+        """
         while True:
             try:
                 return step()

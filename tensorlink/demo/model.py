@@ -83,7 +83,9 @@ class Text:
         return cls(*(torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (training, validation)))
 
     def batch(self, step: int, size: int, context: int, validation: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Batch number `step`: inputs and the bytes that follow them, both (size, context) int64; the same for every caller."""
+        """Batch number `step`: inputs and the bytes that follow them, both (size, context) int64; the same for every
+        caller.
+        """
         source = self.validation if validation else self.training
         generator = torch.Generator().manual_seed(1_000_003 * (1 + validation) + step)
         starts = torch.randint(len(source) - context - 1, (size,), generator=generator)

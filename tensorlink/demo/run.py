@@ -1,4 +1,6 @@
-"""The main job, end to end on one machine: a whole network of real processes trains a byte-level GPT, and a plain process checks it."""
+"""The main job, end to end on one machine: a whole network of real processes trains a byte-level GPT, and a plain
+process checks it.
+"""
 
 from __future__ import annotations
 
@@ -159,7 +161,9 @@ def _train(model: DistributedModel, text: Text, options: DemoOptions, result: De
             result.seconds_to_first_step = time.monotonic() - began
         audits = model.audits()
         rate = options.batch * options.context / result.step_times_s[-1]
-        bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:,.0f} tokens/s, {audits['passed']} audits passed, {audits['failed']} failed")
+        bar.set_postfix_str(
+            f"loss {loss.item():.3f}, {rate:,.0f} tokens/s, {audits['passed']} audits passed, {audits['failed']} failed"
+        )
     bar.close()
     result.validation_after = _validate(model, text, options)
 

@@ -1,7 +1,7 @@
 """One micro-batch forwards and backwards through one stage, and the sum of its gradients. Torch only, no links.
 
-The whole backward is one `torch.autograd.grad` over the inputs that need a gradient and the parameters; together with the sum
-in a fixed order this gives bit for bit what `.backward()` accumulates in a plain loop.
+The whole backward is one `torch.autograd.grad` over the inputs that need a gradient and the parameters; together with
+the sum in a fixed order this gives bit for bit what `.backward()` accumulates in a plain loop.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from tensorlink.program.interpreter import Interpreter
 from tensorlink.records import Cut
 
 Value = Tensor | int
+
+#: A norm of half-precision numbers has to be summed in more than half precision.
+_NORM_DTYPES = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
 @dataclass
@@ -43,7 +46,8 @@ def forward(
 ) -> ForwardPass:
     """Runs a stage on `inputs`, in the order of `cut`; those whose slot needs a gradient become leaves.
 
-    `loss` is a loss program's interpreter with its targets: it then runs on the outputs. Raises ProgramError, TensorError.
+    `loss` is a loss program's interpreter with its targets: it then runs on the outputs. Raises ProgramError,
+    TensorError.
     """
     leaves: list[Value] = []
     for slot, value in zip(cut.slots, inputs, strict=True):
@@ -66,10 +70,11 @@ def backward(
     parameters: Mapping[str, Tensor],
     retain: bool,
 ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
-    """Gradients of the inputs (by slot, zeros where nothing flows) and of the parameters (by name, those that got one).
+    """Gradients of the inputs (by slot, zeros where nothing flows) and of the parameters (by name, those that got
+    one).
 
-    `gradients` are those of the outputs by slot; of the loss under the slot -1. Raises TensorError for a second backward
-    through a graph that was not retained, or a gradient of the wrong shape.
+    `gradients` are those of the outputs by slot; of the loss under the slot -1. Raises TensorError for a second
+    backward through a graph that was not retained, or a gradient of the wrong shape.
     """
     if passed.freed:
         raise TensorError(
@@ -137,7 +142,7 @@ class GradientSum:
         """Sum of squares over all gradients, and the name of the first that is not finite ("" for none)."""
         total, bad = 0.0, ""
         for name, tensor in sorted(self._sums.items()):
-            norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64 if tensor.numel() < 4096 else None))
+            norm = float(torch.linalg.vector_norm(tensor, dtype=_NORM_DTYPES.get(tensor.dtype, tensor.dtype)))
             if not bad and not norm < float("inf"):
                 bad = name
             total += norm * norm

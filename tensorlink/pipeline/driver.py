@@ -1,7 +1,8 @@
 """The user's end of the pipeline: sends micro-batches in, takes outputs and gradients back, waits with a deadline.
 
-One `Driver` per job. It knows stages, calls and micro-batches; `tensorlink/model.py` knows modules and autograd. Everything that
-arrives is checked against what was asked for before it is stored, and every wait ends with a result, an error, or a
+One `Driver` per job. It knows stages, calls and micro-batches; `tensorlink/model.py` knows modules and autograd.
+Everything that arrives is checked against what was asked for before it is stored, and every wait ends with a result,
+an error, or a
 `DeadlineError` that says what was waited for.
 """
 
@@ -87,7 +88,7 @@ class Driver(JobListener):
     def num_stages(self) -> int:
         return len(self._stages)
 
-    # -- calls to stages ---------------------------------------------------------------------------------------------------
+    # -- calls to stages ----------------------------------------------------------------------------------------------
 
     def call(
         self, stage: int, method: str, params: dict[str, Any], body: Sequence[Any] = (), *, max_body_bytes: int = 0
@@ -129,7 +130,7 @@ class Driver(JobListener):
             except ConnectionLostError as error:
                 raise WorkerLostError(f"the worker of stage {stage.stage} is gone: {error}") from error
 
-    # -- one call through the pipeline ---------------------------------------------------------------------------------------
+    # -- one call through the pipeline --------------------------------------------------------------------------------
 
     def begin(self, call: Call, options: dict[str, Any]) -> None:
         """Announce a forward (or a whole training step) to every stage; `options` as in `compute.py`'s `begin`."""
@@ -170,7 +171,7 @@ class Driver(JobListener):
         with self._ready:
             self._calls.pop((call.step, call.index), None)
 
-    # -- waiting ---------------------------------------------------------------------------------------------------------------
+    # -- waiting ------------------------------------------------------------------------------------------------------
 
     @property
     def patience_s(self) -> float:
@@ -178,7 +179,9 @@ class Driver(JobListener):
         return min(MAX_WAIT_S, max(self.timeout_s, PATIENCE * self._longest_s))
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
-        """Wait until `condition` holds. Raises what went wrong, or DeadlineError when nothing moves for `patience_s`."""
+        """Wait until `condition` holds. Raises what went wrong, or DeadlineError when nothing moves for
+        `patience_s`.
+        """
         began = self._last_progress = time.monotonic()
         with self._ready:
             while not condition():
@@ -207,7 +210,7 @@ class Driver(JobListener):
                 self._error = error
             self._ready.notify_all()
 
-    # -- JobListener ---------------------------------------------------------------------------------------------------------
+    # -- JobListener --------------------------------------------------------------------------------------------------
 
     def on_event(self, stage: int, event: str, params: dict[str, Any]) -> None:
         if event == "failed":

@@ -1,8 +1,8 @@
 """Schedules of a pipeline as data: who computes what, in which order, and what that costs.
 
-A schedule is one list of actions per stage. The generators are pure functions; `simulate` plays a schedule against given costs,
-refuses one that is wrong or cannot finish, and gives a timetable that prints as a grid. At run time the executor takes from a
-schedule only how many forwards a stage may hold (`max_in_flight`): order follows what is ready.
+A schedule is one list of actions per stage. The generators are pure functions; `simulate` plays a schedule against
+given costs, refuses one that is wrong or cannot finish, and gives a timetable that prints as a grid. At run time the
+executor takes from a schedule only how many forwards a stage may hold (`max_in_flight`): order follows what is ready.
 
 Sources: GPipe (Huang et al., 2019, arXiv:1811.06965), 1F1B (Narayanan et al., 2021, arXiv:2104.04473, section 2.2).
 """
@@ -45,7 +45,8 @@ def gpipe(num_stages: int, num_micro_batches: int) -> list[list[Action]]:
 
 
 def one_forward_one_backward(num_stages: int, num_micro_batches: int) -> list[list[Action]]:
-    """1F1B: stage s warms up with `num_stages - s - 1` forwards, then alternates; it never holds more than `num_stages - s`."""
+    """1F1B: stage s warms up with `num_stages - s - 1` forwards, then alternates; it never holds more than
+    `num_stages - s`."""
     _check(num_stages, num_micro_batches)
     schedule = []
     for stage in range(num_stages):
@@ -144,7 +145,9 @@ def _needs(action: Action, num_stages: int) -> list[Action]:
 
 def _check(num_stages: int, num_micro_batches: int) -> None:
     if num_stages < 1 or num_micro_batches < 1:
-        raise PartitionError(f"{num_stages} stages and {num_micro_batches} micro-batches: at least one of each is needed")
+        raise PartitionError(
+            f"{num_stages} stages and {num_micro_batches} micro-batches: at least one of each is needed"
+        )
 
 
 def _check_actions(schedule: Schedule) -> None:
@@ -158,4 +161,6 @@ def _check_actions(schedule: Schedule) -> None:
         backwards = {action.micro_batch for action in actions if action.kind in "BW"}
         if forwards != backwards:
             odd = sorted(forwards ^ backwards)
-            raise PartitionError(f"stage {stage}: micro-batches {odd} have a forward without a backward, or the reverse")
+            raise PartitionError(
+                f"stage {stage}: micro-batches {odd} have a forward without a backward, or the reverse"
+            )

@@ -1,4 +1,5 @@
-"""Where dropout masks come from: a seed for each node of the uncut program, so that no cut and no worker changes a mask."""
+"""Where dropout masks come from: a seed for each node of the uncut program, so that no cut and no worker changes a
+mask."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ MAX_LIST = 4096
 
 
 def _is_tensor(arg: Arg) -> bool:
-    return isinstance(arg, Value | Parameter | Buffer)
+    """A reference, or a number: torch takes numbers for the tensors of its arithmetic, as in `x + 1`."""
+    return isinstance(arg, Value | Parameter | Buffer | bool | int | float)
 
 
 def _is_int(arg: Arg) -> bool:
@@ -125,7 +126,9 @@ def _check_pseudo(node: Node) -> None:
         valid = all(_is_number(arg) for arg in node.args)
     else:
         target, index = node.args
-        valid = type(index) is int and (_is_tensor(target) if node.op == "sym_size" else isinstance(target, Value))
+        valid = type(index) is int and (
+            isinstance(target, Value | Parameter | Buffer) if node.op == "sym_size" else isinstance(target, Value)
+        )
     if not valid:
         raise ProgramError(f"{node}: arguments {str(node.args)[:80]} do not fit")
 

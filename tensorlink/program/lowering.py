@@ -8,18 +8,21 @@ Neighbours: `capture.py` (calls export), `trace.py` (joins the two modes), `valu
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.export.graph_signature import InputKind
 
 from tensorlink.errors import TraceError
+from tensorlink.program.capture import PREFIX, Captured
 from tensorlink.program.graph import Graph, Node
 from tensorlink.program.mutation import Mutations
-from tensorlink.program.ops import ALLOWED, RECURRENT, is_random
+from tensorlink.program.ops import ALLOWED, MUTABLE_BUFFERS, RECURRENT, is_random
 from tensorlink.program.sources import line_of, module_of
+from tensorlink.program.state import ModuleState
 from tensorlink.program.values import (
     DTYPE_NAMES,
     MEMORY_FORMAT_NAMES,
@@ -53,7 +56,7 @@ _SYMBOLIC: dict[Any, str] = {
     torch.sym_float: "sym.float",
 }
 _ASSERTIONS = ("aten._assert", "aten.sym_constrain_range", "aten._functional_assert")
-_IDENTITIES = frozenset({"aten.lift_fresh_copy.default", "aten.lift_fresh.default", "aten.lift.default"})
+_FRESH = frozenset({"aten.lift_fresh_copy.default", "aten.lift_fresh.default", "aten.lift.default"})
 
 
 @dataclass(frozen=True)
@@ -142,8 +145,8 @@ class Lowering:
         kwargs = tuple(sorted((key, self._arg(arg, env)) for key, arg in node.kwargs.items() if key != "generator"))
         if name == "aten.sym_size.int":
             return self._emit("sym_size", args, (), node)
-        if name in _IDENTITIES:
-            return args[0]
+        if name in _FRESH:  # a tensor written into the code, as new at each run
+            return self._emit("aten.clone.default", args, (), node)
         if target._schema.is_mutable:
             return self.mutations.write(name, args, kwargs, node)
         self._check_allowed(name, args)
@@ -211,6 +214,16 @@ class Lowering:
                 "dropout inside a recurrent layer, whose mask cannot be reproduced; use layers of one each with nn.Dropout between"
             )
 
+    def as_value(self, arg: Arg) -> int:
+        """The id of a value; a parameter, buffer or number that is an output becomes one."""
+        if isinstance(arg, Value):
+            return arg.id
+        assert self.where is not None
+        if isinstance(arg, Parameter | Buffer):
+            node = next(node for node in self.root.graph.find_nodes(op="placeholder") if self.names[node.name] == arg)
+            return self._emit("aten.alias.default", (arg,), (), node).id
+        raise self.refused(f"an output {arg!r:.60} that is no tensor")
+
     def refused(self, what: str) -> TraceError:
         """The error for something a program cannot hold, with the user's line."""
         place = line_of(self.where) if self.where is not None else ""
@@ -247,15 +260,47 @@ def _hint(size: Any) -> int:
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
-def without_dead(nodes: list[Node], outputs: list[int], keep: Callable[[Node], bool]) -> list[Node]:
-    """The nodes that an output depends on, and those to keep for what they write."""
+def lower(captured: Captured, state: ModuleState) -> Lowered:
+    """The graph of one captured mode. Inputs have the ids 0, 1, …; constants found on the way are added to `state`."""
+    exported = captured.exported
+    names: dict[str, Arg] = {}
+    inputs: list[Value] = []
+    info: dict[int, ValueInfo] = {}
+    placeholders = {node.name: node for node in exported.graph.find_nodes(op="placeholder")}
+    for spec in exported.graph_signature.input_specs:
+        name, target = spec.arg.name, (spec.target or "").removeprefix(PREFIX)
+        if spec.kind is InputKind.PARAMETER:
+            names[name] = Parameter(state.canonical(target))
+        elif spec.kind is InputKind.BUFFER:
+            names[name] = Buffer(state.canonical(target))
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            names[name] = Buffer(state.constant(exported.constants[spec.target or ""]))
+        elif spec.kind is InputKind.USER_INPUT:
+            inputs.append(Value(len(inputs)))
+            names[name] = inputs[-1]
+            info[inputs[-1].id] = describe(placeholders[name].meta["val"])
+        else:
+            raise TraceError(f"the model takes {spec.kind.name.lower()} {spec.target!r}, which a stage program cannot hold")
+    lowering = Lowering(exported.graph_module, names, next_id=len(inputs), info=info)
+    outputs = lowering.run()
+    mutations = lowering.mutations.buffers()
+    written = sorted(set(mutations) & set(state.constants))
+    if written:
+        raise TraceError("the model writes into a tensor that is a plain attribute; register it with register_buffer")
+    final = [lowering.as_value(arg) for arg in outputs]
+    pairs = tuple((name, lowering.as_value(arg)) for name, arg in sorted(mutations.items()))
+    nodes = without_dead(lowering.nodes, [*final, *(value for _, value in pairs)])
+    graph = Graph(tuple(value.id for value in inputs), tuple(nodes), tuple(final), pairs)
+    return Lowered(graph, lowering.info)
+
+
+def without_dead(nodes: list[Node], outputs: list[int]) -> list[Node]:
+    """The nodes that an output depends on, and those that update running statistics."""
     wanted = set(outputs)
     alive = []
     for node in reversed(nodes):
-        if node.id in wanted or keep(node):
+        write = MUTABLE_BUFFERS.get(node.op)
+        if node.id in wanted or (write is not None and node.args[write.flag] is True):
             wanted.update(node.values())
             alive.append(node)
     return alive[::-1]
-
-
-__all__ = ["Lowered", "Lowering", "Parameter", "Buffer", "ValueInfo", "describe", "without_dead"]

@@ -1,7 +1,7 @@
 """Who runs which stage: a pure function of what stages need and what rigs announced.
 
-Stages are ordered by work, rigs by measured speed; the heaviest stage goes to the fastest rig whose memory holds it. The plan prints as
-a table with the predicted time of a step.
+Stages are ordered by work, rigs by measured speed; the heaviest stage goes to the fastest rig whose memory holds it.
+The plan prints as a table with the predicted time of a step.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from smartnodes_core.errors import NoWorkersError
 from smartnodes_core.records import Announcement
 
-#: Gradients, two moments of an Adam-like optimizer, and one retained copy of weights and moments, per byte of parameters.
+#: Gradients, two moments of an Adam-like optimizer, and one retained copy of weights and moments, per byte of
+#: parameters.
 STATE_COPIES = 1 + 1 + 2 + 3
 
 
 @dataclass(frozen=True)
 class StageNeed:
-    """What one stage needs: bytes of parameters and of the activations of the micro-batches in flight, FLOPs per micro-batch."""
+    """What one stage needs: bytes of parameters and of the activations of the micro-batches in flight, FLOPs per
+    micro-batch.
+    """
 
     parameter_bytes: int
     activation_bytes: int
@@ -50,7 +53,9 @@ class PlacementPlan:
 
     @property
     def step_s(self) -> float:
-        """Predicted seconds of a step: the slowest stage paces the pipeline, filling and draining cost one pass of the others."""
+        """Predicted seconds of a step: the slowest stage paces the pipeline, filling and draining cost one pass of
+        the others.
+        """
         times = [placed.micro_batch_s for placed in self.stages]
         return max(times) * self.num_micro_batches + sum(times) - max(times)
 

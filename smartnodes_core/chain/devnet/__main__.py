@@ -1,7 +1,7 @@
 """`python -m smartnodes_core.chain.devnet`: runs the embedded chain until it is told to end.
 
-Ends with code 0 on SIGTERM, on Ctrl-C and, with `--exit-with-parent`, when its standard input is closed; with code 2 and one
-line on standard error where a port, a journal or a path is at fault.
+Ends with code 0 on SIGTERM, on Ctrl-C and, with `--exit-with-parent`, when its standard input is closed; with code 2
+and one line on standard error where a port, a journal or a path is at fault.
 """
 
 from __future__ import annotations
@@ -31,8 +31,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m smartnodes_core.chain.devnet", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8545, help="0 takes any free one (default: %(default)s)")
-    parser.add_argument("--journal", type=Path, help="file that survives a kill; without it the chain is in memory only")
-    parser.add_argument("--ready-fd", type=int, help="write the URL to this file descriptor when listening, and close it")
+    parser.add_argument(
+        "--journal", type=Path, help="file that survives a kill; without it the chain is in memory only"
+    )
+    parser.add_argument(
+        "--ready-fd", type=int, help="write the URL to this file descriptor when listening, and close it"
+    )
     parser.add_argument("--ready-file", type=Path, help="write the URL to this file when listening")
     parser.add_argument("--exit-with-parent", action="store_true", help="end when standard input is closed")
     return parser

@@ -1,7 +1,7 @@
 """py-evm reduced to what a chain of one-transaction blocks needs: a state, and functions that run one message on it.
 
-Not py-evm's `Chain`: its blocks demand a new second each, its gas search runs a call dozens of times. Foreign exceptions are
-translated here: `RejectedTransaction` leaves the state as it was.
+Not py-evm's `Chain`: its blocks demand a new second each, its gas search runs a call dozens of times. Foreign
+exceptions are translated here: `RejectedTransaction` leaves the state as it was.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from eth._utils.address import generate_contract_address
 from eth.constants import BLANK_ROOT_HASH, CREATE_CONTRACT_ADDRESS
 from eth.db.atomic import AtomicDB
 from eth.exceptions import InsufficientFunds, Revert
@@ -18,6 +17,7 @@ from eth.vm.execution_context import ExecutionContext
 from eth.vm.forks.berlin.transactions import calculate_txn_intrinsic_gas_berlin
 from eth.vm.forks.cancun import CancunVM
 from eth.vm.forks.cancun.state import CancunState
+from eth_typing import Address
 from eth_utils.exceptions import ValidationError
 
 from smartnodes_core.chain.devnet import CHAIN_ID
@@ -84,7 +84,7 @@ class Evm:
     def __init__(self, funds_wei: Mapping[bytes, int]):
         self._state = CancunState(AtomicDB(), _context(0, 0, BASE_FEE_WEI), BLANK_ROOT_HASH)
         for account, wei in funds_wei.items():
-            self._state.set_balance(account, wei)
+            self._state.set_balance(Address(account), wei)
         self._state.persist()
         self._builder = CancunVM.get_transaction_builder()
 
@@ -157,16 +157,16 @@ class Evm:
             state.clear_transient_storage()
 
     def balance(self, account: bytes) -> int:
-        return int(self._state.get_balance(account))
+        return int(self._state.get_balance(Address(account)))
 
     def nonce(self, account: bytes) -> int:
-        return int(self._state.get_nonce(account))
+        return int(self._state.get_nonce(Address(account)))
 
     def code(self, account: bytes) -> bytes:
-        return bytes(self._state.get_code(account))
+        return bytes(self._state.get_code(Address(account)))
 
     def storage(self, account: bytes, slot: int) -> int:
-        return int(self._state.get_storage(account, slot))
+        return int(self._state.get_storage(Address(account), slot))
 
 
 def _context(number: int, timestamp_s: int, base_fee_wei: int) -> ExecutionContext:
@@ -198,8 +198,3 @@ def _outcome(transaction: Any, computation: Any) -> Outcome:
 def _logs(entries: Iterable[Any]) -> Iterable[Log]:
     for address, topics, data in entries:
         yield Log(bytes(address), tuple(topic.to_bytes(32, "big") for topic in topics), bytes(data))
-
-
-def contract_address(sender: bytes, nonce: int) -> bytes:
-    """Where the contract that `sender` creates with `nonce` will lie."""
-    return bytes(generate_contract_address(sender, nonce))  # type: ignore[arg-type]

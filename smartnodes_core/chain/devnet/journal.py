@@ -1,7 +1,8 @@
 """What the devnet never forgets: every transaction and its time, on disk before the sender hears of it.
 
-Entries `u32 length | u32 crc32 | u8 kind | u64 seconds | payload`, appended and fsynced. A torn tail, left by a kill in the middle
-of a write, is cut off at start: nobody was told of it. One process at a time: the file is locked while it is open.
+Entries `u32 length | u32 crc32 | u8 kind | u64 seconds | payload`, appended and fsynced. A torn tail, left by a kill in
+the middle of a write, is cut off at start: nobody was told of it. One process at a time: the file is locked while it is
+open.
 """
 
 from __future__ import annotations

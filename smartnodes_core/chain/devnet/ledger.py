@@ -1,8 +1,8 @@
 """The chain's history and its clock: one block per transaction, as soon as it arrives.
 
-Block times follow the wall clock (several blocks may share a second), and calls see the present second, because the contracts
-reckon in time. Everything is in memory and, with a journal, rebuilt from it. Block hashes bind number, time, state and
-transaction, but are not Ethereum's header hashes.
+Block times follow the wall clock (several blocks may share a second), and calls see the present second, because the
+contracts reckon in time. Everything is in memory and, with a journal, rebuilt from it. Block hashes bind number, time,
+state and transaction, but are not Ethereum's header hashes.
 """
 
 from __future__ import annotations
@@ -144,7 +144,9 @@ class Ledger:
             self._journal.append(entry)
         except (OSError, ValueError) as error:
             self._broken = True  # memory is ahead of the disk: nothing more may be promised
-            raise ChainError(f"the devnet's journal cannot be written ({error}): free the disk and restart it") from error
+            raise ChainError(
+                f"the devnet's journal cannot be written ({error}): free the disk and restart it"
+            ) from error
 
     def _check_usable(self) -> None:
         if self._broken:

@@ -52,8 +52,7 @@ def _matches(entry: Log, topics: list[set[str] | None]) -> bool:
     if len(topics) > len(entry.topics):
         return False
     return all(
-        allowed is None or render.data(topic) in allowed
-        for allowed, topic in zip(topics, entry.topics, strict=False)
+        allowed is None or render.data(topic) in allowed for allowed, topic in zip(topics, entry.topics, strict=False)
     )
 
 

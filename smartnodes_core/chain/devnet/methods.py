@@ -40,7 +40,7 @@ class Methods:
             "net_version": lambda: str(CHAIN_ID),
             "net_listening": lambda: True,
             "eth_syncing": lambda: False,
-            "eth_accounts": lambda: [],
+            "eth_accounts": list,
             "eth_chainId": lambda: hex(CHAIN_ID),
             "eth_blockNumber": lambda: hex(ledger.head.number),
             "eth_gasPrice": lambda: hex(BASE_FEE_WEI),
@@ -78,7 +78,7 @@ class Methods:
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise RpcError(INVALID_PARAMS, f"invalid parameters for {name}: {error}") from None
 
-    # -- reading ---------------------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------------------------
 
     def _state(self, block: Any, function: Callable[[Any], Any]) -> Any:
         self._only_present(block)
@@ -127,7 +127,7 @@ class Methods:
             "reward": [[hex(0)] * len(percentiles or ())] * count,
         }
 
-    # -- running ---------------------------------------------------------------------------------------------------------
+    # -- running -----------------------------------------------------------------------------------------------------
 
     def _call(self, call: Any, block: Any = None, overrides: Any = None) -> str:
         if overrides:

@@ -27,7 +27,7 @@ class Artifact:
 @cache
 def load_artifact(contract: str) -> Artifact:
     """The artifact of one of `CONTRACTS`."""
-    text = (resources.files(__package__) / "artifacts" / f"{contract}.json").read_text(encoding="utf-8")
+    text = (resources.files("smartnodes_core.chain") / "artifacts" / f"{contract}.json").read_text(encoding="utf-8")
     values = json.loads(text)
     bytecode = bytes.fromhex(values["bytecode"][2:])
     return Artifact(values["contract"], values["compiler"], values["sources"], values["abi"], bytecode)
@@ -48,7 +48,7 @@ def _errors() -> dict[bytes, tuple[str, list[str], list[str]]]:
 
 def decode_error(data: bytes) -> tuple[str, dict[str, Any]]:
     """Name and values of the error in a revert's data; `reverted` where it says nothing we know."""
-    from eth_abi import decode
+    from eth_abi.abi import decode
 
     if data[:4] not in _errors():
         return ("reverted", {"data": "0x" + data[:36].hex()} if data else {})

@@ -1,0 +1,96 @@
+"""What the chain says of a network's members, kept for a moment; and this node's own registration."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Sequence
+
+from smartnodes_core.chain.base import Chain, Member
+from smartnodes_core.errors import AuthorityError, ConfigError
+from smartnodes_core.records import NodeKey, Role
+
+#: A list this old still answers questions about members that are in it.
+MAX_AGE_S = 10.0
+#: A list this old is read again for a member that is not in it.
+FRESH_S = 0.5
+
+
+def key_hash(node_key: NodeKey) -> bytes:
+    """The hash under which a node key is registered on chain."""
+    return hashlib.sha256(node_key).digest()
+
+
+class Membership:
+    """Members of one network by node key. The list is read again when it is older than `max_age_s`, or soon when somebody
+    unknown is asked for; by one thread at a time.
+    """
+
+    def __init__(self, chain: Chain, network_id: int, max_age_s: float = MAX_AGE_S):
+        self.chain, self.network_id = chain, network_id
+        self._max_age_s = max_age_s
+        self._lock = threading.Lock()
+        self._read_at_s = float("-inf")
+        self._members: list[Member] = []
+        self._by_hash: dict[bytes, Member] = {}
+        self._node_keys: dict[bytes, NodeKey] = {}
+
+    def members(self, max_age_s: float = FRESH_S) -> Sequence[Member]:
+        """All members, as `ChainAuthority` takes them. Raises ChainError."""
+        with self._lock:
+            if time.monotonic() - self._read_at_s > max_age_s:
+                self._members = self.chain.members(self.network_id)
+                self._by_hash = {member.key_hash: member for member in self._members}
+                self._read_at_s = time.monotonic()
+            return self._members
+
+    def of(self, node_key: NodeKey) -> Member | None:
+        """The member with this node key, or None. Remembers the key, so that `node_key_of` finds it."""
+        known = key_hash(node_key) in self._by_hash
+        self.members(self._max_age_s if known else FRESH_S)
+        member = self._by_hash.get(key_hash(node_key))
+        if member is not None:
+            self._node_keys[member.account] = node_key
+        return member
+
+    def node_key_of(self, account: bytes) -> NodeKey | None:
+        """The node key behind an account, if this node has met it."""
+        return self._node_keys.get(account)
+
+    def account_of(self, node_key: NodeKey) -> bytes | None:
+        member = self.of(node_key)
+        return member.account if member else None
+
+    def reputation_of(self, node_key: NodeKey) -> int | None:
+        """None where the key is not registered or has left."""
+        member = self.of(node_key)
+        return member.reputation if member and member.live else None
+
+    def tip_of(self, node_key: NodeKey) -> bytes | None:
+        """A validator's hash-chain tip, None where none was posted."""
+        member = self.of(node_key)
+        return member.tip if member and any(member.tip) else None
+
+    def join(self, role: Role, node_key: NodeKey, tip: bytes | None = None) -> Member:
+        """Register this node (unless it is) and post a validator's tip (unless it stands).
+
+        Raises AuthorityError where the account is registered otherwise or blacklisted, and what the chain raises.
+        """
+        account = self.chain.account
+        member = self.chain.member(self.network_id, account)
+        if member is None:
+            self.chain.register(role, key_hash(node_key), self.network_id)
+            member = self.chain.member(self.network_id, account)
+        if member is None:
+            raise ConfigError("the registration is not on chain although the chain accepted it: is it another network?")
+        if (member.role, member.key_hash) != (role, key_hash(node_key)):
+            raise AuthorityError(
+                f"account 0x{account.hex()} is registered as {member.role} with another node key: use another account, or "
+                "the identity it was registered with"
+            )
+        if member.reputation == 0:
+            raise AuthorityError(f"account 0x{account.hex()} is blacklisted in network {self.network_id}")
+        if tip is not None and member.tip != tip:
+            self.chain.post_tip(self.network_id, tip)
+        return member

@@ -1,0 +1,152 @@
+"""What every role stands on: an identity with its account, a node that listens, the chain, and a place in the directory.
+
+`Station.open` is the first half of the story of a rig: load the keys, listen, register on chain, join the network, announce.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from smartnodes_core.chain.account import load_account_key
+from smartnodes_core.chain.base import Chain
+from smartnodes_core.chain.settings import Addresses
+from smartnodes_core.config import NodeConfig
+from smartnodes_core.dht.announcer import Announcer
+from smartnodes_core.dht.directory import Directory, find
+from smartnodes_core.dht.storage import RecordStore
+from smartnodes_core.errors import ChainError, ConfigError, SmartnodesError, Unavailable
+from smartnodes_core.identity import Identity, make_binding
+from smartnodes_core.nodes.authority import ChainAuthority
+from smartnodes_core.nodes.base import Node
+from smartnodes_core.nodes.membership import Membership
+from smartnodes_core.records import Announcement, NodeKey, Role
+from smartnodes_core.transport.tls import TlsTransport
+
+logger = logging.getLogger(__name__)
+
+BINDING_LIFETIME_S = 30 * 24 * 3600
+
+
+@dataclass
+class Station:
+    """A listening, registered node. Roles are served on `node` before `announce` makes it findable."""
+
+    config: NodeConfig
+    role: Role
+    identity: Identity
+    account_key: bytes
+    chain: Chain
+    membership: Membership
+    node: Node
+    bootstrap_keys: list[NodeKey] = field(default_factory=list)
+    directory: Directory | None = None
+    _announcer: Announcer | None = None
+
+    @classmethod
+    def open(cls, config: NodeConfig, role: Role, tip: bytes | None = None) -> Station:
+        """Load the keys, listen, connect to the chain, register. Raises IdentityError, ConfigError, PortInUseError, ChainError,
+        AuthorityError, each with the remedy."""
+        identity = Identity.load(config.identity)
+        account_key = load_account_key(config.account)
+        addresses = Addresses.read(config.addresses)
+        binding = make_binding(
+            identity,
+            account_key,
+            role,
+            addresses.chain_id,
+            addresses.registry,
+            config.network_id,
+            int(time.time()) + BINDING_LIFETIME_S,
+        )
+        membership_of: list[Membership] = []
+        authority = ChainAuthority(
+            lambda: _members(membership_of), poll_interval_s=config.chain_poll_interval_s, min_refresh_interval_s=0.5
+        )
+        endpoint = None if role == "user" else config.endpoint
+        node = Node(identity, binding, TlsTransport(identity, binding), authority, endpoint)
+        node.start()  # before web3 is imported: a node listens at once
+        try:
+            from smartnodes_core.chain.client import ChainClient
+
+            chain = ChainClient(config.rpc_url, addresses, account_key)
+            membership = Membership(chain, config.network_id)
+            membership.join(role, identity.node_key, tip)
+            membership_of.append(membership)
+        except BaseException:
+            node.stop()
+            raise
+        return cls(config, role, identity, account_key, chain, membership, node)
+
+    def join(self) -> None:
+        """Reach the bootstrap validators; a validator also serves the directory. Raises the last error when none is reached."""
+        if self.role == "validator":
+            self.directory = Directory(self.node, RecordStore(self.config.network_id))
+        failure: SmartnodesError = ConfigError("no bootstrap validator is named: set `bootstrap` to host:port of one")
+        for endpoint in self.config.bootstrap:
+            try:
+                peer = self.node.connect(endpoint)
+                self.bootstrap_keys.append(peer.node_key)
+            except SmartnodesError as error:
+                failure = error
+                logger.warning("bootstrap %s: %s", endpoint, error)
+        if not self.bootstrap_keys and self.role != "validator":
+            raise failure
+        for key in self.bootstrap_keys:
+            if self.directory is not None:
+                self.directory.sync_from(key)
+
+    def announce(self, offers: Callable[[], dict[str, int | str]]) -> None:
+        """Make this node findable, and keep it so."""
+        keys = list(self.bootstrap_keys)
+        announcer = Announcer(
+            self.node,
+            keys,
+            self.role,
+            self.config.network_id,
+            offers,
+            endpoints=self.config.announce_as or None,
+        )
+        if self.directory is not None:
+            self.directory.store(self.identity.sign(announcer.announcement()))
+        if keys:
+            announcer.start()
+            self._announcer = announcer
+
+    def update_announcement(self) -> None:
+        """Something in what this node offers has changed."""
+        if self._announcer is not None:
+            self._announcer.update()
+
+    def find(self, role: Role) -> list[Announcement]:
+        """Live members of a role that have announced themselves, and are good on chain. Raises Unavailable."""
+        if self.directory is not None:
+            found = self.directory.find(role)
+        else:
+            found = find(self.node, self.bootstrap_keys, role, self.config.network_id)
+        return [each for each in found if self.membership.reputation_of(each.node_key)]
+
+    def learn_validators(self) -> None:
+        """Remember the node keys of all validators, so that those of their accounts can be looked up."""
+        try:
+            for announcement in self.find("validator"):
+                self.membership.of(announcement.node_key)
+        except (Unavailable, ChainError) as error:
+            logger.info("validators could not be looked up: %s", error)
+
+    def close(self) -> None:
+        """Withdraw from the directory and end every connection."""
+        if self._announcer is not None:
+            self._announcer.stop()
+        if self.directory is not None:
+            self.directory.stop()
+        self.node.stop()
+
+
+def _members(membership_of: list[Membership]) -> Any:
+    if not membership_of:
+        raise ChainError("this node is still connecting to the chain")
+    return membership_of[0].members()

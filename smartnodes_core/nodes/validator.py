@@ -1,0 +1,92 @@
+"""The validator role: four desks on one node.
+
+`placement.py` opens and closes jobs, `auditing.py` draws and examines, `evidence.py` re-runs what others found, `rounding.py` carries
+the results on chain. This module only joins them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from smartnodes_core.audit import Auditor, HashChain
+from smartnodes_core.identity import Identity
+from smartnodes_core.jobs import Job
+from smartnodes_core.journal import Journal
+from smartnodes_core.nodes.auditing import AuditDesk
+from smartnodes_core.nodes.base import Node
+from smartnodes_core.nodes.evidence import EvidenceDesk
+from smartnodes_core.nodes.membership import Membership
+from smartnodes_core.nodes.placement import JobDesk
+from smartnodes_core.nodes.rounding import RoundDesk
+
+
+@dataclass(frozen=True)
+class ValidatorSettings:
+    """Times of a validator: commitments are gathered `list_interval_s` into one list, the chain is looked at every `poll_s`,
+    and a silent proposer is given up after `proposer_timeout_s`."""
+
+    list_interval_s: float = 0.25
+    poll_s: float = 5.0
+    proposer_timeout_s: float = 30.0
+
+
+class ValidatorNode:
+    """Keeps jobs, audits workers, votes on rounds. `hash_chain`'s tip must be the one posted on chain."""
+
+    def __init__(
+        self,
+        node: Node,
+        identity: Identity,
+        account_key: bytes,
+        membership: Membership,
+        auditor: Auditor,
+        hash_chain: HashChain,
+        journal: Journal,
+        settings: ValidatorSettings,
+        learn_validators: Callable[[], None] = lambda: None,
+    ):
+        self.node = node
+        self.jobs = JobDesk(node, membership.network_id, membership.reputation_of)
+        self.evidence = EvidenceDesk(node, auditor)
+        self.audits = AuditDesk(
+            node,
+            identity,
+            auditor,
+            self.evidence,
+            hash_chain,
+            membership.tip_of,
+            journal,
+            list_interval_s=settings.list_interval_s,
+        )
+        self.rounds = RoundDesk(
+            node,
+            membership.chain,
+            account_key,
+            membership.network_id,
+            self.audits,
+            membership,
+            journal,
+            learn_validators=learn_validators,
+            poll_s=settings.poll_s,
+            proposer_timeout_s=settings.proposer_timeout_s,
+        )
+        self.jobs.on_open = self.audits.open
+        self.jobs.on_close = self._close
+
+    def start(self) -> None:
+        """Begin to audit and to vote; the node must be listening."""
+        self.audits.start()
+        self.evidence.start()
+        self.rounds.start()
+
+    def stop(self) -> None:
+        self.rounds.stop()
+        self.evidence.stop()
+        self.audits.stop()
+
+    def _close(self, job: Job) -> None:
+        with self.audits.lock:
+            audited = self.audits.jobs.get(job.id)
+            if audited is not None:
+                audited.closed = True

@@ -1,0 +1,51 @@
+"""Flags made from settings: each field of a config class is a flag, with its help text."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+from pathlib import Path
+from typing import Any, TypeVar
+
+from smartnodes_core.config import NodeConfig, load
+from smartnodes_core.errors import SmartnodesError
+
+Config = TypeVar("Config", bound=NodeConfig)
+
+
+def parser_for(config_class: type[NodeConfig], program: str, description: str) -> argparse.ArgumentParser:
+    """A parser with `--config` and one flag per setting."""
+    parser = argparse.ArgumentParser(program, description=description)
+    parser.add_argument("--config", type=Path, help="TOML file with any of these settings")
+    for field in dataclasses.fields(config_class):
+        is_list = str(field.type).startswith("list")
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            help=field.metadata.get("help", ""),
+            action="append" if is_list else "store",
+            default=None,
+        )
+    return parser
+
+
+def config_from(config_class: type[Config], options: argparse.Namespace) -> Config:
+    """The settings from file, environment and flags. Raises ConfigError."""
+    flags: dict[str, Any] = {
+        field.name: getattr(options, field.name) for field in dataclasses.fields(config_class)
+    }
+    return load(config_class, options.config, flags=flags)
+
+
+def start_logging(level: str) -> None:
+    """Log lines to standard error."""
+    logging.basicConfig(
+        level=level, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(name)s: %(message)s", datefmt="%H:%M:%S"
+    )
+
+
+def fail(program: str, error: SmartnodesError) -> int:
+    """Say on standard error, in one line, what went wrong; the exit code for it."""
+    sys.stderr.write(f"{program}: {error}\n")
+    return 2

@@ -1,0 +1,46 @@
+"""How a node's process lives: it says when it is ready, waits for its end, and ends in order.
+
+The end is SIGTERM, SIGINT, or (with `--exit-with-parent`) the closing of its standard input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+
+from smartnodes_core.nodes.base import Node
+
+
+def add_life_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--exit-with-parent", action="store_true", help="end when standard input is closed")
+
+
+class Life:
+    """Begins when made: from then on signals ask for an orderly end instead of killing."""
+
+    def __init__(self, exit_with_parent: bool):
+        self._ended = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._ended.set())
+        if exit_with_parent:
+            threading.Thread(target=self._watch_stdin, daemon=True).start()
+
+    def say_ready(self, node: Node) -> None:
+        """One line of JSON on standard output: where the node listens and who it is."""
+        sys.stdout.write(json.dumps({"endpoint": node.endpoint, "node_key": node.node_key.hex()}) + "\n")
+        sys.stdout.flush()
+
+    def wait(self) -> None:
+        """Until the end is asked for."""
+        self._ended.wait()
+
+    def _watch_stdin(self) -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 4096):
+                pass
+        self._ended.set()

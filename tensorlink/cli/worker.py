@@ -1,0 +1,79 @@
+"""`tensorlink-worker`: a rig that takes stages of jobs.
+
+The story of a rig: load the identity, listen, register on chain, join the network, announce what the rig can do, serve; at the
+end drain, withdraw, exit 0.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from smartnodes_core.config import WorkerConfig, setting
+from smartnodes_core.errors import ConfigError, SmartnodesError
+from smartnodes_core.journal import Journal
+from smartnodes_core.nodes.station import Station
+from smartnodes_core.nodes.worker import WorkerNode
+from tensorlink.cli.options import config_from, fail, parser_for, start_logging
+from tensorlink.cli.running import Life, add_life_flags
+from tensorlink.worker import StageHandler
+
+PROGRAM = "tensorlink-worker"
+
+
+@dataclass(frozen=True)
+class RigConfig(WorkerConfig):
+    """Settings of a rig that computes stages."""
+
+    num_threads: int = setting(1, "threads that compute")
+    num_slots: int = setting(1, "stages that this rig runs at once")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_threads < 1 or self.num_slots < 1:
+            raise ConfigError(f"num_threads is {self.num_threads}, num_slots {self.num_slots}: at least 1 of each is needed")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a rig until it is told to end."""
+    parser = parser_for(RigConfig, PROGRAM, "A rig that computes stages of other people's models for pay.")
+    add_life_flags(parser)
+    options = parser.parse_args(arguments)
+    life = Life(options.exit_with_parent)
+    try:
+        config = config_from(RigConfig, options)
+        start_logging(config.log_level)
+        _run(config, life)
+    except SmartnodesError as error:
+        return fail(PROGRAM, error)
+    return 0
+
+
+def _run(config: RigConfig, life: Life) -> None:
+    config.data_dir.mkdir(parents=True, exist_ok=True)
+    handler = StageHandler(config.max_memory_bytes, config.num_threads)
+    handler.start()
+    try:
+        station = Station.open(config, "worker")
+        try:
+            journal = Journal(config.data_dir / "signed.journal")
+            worker = WorkerNode(
+                station.node, station.identity, handler, station.membership.tip_of, journal, config.num_slots
+            )
+            worker.on_slots_changed = station.update_announcement
+            station.node.on_peer_lost(lambda peer, reason: worker.release_jobs_of(peer, f"the author is gone: {reason}"))
+            station.join()
+            station.announce(lambda: {**handler.offers(), "free_slots": worker.num_free_slots})
+            life.say_ready(station.node)
+            life.wait()
+            worker.drain("the rig is stopping")
+            journal.close()
+        finally:
+            station.close()
+    finally:
+        handler.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

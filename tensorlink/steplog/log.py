@@ -1,0 +1,136 @@
+"""What crossed a stage's links, per step and unit, and the state each step began with: one log for audit and
+recovery.
+
+Bounded: steps outside the window are dropped, and tensors that still lie in the node's shared memory move to this
+process's own once they hold more than their share of it. Digests are computed by a thread of the stage's; the log
+keeps the futures. Neighbours: `pipeline/stage.py` writes it, `audit/commitments.py` hashes it, `audit/opening.py`
+reads it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from tensorlink.steplog.snapshots import Snapshot
+
+Digests = dict[str, dict[str, bytes]]
+
+
+@dataclass
+class ForwardRecord:
+    """One micro-batch forward: what came in, what went out, the buffers it began with. `x`, `y` by slot index as
+    text."""
+
+    call: int
+    micro_batch: int
+    training: bool
+    type: str
+    x: dict[str, Tensor]
+    y: dict[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    target: dict[str, Tensor] = field(default_factory=dict)
+    loss: dict[str, Tensor] = field(default_factory=dict)
+    loss_weight: float | None = None
+    digests: Future[Digests] | None = None
+
+
+@dataclass
+class UnitRecord:
+    """One backward through a forward (`backward_pass` -1: the forward alone)."""
+
+    forward: ForwardRecord
+    backward_pass: int
+    gy: dict[str, Tensor] = field(default_factory=dict)
+    gx: dict[str, Tensor] = field(default_factory=dict)
+    digests: Future[Digests] | None = None
+
+
+@dataclass
+class StepRecord:
+    """One step of a stage. `before` and what follows are set when the step commits."""
+
+    step: int
+    forwards: dict[tuple[int, int], ForwardRecord] = field(default_factory=dict)
+    units: list[UnitRecord] = field(default_factory=list)
+    before: Snapshot | None = None
+    buffers_after: dict[str, Tensor] = field(default_factory=dict)
+    gradient: dict[str, Tensor] = field(default_factory=dict)
+    squared_norm: float = 0.0
+    clip_coefficient: float = 1.0
+    order: bytes = b""
+    options: list[dict[str, Any]] = field(default_factory=list)
+
+    def all_units(self) -> list[UnitRecord]:
+        """Units as they are committed: backwards in the order of their addition, then forwards that had none."""
+        used = {(unit.forward.call, unit.forward.micro_batch) for unit in self.units}
+        alone = [UnitRecord(self.forwards[place], -1) for place in sorted(self.forwards) if place not in used]
+        return [*self.units, *alone]
+
+
+class StepLog:
+    """The open step and the last `window_steps` committed ones."""
+
+    def __init__(self, window_steps: int, shared_bytes: int) -> None:
+        """`shared_bytes`: how much of the node's shared memory the log may keep before it copies."""
+        self._window_steps = max(1, window_steps)
+        self._shared_bytes = shared_bytes
+        self._held_bytes = 0
+        self._committed: OrderedDict[int, StepRecord] = OrderedDict()
+        self._spare: Snapshot | None = None
+        self.open = StepRecord(0)
+
+    def begin(self, step: int) -> None:
+        """Drops what the open step gathered and opens `step`."""
+        self.open = StepRecord(step)
+        self._count()
+
+    def make_room(self) -> Snapshot | None:
+        """Drops what a further committed step pushes out of the window; its snapshot's memory may be used again."""
+        while len(self._committed) >= self._window_steps:
+            _, oldest = self._committed.popitem(last=False)
+            self._spare = oldest.before
+        spare, self._spare = self._spare, None
+        return spare
+
+    def commit(self, next_step: int) -> StepRecord:
+        """Closes the open step, keeps it, and opens the next."""
+        record = self.open
+        self._committed[record.step] = record
+        self.begin(next_step)
+        return record
+
+    def committed(self, step: int) -> StepRecord | None:
+        """A step within the window, or None."""
+        return self._committed.get(step)
+
+    def steps(self) -> list[int]:
+        """The committed steps held, oldest first."""
+        return list(self._committed)
+
+    def settle(self, unit: UnitRecord) -> None:
+        """A unit is computed: leaves its tensors where they are, or copies them out of shared memory when that runs
+        short."""
+        groups = (unit.forward.x, unit.forward.target, unit.gy)
+        self._held_bytes += sum(t.numel() * t.element_size() for group in groups for t in group.values())
+        if self._held_bytes > self._shared_bytes:
+            for group in groups:
+                for name, tensor in group.items():
+                    group[name] = tensor.clone()
+
+    def _count(self) -> None:
+        self._held_bytes = sum(
+            tensor.numel() * tensor.element_size()
+            for record in self._committed.values()
+            for unit in record.units
+            for group in (unit.forward.x, unit.forward.target, unit.gy)
+            for tensor in group.values()
+        )
+
+    def __iter__(self) -> Iterator[StepRecord]:
+        return iter(self._committed.values())

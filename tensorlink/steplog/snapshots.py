@@ -1,0 +1,54 @@
+"""The state of a stage before a step, kept so that the step can be executed again: by an auditor, or by a
+replacement.
+
+Parameters and optimizer state are copied, for the optimizer writes into them. Buffers are values
+(`program/interpreter.py` replaces them), so holding on to the old ones is a snapshot. A snapshot that leaves the
+window lends its memory to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Snapshot:
+    """`optimizer` holds state tensors under `parameter/state name`, as `stage_optimizer.state_tensors` gives them."""
+
+    weights: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held, buffers not counted: they are shared with the stage until they change."""
+        return sum(t.numel() * t.element_size() for part in (self.weights, self.optimizer) for t in part.values())
+
+
+def take(
+    weights: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    spare: Snapshot | None = None,
+) -> Snapshot:
+    """A copy of the state; `spare`, a snapshot that nobody reads any more, gives its memory where shapes agree."""
+    return Snapshot(
+        _copy(weights, spare.weights if spare else {}),
+        dict(buffers),
+        _copy(optimizer, spare.optimizer if spare else {}),
+    )
+
+
+def _copy(tensors: Mapping[str, Tensor], spare: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    copies = {}
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            old = spare.get(name)
+            if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
+                old = torch.empty(tensor.shape, dtype=tensor.dtype)
+            copies[name] = old.copy_(tensor)
+    return copies
