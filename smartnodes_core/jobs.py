@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from smartnodes_core.errors import JobError, RecordError
 from smartnodes_core.identity import verify
@@ -101,13 +101,13 @@ class StageOfJob:
 class WorkerPort(Protocol):
     """What a worker node does for its handler."""
 
-    def stream(self, to: NodeKey, header: dict[str, object], body: Buffer, on_sent: Callable[[], None]) -> None:
+    def stream(self, to: NodeKey, header: dict[str, Any], body: Buffer, on_sent: Callable[[], None]) -> None:
         """Send a frame to the author or a neighbouring stage; `on_sent` when `body` may be reused, sent or lost."""
 
-    def tell_author(self, stage: StageOfJob, event: str, params: dict[str, object]) -> None:
+    def tell_author(self, stage: StageOfJob, event: str, params: dict[str, Any]) -> None:
         """A one-way message to the job's author."""
 
-    def commit(self, stage: StageOfJob, content: dict[str, object]) -> None:
+    def commit(self, stage: StageOfJob, content: dict[str, Any]) -> None:
         """Sign and publish the `Commitment` with this content (its fields but for job, plan, worker and previous)."""
 
     def fail(self, stage: StageOfJob, error: Exception) -> None:
@@ -128,15 +128,17 @@ class JobHandler(Protocol):
     def assign(self, stage: StageOfJob) -> None:
         """Reserve the stage. Raises JobError or BusyError with what is missing."""
 
-    def call(self, stage: StageOfJob, method: str, params: dict, body: memoryview) -> tuple[dict, Sequence[Buffer]]:
+    def call(
+        self, stage: StageOfJob, method: str, params: dict[str, Any], body: memoryview
+    ) -> tuple[dict[str, Any], Sequence[Buffer]]:
         """Serve a call of the job's author."""
 
-    def allocate(self, stage: StageOfJob, sender: NodeKey, header: dict, num_bytes: int) -> memoryview:
+    def allocate(self, stage: StageOfJob, sender: NodeKey, header: dict[str, Any], num_bytes: int) -> memoryview:
         """Where the body of a frame from `sender` goes; raises ProtocolError to refuse it before anything is
         allocated.
         """
 
-    def receive(self, stage: StageOfJob, sender: NodeKey, header: dict, body: memoryview) -> None:
+    def receive(self, stage: StageOfJob, sender: NodeKey, header: dict[str, Any], body: memoryview) -> None:
         """A frame is in. Runs on the connection's thread: must not wait."""
 
     def spec(self, stage: StageOfJob) -> bytes:

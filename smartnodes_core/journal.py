@@ -62,6 +62,11 @@ class Journal:
         with self._lock:
             return self._signed.get(scope)
 
+    def count(self, prefix: str) -> int:
+        """How many scopes begin with `prefix`: after a restart, how far a numbering had come."""
+        with self._lock:
+            return sum(scope.startswith(prefix) for scope in self._signed)
+
     def close(self) -> None:
         with self._lock:
             if self._file is not None:

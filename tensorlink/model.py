@@ -1,8 +1,8 @@
 """`DistributedModel`: a plain module, cut into stages that run on workers, used like the module it wraps.
 
-The story of a forward: inputs are flattened and cut into micro-batches (`program/inputs.py`), sent to the first stage (`pipeline/driver.py`),
-and come back from the last; `loss.backward()` enters `_Pipeline.backward`, which sends the gradients the other way.
-`train_step` leaves the loss to the last stage. How a job comes to be is in `placement.py`.
+The story of a forward: inputs are flattened and cut into micro-batches (`program/inputs.py`), sent to the first stage
+(`pipeline/driver.py`), and come back from the last; `loss.backward()` enters `_Pipeline.backward`, which sends the
+gradients the other way. `train_step` leaves the loss to the last stage. How a job comes to be is in `placement.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from smartnodes_core.errors import JobError
-from smartnodes_core.records import NO_DIGEST
+from smartnodes_core.records import NO_DIGEST, Verdict
 from tensorlink.audit.commitments import input_root
 from tensorlink.errors import NonFiniteError, OptimizerError, RemoteParameterError
 from tensorlink.pipeline.driver import Call
@@ -34,8 +34,8 @@ LossFunction = Callable[..., torch.Tensor]
 class DistributedModel(torch.nn.Module):
     """`module`, trained by the workers of `network`.
 
-    `stages` is how many workers share it (default: as many as are free), `micro_batches` into how many pieces a batch is cut,
-    `example_inputs` a tuple (or a dict, for keyword inputs) of tensors like those of training, batch first. `seed`
+    `stages` is how many workers share it (default: as many as are free), `micro_batches` into how many pieces a batch is
+    cut, `example_inputs` a tuple (or a dict, for keyword inputs) of tensors like those of training, batch first. `seed`
     fixes dropout.
     `timeout_s` is the shortest time after which silence of the pipeline is an error; it grows with the steps measured.
     `audit_rates` are (per micro-batch, per step) probabilities; `progress` shows a bar while the job is set up.
@@ -70,7 +70,8 @@ class DistributedModel(torch.nn.Module):
         self._optimizer: DistributedOptimizer | None = None
         self._losses: dict[Any, bytes] = {}
         self._step_index = 0
-        self._calls: list[Call] = []  # forwards since the last step
+        self._calls: list[Call] = []  # forwards since the last step whose gradients may come
+        self._num_calls = 0  # all forwards since the last step, those for evaluation too
         self._input_roots: dict[str, bytes] = {}
         self._dirty = False  # gradients were sent to stages since the last step
         self._closing = threading.Lock()
@@ -178,6 +179,14 @@ class DistributedModel(torch.nn.Module):
         """Plan, timings, audits, reputations and cost so far, as plain data."""
         return self._placement.report(self._step_index)
 
+    def audits(self) -> dict[str, int]:
+        """How many audits of this job have passed, failed, and come to no finding so far."""
+        return self._placement.audits()
+
+    def verdicts(self) -> list[Verdict]:
+        """Every verdict that auditors have sent so far."""
+        return list(self._driver.verdicts)
+
     def close(self) -> None:
         """End the job: its workers are released. Idempotent."""
         with self._closing:
@@ -194,13 +203,15 @@ class DistributedModel(torch.nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         raise RemoteParameterError(
-            "the parameters live on workers and keep the wrapped module's dtype and device: move or cast the module before wrapping it"
+            "the parameters live on workers and keep the wrapped module's dtype and device: move or cast the module "
+            "before wrapping it"
         )
 
     # -- one call -----------------------------------------------------------------------------------------------------
 
     def _open_call(self, samples: list[int], options: dict[str, Any]) -> Call:
-        call = Call(self._step_index, len(self._calls), samples)
+        call = Call(self._step_index, self._num_calls, samples)
+        self._num_calls += 1
         self._calls.append(call)
         self._driver.begin(call, options)
         return call
@@ -226,7 +237,7 @@ class DistributedModel(torch.nn.Module):
         outputs = [torch.cat([call.outputs[(i, slot)] for i in range(len(samples))]) for slot in slots]
         call.outputs.clear()
         if not grad:
-            self._calls.remove(call) if not self.training else None
+            self._calls.remove(call)
             self._driver.forget(call)
         return call, outputs
 
@@ -326,8 +337,8 @@ class DistributedModel(torch.nn.Module):
         self._end_step(committed=bad is None)
         if bad is not None:
             raise NonFiniteError(
-                f"the gradient of {bad[1]} (stage {bad[0]}) is not finite at step {order.step}: the step was dropped on every "
-                "stage and no parameter changed; lower the learning rate, clip gradients, or look at the batch"
+                f"the gradient of {bad[1]} (stage {bad[0]}) is not finite at step {order.step}: the step was dropped "
+                "on every stage and no parameter changed; lower the learning rate, clip gradients, or look at the batch"
             )
 
     def _drop_gradients(self) -> None:
@@ -340,6 +351,7 @@ class DistributedModel(torch.nn.Module):
         for call in self._calls:
             self._driver.forget(call)
         self._calls.clear()
+        self._num_calls = 0
         self._input_roots.clear()
         self._dirty = False
         self._step_index += committed

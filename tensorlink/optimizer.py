@@ -39,7 +39,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         name = getattr(optimizer_class, "__name__", repr(optimizer_class))
         if ALLOWED.get(name) is not optimizer_class:
             raise OptimizerError(
-                f"found {name}, needed one of torch.optim's {', '.join(sorted(ALLOWED))}: workers run no other optimizers"
+                f"found {name}, needed one of torch.optim's {', '.join(sorted(ALLOWED))}: workers run no others"
             )
         try:
             defaults = optimizer_class([torch.zeros(1)], **options).defaults

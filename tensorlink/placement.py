@@ -120,7 +120,7 @@ class Placement:
 
     def report(self, num_steps: int) -> dict[str, Any]:
         """Plain data: plan, timings, audits and reputation per stage."""
-        verdicts = list(self.driver.verdicts)
+        verdicts, commitments = list(self.driver.verdicts), dict(self.driver.commitments)
         stages = []
         for placed in self.table.stages:
             worker = placed.worker.node_key
@@ -132,6 +132,7 @@ class Placement:
                     "endpoint": placed.worker.endpoints[0],
                     "parameters": list(self.programs[placed.stage].parameters),
                     "predicted_micro_batch_s": placed.micro_batch_s,
+                    "work_units": sum(c.work_units for (s, _), c in commitments.items() if s == placed.stage),
                     "busy_s": self.driver.busy_s.get(placed.stage, 0.0),
                     "audits_passed": sum(verdict.finding == "honest" for verdict in own),
                     "audits_failed": sum(verdict.finding == "fraudulent" for verdict in own),
@@ -146,6 +147,15 @@ class Placement:
             "predicted_step_s": self.table.step_s,
             "stages": stages,
             "num_spares": len(self.table.spares),
+        }
+
+    def audits(self) -> dict[str, int]:
+        """Verdicts so far, counted by finding."""
+        findings = [verdict.finding for verdict in self.driver.verdicts]
+        return {
+            "passed": findings.count("honest"),
+            "failed": findings.count("fraudulent"),
+            "inconclusive": findings.count("inconclusive"),
         }
 
     def close(self) -> None:

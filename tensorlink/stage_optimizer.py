@@ -73,7 +73,7 @@ class StageOptimizer:
         self.parameters = {key: value for key, value in parameters.items() if value.requires_grad}
         self._names: dict[int, str] = {id(value): key for key, value in self.parameters.items()}
         self._groups: dict[int, int] = {}
-        made = []
+        made: list[dict[str, Any]] = []
         for index, group in enumerate(groups):
             names = [key for key in group.get("parameters", ()) if key in self.parameters]
             taken = [key for key in names if any(self.parameters[key] is p for g in made for p in g["params"])]
@@ -85,8 +85,8 @@ class StageOptimizer:
         self._torch: torch.optim.Optimizer | None = None
         if made:
             try:
-                accepted = {key: value for key, value in _OURS.items() if key in _defaults(name)}
-                self._torch = ALLOWED[name](made, **accepted)  # type: ignore[call-arg]
+                accepted: dict[str, Any] = {key: value for key, value in _OURS.items() if key in _defaults(name)}
+                self._torch = ALLOWED[name](made, **accepted)
             except (TypeError, ValueError) as error:
                 raise OptimizerError(f"{name}: {error}") from None
 

@@ -1,4 +1,4 @@
-"""Puts the four contracts on a chain. Rounds' address is computed beforehand, so that the others can name it for ever."""
+"""Puts the four contracts on a chain. Rounds' address is computed beforehand, so that the others can name it."""
 
 from __future__ import annotations
 

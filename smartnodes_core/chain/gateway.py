@@ -84,8 +84,11 @@ class Gateway:
 
     def events(self, event: Any, from_block: int, **topics: Any) -> list[Any]:
         """All events of a kind since `from_block`, with the indexed values given."""
-        find = lambda: event.get_logs(argument_filters=topics, from_block=from_block)  # noqa: E731
-        return list(self._do(f"find {event.event_name}", find))
+
+        def find() -> list[Any]:
+            return list(event.get_logs(argument_filters=topics, from_block=from_block))
+
+        return self._do(f"find {event.event_name}", find)
 
     def coin_wei(self, account: bytes) -> int:
         return self._do("read a balance", lambda: int(self._web3.eth.get_balance(checksum(account))))  # type: ignore[arg-type]
@@ -217,7 +220,7 @@ class Gateway:
             ) from error
         except requests.RequestException as error:
             raise ChainUnreachableError(
-                f"no answer from the chain at {self.url} ({type(error).__name__}): is it running, and is the URL right? "
+                f"no answer from the chain at {self.url} ({type(error).__name__}): is it running, is the URL right? "
                 "`tensorlink devnet` starts one on this machine"
             ) from error
 

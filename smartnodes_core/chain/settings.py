@@ -1,4 +1,4 @@
-"""What a deployment is made with, from code or from a TOML file, and the addresses file that it leaves for the nodes."""
+"""What a deployment is made with, from code or from a TOML file, and the addresses file it leaves for the nodes."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def sign_digest(key: bytes, digest: bytes) -> bytes:
 
 
 def recover(digest: bytes, signature: bytes) -> bytes:
-    """The 20-byte account that signed `digest`. Raises SignatureError unless `signature` is one the contracts accept."""
+    """The 20-byte account that signed `digest`. Raises SignatureError unless the contracts accept `signature`."""
     if len(signature) != SIGNATURE_BYTES or signature[64] not in (27, 28):
         raise SignatureError(f"a signature of {len(signature)} bytes: 65 are needed, the last 27 or 28")
     if int.from_bytes(signature[32:64], "big") > _CURVE_ORDER // 2:

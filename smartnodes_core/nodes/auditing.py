@@ -1,8 +1,8 @@
 """A validator's auditing: collect commitments, fix lists, reveal preimages, challenge what the seeds select, give
 verdicts.
 
-The rules are pure and live in `smartnodes_core/audit.py`; this module moves the messages. One thread fixes and reveals lists,
-one re-executes; neither ever waits for the other or for the chain.
+The rules are pure and live in `smartnodes_core/audit.py`; this module moves the messages. One thread fixes and
+reveals lists, one re-executes; neither ever waits for the other or for the chain.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class AuditDesk:
         self._list_interval_s = list_interval_s
         self._reveal_timeout_s = reveal_timeout_s
         self._challenge_timeout_s = challenge_timeout_s
-        self._next_reveal = 1
+        self._next_reveal = 1 + journal.count(f"list/{chain.tip.hex()}/")
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._cases: queue.Queue[tuple[AuditedJob, bytes, Selection] | None] = queue.Queue()
@@ -396,12 +396,18 @@ class AuditDesk:
         lists: list[bytes],
         reveals: list[bytes],
     ) -> tuple[Case, memoryview]:
-        """Have the worker open the unit. Raises PeerFault where it refuses or answers wrongly, Unavailable where it does not."""
+        """Have the worker open the unit. Raises PeerFault where it refuses or answers wrongly, Unavailable where it
+        does not.
+        """
         key = audited.of_stage(commitment.stage, commitment.replica)
         params = {"key": key, "challenge": self._identity.sign(challenge).encode(), "lists": lists, "reveals": reveals}
         spec = self._spec(audited, commitment, key)
         reply = self._node.call(
-            commitment.worker, "challenge", params, timeout_s=self._challenge_timeout_s, max_body_bytes=MAX_OPENING_BYTES
+            commitment.worker,
+            "challenge",
+            params,
+            timeout_s=self._challenge_timeout_s,
+            max_body_bytes=MAX_OPENING_BYTES,
         )
         at = int(reply.params["opening_bytes"])
         order_end = at + int(reply.params["order_bytes"])

@@ -164,7 +164,7 @@ class ChainAuthority:
 
 
 def _takes_part(member: Member) -> bool:
-    """Also those on the way in or out: a validator awaiting its epoch, and who has asked to leave and still answers audits."""
+    """Also those on the way in or out: a validator awaiting its epoch, who asked to leave and still answers audits."""
     joining = member.role == "validator" and member.exit_at_s == 0
     leaving = member.exit_at_s != 0 and member.stake_wei > 0
     return member.live or joining or leaving

@@ -1,4 +1,6 @@
-"""Evidence of fraud: kept by the auditor that found it, fetched and re-run by every validator that is to sign for it."""
+"""Evidence of fraud: kept by the auditor that found it, fetched and re-run by every validator that is to sign for
+it.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ MAX_KEPT = 64
 
 
 class EvidenceDesk:
-    """Keeps evidence, and re-runs what other auditors found; `on_confirmed(verdict)` is told where it came out the same."""
+    """Keeps evidence, and re-runs what other auditors found; `on_confirmed(verdict)` is told where it came out the
+    same.
+    """
 
     def __init__(self, node: Node, auditor: Auditor):
         self.on_confirmed: Callable[[Verdict], None] = lambda verdict: None

@@ -23,7 +23,8 @@ def key_hash(node_key: NodeKey) -> bytes:
 
 
 class Membership:
-    """Members of one network by node key. The list is read again when it is older than `max_age_s`, or soon when somebody
+    """Members of one network by node key. The list is read again when it is older than `max_age_s`, or soon when
+    somebody
     unknown is asked for; by one thread at a time.
     """
 
@@ -86,8 +87,8 @@ class Membership:
             raise ConfigError("the registration is not on chain although the chain accepted it: is it another network?")
         if (member.role, member.key_hash) != (role, key_hash(node_key)):
             raise AuthorityError(
-                f"account 0x{account.hex()} is registered as {member.role} with another node key: use another account, or "
-                "the identity it was registered with"
+                f"account 0x{account.hex()} is registered as {member.role} with another node key: use "
+                "another account, or the identity it was registered with"
             )
         if member.reputation == 0:
             raise AuthorityError(f"account 0x{account.hex()} is blacklisted in network {self.network_id}")

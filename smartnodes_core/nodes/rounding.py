@@ -14,17 +14,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import msgspec
-
 from smartnodes_core.chain.base import Chain, RoundState
-from smartnodes_core.chain.merkle import RewardTree
 from smartnodes_core.chain.signing import address_of, recover, sign_digest
-from smartnodes_core.errors import AuthorityError, RecordError, SmartnodesError
+from smartnodes_core.errors import AuthorityError, RecordError, SmartnodesError, Unavailable
 from smartnodes_core.journal import Journal
 from smartnodes_core.nodes.auditing import AuditDesk, AuditedJob
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.membership import Membership
-from smartnodes_core.records import MAX_RECORD_BYTES, NO_DIGEST, Commitment, NodeKey, Proposal, Verdict, Vote, canonical
+from smartnodes_core.nodes.rewards import fetch_reward_totals, reward_root
+from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, NodeKey, Proposal, Verdict, Vote, canonical
 from smartnodes_core.reputation import VerdictCounts
 from smartnodes_core.rounds import (
     RoundContext,
@@ -42,8 +40,12 @@ from smartnodes_core.transport.base import Peer
 logger = logging.getLogger(__name__)
 
 VOTE_TIMEOUT_S = 20.0
+#: How long a proposer with a quorum waits for those who have not signed yet: every signer is paid.
+LATE_VOTE_S = 1.0
 #: Records one proposal names at most; the rest waits for the next round.
 MAX_NAMED = 20_000
+#: Roots whose leaves are kept: as many as the contract keeps.
+MAX_PUBLISHED = 64
 
 
 class RoundDesk:
@@ -79,6 +81,7 @@ class RoundDesk:
         self._settled: set[bytes] = set()
         self._seen: dict[bytes, tuple[Proposal, RoundProposal, dict[bytes, int]]] = {}
         self._totals_wei: dict[bytes, int] = {}
+        self._published: dict[bytes, dict[bytes, int]] = {}
         self._signers: tuple[bytes, ...] = ()
         self._number = -1
         self._due_since: float | None = None
@@ -138,48 +141,61 @@ class RoundDesk:
                 proposal, content, totals = known
                 self._settled.update(proposal.verdicts, proposal.settled)
                 self._totals_wei = totals
+                self._publish(totals)
                 self.executed.append(content)
             executed = self._chain.executed_round(self._network_id, state.number)
             self._signers = executed.signers if executed else ()
             self._number = state.number
             self._seen.clear()
 
-    def _knows_totals(self, state: RoundState) -> bool:
-        """Whether the cumulative rewards under the last root are known here; else asks the other validators for
-        them.
-        """
-        if self._root_of(self._totals_wei) == state.latest_root:
-            return True
-        for account in self._chain.validators(self._network_id):
-            key = self._node_key_of(account)
-            if account == self._account or key is None:
-                continue
-            try:
-                reply = self._node.call(key, "reward_totals", {}, timeout_s=VOTE_TIMEOUT_S)
-                totals = _decode_totals(reply.body)
-            except SmartnodesError as error:
-                logger.info("no reward totals of %s: %s", key.hex()[:8], error)
-                continue
-            if self._root_of(totals) == state.latest_root:
-                with self._lock:
-                    self._totals_wei = totals
-                return True
-        logger.warning("the rewards under root %s are known to no validator that answers", state.latest_root.hex()[:16])
-        return False
+    def _publish(self, totals: dict[bytes, int]) -> None:
+        """Keep the leaves of the newest roots, for those that claim."""
+        self._published[reward_root(self._chain, self._network_id, totals)] = totals
+        while len(self._published) > MAX_PUBLISHED:
+            del self._published[next(iter(self._published))]
 
-    def _root_of(self, totals: Mapping[bytes, int]) -> bytes:
-        domain = self._chain.domain
-        return RewardTree(domain.chain_id, domain.contract, self._network_id, totals).root if totals else NO_DIGEST
+    def _knows_totals(self, state: RoundState) -> bool:
+        """Whether the cumulative rewards under the last root are known here; else asks the other validators for them."""
+        if reward_root(self._chain, self._network_id, self._totals_wei) == state.latest_root:
+            return True
+        keys = [self._node_key_of(account) for account in self._chain.validators(self._network_id)]
+        others = [key for key in keys if key is not None and key != self._node.node_key]
+        try:
+            totals = fetch_reward_totals(self._node, self._chain, self._network_id, others, state.latest_root)
+        except Unavailable as error:
+            logger.warning("%s", error)
+            return False
+        with self._lock:
+            self._totals_wei = totals
+        return True
 
     @allow(max_body_bytes=0)
     def rpc_reward_totals(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
-        """The cumulative rewards under the last executed root: anybody may check them against the chain and build a
-        claim.
-        """
+        """The cumulative rewards under a root on chain: anybody may check them against it and build a claim."""
         with self._lock:
-            return {}, [canonical({account.hex(): str(wei) for account, wei in self._totals_wei.items()})]
+            totals = self._published.get(bytes(params["root"]), self._totals_wei)
+            return {}, [canonical({account.hex(): str(wei) for account, wei in totals.items()})]
 
     def _propose(self, state: RoundState, view: int) -> None:
+        proposal, content, digest = self._own_proposal(state, view) or self._make_proposal(state, view)
+        signatures = {self._account: self._sign(content, digest)}
+        needed = quorum(len(self._chain.validators(self._network_id)))
+        self._collect(proposal, digest, signatures, needed)
+        if len(signatures) < needed:
+            logger.warning("round %s: %d of %d signatures", content.round, len(signatures), needed)
+            return
+        self._chain.execute_round(content, [signatures[account] for account in sorted(signatures)])
+        logger.info("round %s executed with %d signatures", content.round, len(signatures))
+
+    def _own_proposal(self, state: RoundState, view: int) -> tuple[Proposal, RoundProposal, bytes] | None:
+        """What this validator proposed before in this view: a second, different proposal would be equivocation."""
+        with self._lock:
+            for digest, (proposal, content, _) in self._seen.items():
+                if (content.round, content.view, proposal.proposer) == (state.number + 1, view, self._account):
+                    return proposal, content, digest
+        return None
+
+    def _make_proposal(self, state: RoundState, view: int) -> tuple[Proposal, RoundProposal, bytes]:
         verdicts, commitments = self._unsettled()
         evidence = self._evidence(verdicts, commitments)
         content, totals = propose(self._context(state, view, int(time.time())), evidence)
@@ -194,29 +210,29 @@ class RoundDesk:
             settled=sorted(commitments),
         )
         digest = self._chain.proposal_digest(content)
-        signatures = {self._account: self._sign(content, digest)}
         with self._lock:
             self._seen[digest] = (proposal, content, totals)
-        self._collect(proposal, digest, signatures)
-        needed = quorum(len(self._chain.validators(self._network_id)))
-        if len(signatures) < needed:
-            logger.warning("round %s: %d of %d signatures", content.round, len(signatures), needed)
-            return
-        self._chain.execute_round(content, [signatures[account] for account in sorted(signatures)])
-        logger.info("round %s executed with %d signatures", content.round, len(signatures))
+        return proposal, content, digest
 
-    def _collect(self, proposal: Proposal, digest: bytes, signatures: dict[bytes, bytes]) -> None:
-        """Ask all other validators at once; those that answer in time and verify are in `signatures` afterwards."""
-        accounts = [account for account in self._chain.validators(self._network_id) if account != self._account]
-        threads = [
-            threading.Thread(target=self._ask, args=(account, proposal, digest, signatures), daemon=True)
-            for account in accounts
-        ]
-        for thread in threads:
-            thread.start()
+    def _collect(self, proposal: Proposal, digest: bytes, signatures: dict[bytes, bytes], needed: int) -> None:
+        """Ask all other validators at once. Returns when all have answered, or soon after `needed` of them have signed."""
+        others = [account for account in self._chain.validators(self._network_id) if account != self._account]
+        answered = threading.Semaphore(0)
+
+        def ask(account: bytes) -> None:
+            try:
+                self._ask(account, proposal, digest, signatures)
+            finally:
+                answered.release()
+
+        for account in others:
+            threading.Thread(target=ask, args=(account,), daemon=True).start()
         deadline = time.monotonic() + VOTE_TIMEOUT_S
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        for _ in others:
+            if len(signatures) >= needed:
+                deadline = min(deadline, time.monotonic() + LATE_VOTE_S)
+            if not answered.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                return
 
     def _ask(self, account: bytes, proposal: Proposal, digest: bytes, signatures: dict[bytes, bytes]) -> None:
         validator = self._node_key_of(account)
@@ -241,7 +257,7 @@ class RoundDesk:
     def rpc_propose(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
         """Sign a proposal that this validator's own evidence justifies; else answer with the reasons why not."""
         proposal = Proposal.decode(body)
-        if self._node_key_of(proposal.proposer) != caller.node_key:
+        if self._account_of(caller.node_key) != proposal.proposer:
             raise AuthorityError("a proposal comes from its proposer")
         state = self._chain.round_state(self._network_id)
         self._follow(state)
@@ -382,14 +398,6 @@ class RoundDesk:
             standings={m.account: Standing(m.index, m.reputation, m.stake_wei) for m in members},
             totals_wei=self._totals_wei,
         )
-
-
-def _decode_totals(body: memoryview) -> dict[bytes, int]:
-    """What `rpc_reward_totals` answers. Raises RecordError."""
-    try:
-        return {bytes.fromhex(account): int(wei) for account, wei in msgspec.msgpack.decode(body).items()}
-    except (msgspec.DecodeError, ValueError, AttributeError, TypeError) as error:
-        raise RecordError(f"not a table of reward totals: {error}") from None
 
 
 def _first(records: Mapping[bytes, Any]) -> dict[bytes, Any]:

@@ -1,24 +1,28 @@
-"""What every role stands on: an identity with its account, a node that listens, the chain, and a place in the directory.
+"""What every role stands on: an identity with its account, a node that listens, the chain, and a place in the
+directory.
 
-`Station.open` is the first half of the story of a rig: load the keys, listen, register on chain, join the network, announce.
+`Station.open` is the first half of the story of a rig: load the keys, listen, register on chain, join the network,
+announce.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
-from typing import Any
 
 from smartnodes_core.chain.account import load_account_key
-from smartnodes_core.chain.base import Chain
+from smartnodes_core.chain.base import Chain, Member
 from smartnodes_core.chain.settings import Addresses
 from smartnodes_core.config import NodeConfig
 from smartnodes_core.dht.announcer import Announcer
 from smartnodes_core.dht.directory import Directory, find
 from smartnodes_core.dht.storage import RecordStore
-from smartnodes_core.errors import ChainError, ConfigError, SmartnodesError, Unavailable
+from smartnodes_core.errors import AuthorityError, ChainError, ConfigError, SmartnodesError, Unavailable
 from smartnodes_core.identity import Identity, make_binding
 from smartnodes_core.nodes.authority import ChainAuthority
 from smartnodes_core.nodes.base import Node
@@ -29,6 +33,9 @@ from smartnodes_core.transport.tls import TlsTransport
 logger = logging.getLogger(__name__)
 
 BINDING_LIFETIME_S = 30 * 24 * 3600
+CONNECT_TIMEOUT_S = 15.0
+JOIN_TIMEOUT_S = 10.0
+JOIN_PAUSE_S = 0.3
 
 
 @dataclass
@@ -48,7 +55,8 @@ class Station:
 
     @classmethod
     def open(cls, config: NodeConfig, role: Role, tip: bytes | None = None) -> Station:
-        """Load the keys, listen, connect to the chain, register. Raises IdentityError, ConfigError, PortInUseError, ChainError,
+        """Load the keys, listen, connect to the chain, register. Raises IdentityError, ConfigError, PortInUseError,
+        ChainError,
         AuthorityError, each with the remedy."""
         identity = Identity.load(config.identity)
         account_key = load_account_key(config.account)
@@ -62,9 +70,9 @@ class Station:
             config.network_id,
             int(time.time()) + BINDING_LIFETIME_S,
         )
-        membership_of: list[Membership] = []
+        connecting: Future[Membership] = Future()
         authority = ChainAuthority(
-            lambda: _members(membership_of), poll_interval_s=config.chain_poll_interval_s, min_refresh_interval_s=0.5
+            lambda: _members(connecting), poll_interval_s=config.chain_poll_interval_s, min_refresh_interval_s=0.5
         )
         endpoint = None if role == "user" else config.endpoint
         node = Node(identity, binding, TlsTransport(identity, binding), authority, endpoint)
@@ -75,21 +83,23 @@ class Station:
             chain = ChainClient(config.rpc_url, addresses, account_key)
             membership = Membership(chain, config.network_id)
             membership.join(role, identity.node_key, tip)
-            membership_of.append(membership)
+            connecting.set_result(membership)
         except BaseException:
+            connecting.cancel()
             node.stop()
             raise
         return cls(config, role, identity, account_key, chain, membership, node)
 
     def join(self) -> None:
-        """Reach the bootstrap validators; a validator also serves the directory. Raises the last error when none is reached."""
+        """Reach the bootstrap validators; a validator also serves the directory. Raises the last error when none is
+        reached.
+        """
         if self.role == "validator":
             self.directory = Directory(self.node, RecordStore(self.config.network_id))
         failure: SmartnodesError = ConfigError("no bootstrap validator is named: set `bootstrap` to host:port of one")
         for endpoint in self.config.bootstrap:
             try:
-                peer = self.node.connect(endpoint)
-                self.bootstrap_keys.append(peer.node_key)
+                self.bootstrap_keys.append(self._reach(endpoint))
             except SmartnodesError as error:
                 failure = error
                 logger.warning("bootstrap %s: %s", endpoint, error)
@@ -98,6 +108,18 @@ class Station:
         for key in self.bootstrap_keys:
             if self.directory is not None:
                 self.directory.sync_from(key)
+
+    def _reach(self, endpoint: str) -> NodeKey:
+        """The node key at `endpoint`. A validator that has not yet seen our registration on chain is asked again."""
+        deadline = time.monotonic() + JOIN_TIMEOUT_S
+        pause = threading.Event()
+        while True:
+            try:
+                return self.node.connect(endpoint).node_key
+            except (AuthorityError, Unavailable):
+                if time.monotonic() > deadline:
+                    raise
+            pause.wait(JOIN_PAUSE_S)
 
     def announce(self, offers: Callable[[], dict[str, int | str]]) -> None:
         """Make this node findable, and keep it so."""
@@ -146,7 +168,9 @@ class Station:
         self.node.stop()
 
 
-def _members(membership_of: list[Membership]) -> Any:
-    if not membership_of:
-        raise ChainError("this node is still connecting to the chain")
-    return membership_of[0].members()
+def _members(connecting: Future[Membership]) -> Sequence[Member]:
+    """The chain's members, as soon as this node has connected to the chain and registered."""
+    try:
+        return connecting.result(CONNECT_TIMEOUT_S).members(max_age_s=0.0)
+    except (FutureTimeout, CancelledError):
+        raise ChainError("this node is still connecting to the chain") from None

@@ -1,7 +1,7 @@
 """The validator role: four desks on one node.
 
-`placement.py` opens and closes jobs, `auditing.py` draws and examines, `evidence.py` re-runs what others found, `rounding.py` carries
-the results on chain. This module only joins them.
+`placement.py` opens and closes jobs, `auditing.py` draws and examines, `evidence.py` re-runs what others found,
+`rounding.py` carries the results on chain. This module only joins them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from smartnodes_core.nodes.rounding import RoundDesk
 
 @dataclass(frozen=True)
 class ValidatorSettings:
-    """Times of a validator: commitments are gathered `list_interval_s` into one list, the chain is looked at every `poll_s`,
+    """Times of a validator: commitments are gathered `list_interval_s` into one list, the chain is looked at every
+    `poll_s`,
     and a silent proposer is given up after `proposer_timeout_s`."""
 
     list_interval_s: float = 0.25

@@ -13,7 +13,15 @@ from collections.abc import Callable
 from typing import Any
 
 from smartnodes_core.audit import TipTracker, assigned_validators, check_challenge
-from smartnodes_core.errors import AuditError, AuthorityError, BusyError, JobError, ProtocolError, SmartnodesError, WorkerLostError
+from smartnodes_core.errors import (
+    AuditError,
+    AuthorityError,
+    BusyError,
+    JobError,
+    ProtocolError,
+    SmartnodesError,
+    WorkerLostError,
+)
 from smartnodes_core.identity import Identity, verify
 from smartnodes_core.jobs import Buffer, Job, JobHandler, StageOfJob
 from smartnodes_core.journal import Journal

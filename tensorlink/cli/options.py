@@ -7,9 +7,9 @@ import dataclasses
 import logging
 import sys
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin, get_type_hints
 
-from smartnodes_core.config import NodeConfig, load
+from smartnodes_core.config import NodeConfig, help_of, load
 from smartnodes_core.errors import SmartnodesError
 
 Config = TypeVar("Config", bound=NodeConfig)
@@ -19,22 +19,16 @@ def parser_for(config_class: type[NodeConfig], program: str, description: str) -
     """A parser with `--config` and one flag per setting."""
     parser = argparse.ArgumentParser(program, description=description)
     parser.add_argument("--config", type=Path, help="TOML file with any of these settings")
-    for field in dataclasses.fields(config_class):
-        is_list = str(field.type).startswith("list")
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"),
-            help=field.metadata.get("help", ""),
-            action="append" if is_list else "store",
-            default=None,
-        )
+    types = get_type_hints(config_class)
+    for name, text in help_of(config_class).items():
+        action = "append" if get_origin(types[name]) is list else "store"
+        parser.add_argument("--" + name.replace("_", "-"), help=text, action=action, default=None)
     return parser
 
 
 def config_from(config_class: type[Config], options: argparse.Namespace) -> Config:
     """The settings from file, environment and flags. Raises ConfigError."""
-    flags: dict[str, Any] = {
-        field.name: getattr(options, field.name) for field in dataclasses.fields(config_class)
-    }
+    flags: dict[str, Any] = {field.name: getattr(options, field.name) for field in dataclasses.fields(config_class)}
     return load(config_class, options.config, flags=flags)
 
 
@@ -43,6 +37,8 @@ def start_logging(level: str) -> None:
     logging.basicConfig(
         level=level, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(name)s: %(message)s", datefmt="%H:%M:%S"
     )
+    for chatty in ("web3", "urllib3", "matplotlib"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def fail(program: str, error: SmartnodesError) -> int:

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from smartnodes_core.audit import HashChain
-from smartnodes_core.config import ValidatorConfig, setting
+from smartnodes_core.config import ValidatorConfig
 from smartnodes_core.errors import SmartnodesError
 from smartnodes_core.journal import Journal
 from smartnodes_core.keyfile import read_key_file, write_key_file
@@ -28,9 +29,9 @@ PROPOSER_SHARE = 0.5
 class AuditorConfig(ValidatorConfig):
     """Settings of a validator that re-executes stages."""
 
-    num_threads: int = setting(1, "threads that re-execute")
-    max_memory_bytes: int = setting(0, "memory for re-executing; 0 sets no bound")
-    list_interval_s: float = setting(0.25, "seconds over which commitments are gathered before challenges are drawn")
+    num_threads: Annotated[int, "threads that re-execute"] = 1
+    max_memory_bytes: Annotated[int, "memory for re-executing; 0 sets no bound"] = 0
+    list_interval_s: Annotated[float, "seconds over which commitments are gathered before challenges are drawn"] = 0.25
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

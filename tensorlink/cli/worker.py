@@ -1,7 +1,7 @@
 """`tensorlink-worker`: a rig that takes stages of jobs.
 
-The story of a rig: load the identity, listen, register on chain, join the network, announce what the rig can do, serve; at the
-end drain, withdraw, exit 0.
+The story of a rig: load the identity, listen, register on chain, join the network, announce what the rig can do,
+serve; at the end drain, withdraw, exit 0.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
-from smartnodes_core.config import WorkerConfig, setting
+from smartnodes_core.config import WorkerConfig
 from smartnodes_core.errors import ConfigError, SmartnodesError
 from smartnodes_core.journal import Journal
 from smartnodes_core.nodes.station import Station
@@ -26,13 +27,15 @@ PROGRAM = "tensorlink-worker"
 class RigConfig(WorkerConfig):
     """Settings of a rig that computes stages."""
 
-    num_threads: int = setting(1, "threads that compute")
-    num_slots: int = setting(1, "stages that this rig runs at once")
+    num_threads: Annotated[int, "threads that compute"] = 1
+    num_slots: Annotated[int, "stages that this rig runs at once"] = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_threads < 1 or self.num_slots < 1:
-            raise ConfigError(f"num_threads is {self.num_threads}, num_slots {self.num_slots}: at least 1 of each is needed")
+            raise ConfigError(
+                f"num_threads is {self.num_threads}, num_slots {self.num_slots}: at least 1 of each is needed"
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +65,9 @@ def _run(config: RigConfig, life: Life) -> None:
                 station.node, station.identity, handler, station.membership.tip_of, journal, config.num_slots
             )
             worker.on_slots_changed = station.update_announcement
-            station.node.on_peer_lost(lambda peer, reason: worker.release_jobs_of(peer, f"the author is gone: {reason}"))
+            station.node.on_peer_lost(
+                lambda peer, reason: worker.release_jobs_of(peer, f"the author is gone: {reason}")
+            )
             station.join()
             station.announce(lambda: {**handler.offers(), "free_slots": worker.num_free_slots})
             life.say_ready(station.node)

@@ -77,8 +77,8 @@ class Text:
         training, validation = (b"".join(part)[:MAX_TEXT_BYTES] for part in parts)
         if len(validation) < 100_000:
             raise ConfigError(
-                f"found {len(training) + len(validation)} bytes of Python sources in the standard library, needed at least a "
-                "megabyte: this Python was installed without its sources"
+                f"found {len(training) + len(validation)} bytes of Python sources in the standard library, needed "
+                "at least a megabyte: this Python was installed without its sources"
             )
         return cls(*(torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (training, validation)))
 

@@ -24,7 +24,8 @@ def lines(result: DemoResult) -> list[str]:
     rows += [
         "",
         f"losses {verdict} one plain process: largest relative difference {difference:.1e} (at most {TOLERANCE:.0e})",
-        f"validation loss: {result.validation_before:.3f} before, {result.validation_after:.3f} after {len(result.losses)} steps",
+        f"validation loss: {result.validation_before:.3f} before, {result.validation_after:.3f} after "
+        f"{len(result.losses)} steps",
         f"{result.tokens_per_s:,.0f} tokens/s, first step after {result.seconds_to_first_step:.1f} s, "
         f"{result.rounds} rounds on chain, {result.run_s:.0f} s in all; the plain process took {result.plain_s:.0f} s",
     ]

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 import tensorlink
+from tensorlink.demo.ledger import settle, worker_table
 from tensorlink.demo.model import ByteGPT, Text, next_byte_loss
 from tensorlink.model import DistributedModel
 from tensorlink.network import LocalNetwork
@@ -130,12 +131,12 @@ def run_demo(options: DemoOptions, say: Callable[[str], None]) -> DemoResult:
             say(model._placement.table.table())
             _train(model, text, options, result, began)
             result.processes = network.processes()
-            say("waiting for the last audits and rounds …")
             module.load_state_dict(model.state_dict())
             result.model = model.report()
-            network.settle(model)
-            result.workers = network.worker_table(model)
-            result.rounds = network.round_number()
+        say("waiting for the last audits and rounds …")
+        settle(network)
+        result.workers = worker_table(network, model, model.verdicts())
+        result.rounds = network.chain.round_state(network.network_id).number
     result.run_s = time.monotonic() - began
     _train_plain(plain_module, text, options, result)
     return result

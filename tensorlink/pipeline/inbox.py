@@ -6,7 +6,7 @@ is ignored, one with other content is the sender's fault.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -74,12 +74,16 @@ class Inbox:
 
     def forget(self, step: int, call: int | None = None) -> None:
         """Drops everything of a call, or of all steps up to `step` where `call` is None."""
-        for table in (self._waiting, self._taken, self._groups):
-            gone = [d for d in table if (d.step <= step if call is None else (d.step, d.call) == (step, call))]
-            for delivery in gone:
-                dropped = table.pop(delivery)  # type: ignore[attr-defined]
-                if table is self._waiting:
-                    self._num_waiting -= len(dropped)
+
+        def gone(table: Iterable[Delivery]) -> list[Delivery]:
+            return [d for d in table if (d.step <= step if call is None else (d.step, d.call) == (step, call))]
+
+        for delivery in gone(self._waiting):
+            self._num_waiting -= len(self._waiting.pop(delivery))
+        for delivery in gone(self._taken):
+            del self._taken[delivery]
+        for delivery in gone(self._groups):
+            del self._groups[delivery]
 
     def _check_taken(self, delivery: Delivery, slot: int, tensor: Tensor) -> None:
         digests = self._taken[delivery]

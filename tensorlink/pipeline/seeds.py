@@ -8,11 +8,11 @@ from collections.abc import Callable
 from smartnodes_core.records import canonical, digest_of
 
 
-def seed_function(seed: int, replica: int, step: int, call: int, micro_batch: int) -> Callable[[int], int]:
+def seed_for(seed: int, replica: int, step: int, call: int, micro_batch: int) -> Callable[[int], int]:
     """Maps a node's id to the 63-bit seed of its mask; `seed` is the one in the job record."""
 
-    def seed_for(node: int) -> int:
+    def of_node(node: int) -> int:
         place = canonical([seed, replica, step, call, micro_batch, node])
         return int.from_bytes(digest_of("dropout seed", place)[:8], "little") >> 1
 
-    return seed_for
+    return of_node

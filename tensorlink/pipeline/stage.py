@@ -20,9 +20,10 @@ from tensorlink.errors import TensorError
 from tensorlink.pipeline.backward import ForwardPass, GradientSum, Value, backward, forward
 from tensorlink.pipeline.executor import BackwardState, CallState, Executor, Ready
 from tensorlink.pipeline.inbox import Delivery, Inbox
-from tensorlink.pipeline.seeds import seed_function
+from tensorlink.pipeline.seeds import seed_for
 from tensorlink.program.graph import LossProgram, StageProgram
 from tensorlink.program.interpreter import Interpreter
+from tensorlink.program.loss import constants_of
 from tensorlink.program.values import DTYPE_NAMES
 from tensorlink.records import Slot
 from tensorlink.stage_optimizer import StageOptimizer
@@ -105,11 +106,7 @@ class Stage:
 
     def set_loss(self, program: LossProgram) -> None:
         """The loss of `train_step`; only the last stage needs one."""
-        constants = {
-            name: torch.frombuffer(bytearray(c.data), dtype=torch.uint8).view(_dtype(c.dtype)).reshape(c.shape).clone()
-            for name, c in program.constants.items()
-        }
-        self._loss = (program, Interpreter(program.graph, {}, constants))
+        self._loss = (program, Interpreter(program.graph, {}, constants_of(program)))
 
     def begin(self, params: dict[str, Any]) -> None:
         """A call was announced; its micro-batches run as their tensors arrive."""
@@ -209,12 +206,12 @@ class Stage:
     def _compute_forward(
         self, call: CallState, micro_batch: int, inputs: Sequence[Value], targets: Mapping[int, Tensor] | None
     ) -> ForwardPass:
-        seed_for = seed_function(self.place.seed, self.place.replica, call.step, call.call, micro_batch)
+        seeds = seed_for(self.place.seed, self.place.replica, call.step, call.call, micro_batch)
         loss = None
         if targets is not None and self._loss is not None:
             program, interpreter = self._loss
             loss = (interpreter, _values(program.inputs.slots[program.num_outputs :], targets))
-        return forward(self._interpreters[call.training], self.program.inputs, inputs, seed_for, call.grad, loss)
+        return forward(self._interpreters[call.training], self.program.inputs, inputs, seeds, call.grad, loss)
 
     def _send_outputs(self, delivery: Delivery, passed: ForwardPass) -> None:
         to, type_ = ("user", "output") if self.is_last else ("next", "activation")
@@ -332,7 +329,7 @@ class Stage:
         self._executor.drop(step)
         self._inbox.forget(step)
         self.log.begin(max(step, self.step))
-        self._buffers_at_start = dict(self.buffers) if False else self._buffers_at_start
+        self._buffers_at_start = dict(self.buffers)
 
     def set_state(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         """Replaces parameters and buffers by values of the same names and shapes. Nobody may be reading them
@@ -375,9 +372,3 @@ def _check_fits(slot: Slot, delivery: Delivery, tensor: Tensor) -> None:
             f"{delivery.type} of micro-batch {delivery.micro_batch}, slot {slot.name!r}: found {dtype} {shape}, needed "
             f"{wanted_dtype} {wanted} (-1 is the batch)"
         )
-
-
-def _dtype(name: str) -> torch.dtype:
-    from tensorlink.program.values import DTYPES
-
-    return DTYPES[name]

@@ -15,7 +15,7 @@ def tensor_view(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy; the caller keeps the tensor alive."""
     if not tensor.numel():
         return memoryview(b"")
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def digest(name: str, tensor: Tensor) -> bytes:

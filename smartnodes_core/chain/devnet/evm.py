@@ -40,7 +40,7 @@ class Log:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What running one message gave. `revert_data` is None unless the code reverted or failed; `output` is empty then."""
+    """What running one message gave. `revert_data` is None unless the code failed; `output` is empty then."""
 
     gas_used: int
     output: bytes

@@ -39,7 +39,7 @@ class Entry:
 
 
 class DevnetJournal:
-    """Opens or begins the journal at `path`; `entries` are those that survived. Raises ConfigError if it is not ours."""
+    """Opens or begins the journal at `path`; `entries` are what survived. Raises ConfigError if it is not ours."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,115 @@
+"""The data behind a commitment, as a list of labelled tensors: what a worker opens and an auditor reads.
+
+Labels: `weights/NAME`, `optimizer/NAME` (before the step), `weights_after/NAME`, `optimizer_after/NAME`,
+`gradient/NAME`, `buffers_before/NAME`, `buffers_after/NAME`, and per unit `unit/INDEX/GROUP/NAME` with the groups x,
+y, gy, gx, target, loss, buffers, and `unit/INDEX/mode` (training, train_step). The same tensor under several labels
+travels once: later items name the first by its index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smartnodes_core.errors import AuditError
+from smartnodes_core.records import canonical
+from tensorlink.program.values import DTYPE_NAMES
+from tensorlink.steplog.log import StepRecord, UnitRecord
+from tensorlink.steplog.snapshots import Snapshot
+
+MAX_ITEMS = 65000
+
+
+@dataclass
+class Opened:
+    """`items` as in `OpeningItem` (label, meta, num_bytes), and the tensors that make the body, in order."""
+
+    items: list[dict[str, Any]] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+    _first: dict[int, int] = field(default_factory=dict)
+
+    def add(self, label: str, tensor: Tensor) -> None:
+        """One labelled tensor."""
+        meta: dict[str, Any] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        num_bytes = tensor.numel() * tensor.element_size()
+        if id(tensor) in self._first:
+            meta, num_bytes = {"same_as": self._first[id(tensor)]}, 0
+        else:
+            self._first[id(tensor)] = len(self.items)
+            self.tensors.append(tensor)
+        self.items.append({"label": label, "meta": canonical(meta), "num_bytes": num_bytes})
+
+    def add_all(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+        """Each under `prefix/NAME`."""
+        for name, tensor in tensors.items():
+            self.add(f"{prefix}/{name}", tensor)
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the body."""
+        return sum(item["num_bytes"] for item in self.items)
+
+    def body(self) -> Iterator[Tensor]:
+        """The pieces of the body as flat byte tensors."""
+        for tensor in self.tensors:
+            if tensor.numel():
+                yield tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+    def write(self, view: memoryview) -> None:
+        """Writes the body into `view`, which has exactly its length."""
+        at = 0
+        for piece in self.body():
+            torch.frombuffer(view[at : at + piece.numel()], dtype=torch.uint8).copy_(piece)
+            at += piece.numel()
+
+
+def opening(
+    record: StepRecord, tier: int, unit: int, weights_after: Mapping[str, Tensor], optimizer_after: Mapping[str, Tensor]
+) -> Opened:
+    """What an auditor needs for one unit (tier 1) or the whole step (tier 2). Raises AuditError for a unit there is
+    not."""
+    units = record.all_units()
+    before = record.before
+    if before is None or tier not in (1, 2) or (tier == 1 and not 0 <= unit < len(units)):
+        raise AuditError(f"tier {tier}, unit {unit} of step {record.step}: it has {len(units)} units")
+    if len(units) > MAX_ITEMS // 16:
+        raise AuditError(f"an opening of {len(units)} units is over the cap of {MAX_ITEMS // 16}")
+    opened = Opened()
+    opened.add_all("weights", before.weights)
+    if tier == 1:
+        _add_unit(opened, unit, units[unit])
+        return opened
+    _add_step(opened, record, before, weights_after, optimizer_after)
+    for index, one in enumerate(units):
+        _add_unit(opened, index, one)
+    return opened
+
+
+def _add_step(
+    opened: Opened,
+    record: StepRecord,
+    before: Snapshot,
+    weights_after: Mapping[str, Tensor],
+    optimizer_after: Mapping[str, Tensor],
+) -> None:
+    opened.add_all("optimizer", before.optimizer)
+    opened.add_all("buffers_before", before.buffers)
+    opened.add_all("buffers_after", record.buffers_after)
+    opened.add_all("gradient", record.gradient)
+    opened.add_all("weights_after", weights_after)
+    opened.add_all("optimizer_after", optimizer_after)
+
+
+def _add_unit(opened: Opened, index: int, unit: UnitRecord) -> None:
+    forward = unit.forward
+    for group in ("x", "y", "target", "loss"):
+        opened.add_all(f"unit/{index}/{group}", getattr(forward, group))
+    opened.add_all(f"unit/{index}/buffers", forward.buffers)
+    opened.add_all(f"unit/{index}/gy", unit.gy)
+    opened.add_all(f"unit/{index}/gx", unit.gx)
+    mode = torch.tensor([int(forward.training), int(forward.type == "train_step")], dtype=torch.uint8)
+    opened.add(f"unit/{index}/mode", mode)

@@ -1,0 +1,76 @@
+"""A stage's way out of the computing process: results as events, tensors through the outbound arena."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smartnodes_core.sandbox_child import ChildChannel
+from tensorlink.audit.opening import Opened
+from tensorlink.pipeline.executor import CallState
+from tensorlink.pipeline.inbox import Delivery
+from tensorlink.program.values import DTYPE_NAMES
+
+#: How long a stage waits for the node to have sent what fills the arena: the pace of the slowest link.
+SEND_TIMEOUT_S = 120.0
+
+
+class ChannelPort:
+    """A `pipeline.stage.Port` over the pipe."""
+
+    def __init__(self, channel: ChildChannel, key: str) -> None:
+        self._channel = channel
+        self._key = key
+
+    def send(self, to: str, delivery: Delivery, slot: int, tensor: Tensor) -> None:
+        """Copies the tensor, contiguous, into the arena and names it to the node."""
+        place = put_tensor(self._channel, tensor, SEND_TIMEOUT_S)
+        self._channel.event(
+            "send",
+            {
+                "key": self._key,
+                "to": to,
+                **delivery._asdict(),
+                "slot": slot,
+                "dtype": DTYPE_NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                **place,
+            },
+        )
+
+    def loss(self, call: CallState, micro_batch: int, value: float) -> None:
+        """See `Port`."""
+        place = {"key": self._key, "step": call.step, "call": call.call, "micro_batch": micro_batch}
+        self._channel.event("loss", {**place, "value": value.hex()})
+
+    def done(self, call: CallState, type: str, backward_pass: int, busy_s: float) -> None:
+        """See `Port`."""
+        place = {"key": self._key, "step": call.step, "call": call.call, "backward_pass": backward_pass}
+        self._channel.event("done", {**place, "type": type, "busy_s": busy_s.hex()})
+
+
+def put_tensor(channel: ChildChannel, tensor: Tensor, timeout_s: float) -> dict[str, int]:
+    """Copies a tensor's contiguous bytes into the outbound arena. Raises BusyError when the node does not free it in
+    time."""
+    num_bytes = tensor.numel() * tensor.element_size()
+    piece = channel.outbound.allocate(num_bytes, timeout_s)
+    if num_bytes:
+        target = torch.frombuffer(piece.view, dtype=torch.uint8).view(tensor.dtype).reshape(tensor.shape)
+        target.copy_(tensor.detach())
+    return {"offset": piece.offset, "num_bytes": num_bytes}
+
+
+def put(channel: ChildChannel, data: bytes, timeout_s: float) -> dict[str, Any]:
+    """Copies bytes into the outbound arena."""
+    piece = channel.outbound.allocate(len(data), timeout_s)
+    piece.view[:] = data
+    return {"offset": piece.offset, "num_bytes": len(data)}
+
+
+def put_opened(channel: ChildChannel, opened: Opened, timeout_s: float) -> dict[str, Any]:
+    """Writes an opening's body into the outbound arena."""
+    piece = channel.outbound.allocate(opened.num_bytes, timeout_s)
+    opened.write(piece.view)
+    return {"offset": piece.offset, "num_bytes": opened.num_bytes}

@@ -1,0 +1,323 @@
+"""What the computing process serves about stages: methods, one-way messages and events of the pipe.
+
+Calls: `load`, `set_loss`, `set_optimizer`, `prepare`, `decide`, `zero_grad`, `state`, `optimizer_state`, `set_state`,
+`open`, `unload`. One-way: `begin`, `backward`, `drop_call`, `tensor`. Events: `send`, `loss`, `done`, `commitment`,
+`failed` (and `released`, which the channel sends). Every message names its stage by `key`; tensors lie in the arenas
+and are named by `offset` and `num_bytes`.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smartnodes_core.errors import AuditError, ProtocolError, SmartnodesError
+from smartnodes_core.sandbox_child import ChildChannel
+from tensorlink.audit import commitments
+from tensorlink.audit.opening import opening
+from tensorlink.compute_errors import translated
+from tensorlink.compute_port import ChannelPort, put, put_opened
+from tensorlink.errors import TensorError
+from tensorlink.pipeline.inbox import Delivery
+from tensorlink.pipeline.stage import Place, Stage
+from tensorlink.program.graph import LossProgram, StageProgram
+from tensorlink.program.limits import check
+from tensorlink.program.values import DTYPES
+from tensorlink.program.weights import dump, load
+
+#: Caps of one stage where the node sets none.
+MAX_STAGE_BYTES = 1 << 40
+MAX_STAGE_FLOPS = 1 << 60
+MAX_DIMS = 32
+#: The log keeps at most this share of the inbound arena; beyond it, it copies.
+LOG_SHARE = 4
+OPEN_TIMEOUT_S = 30.0
+
+
+@dataclass
+class Hosted:
+    """A loaded stage with what waits around it."""
+
+    key: str
+    stage: Stage
+    roots: commitments.Roots
+    work_units: int
+    pool: ThreadPoolExecutor
+    hashing: Future[None] | None = None
+    prepares: list[tuple[int, int, int]] = field(default_factory=list)  # call id, step, units
+    failed: SmartnodesError | None = None
+    committed: set[int] = field(default_factory=set)
+
+    def wait_for_hashing(self) -> None:
+        """Returns when nobody reads parameters and optimizer state any more."""
+        if self.hashing is not None:
+            self.hashing.result()
+            self.hashing = None
+
+
+class Stages:
+    """All stages of this process, by key."""
+
+    def __init__(self, channel: ChildChannel) -> None:
+        self._channel = channel
+        self._hosted: dict[str, Hosted] = {}
+        self._turn = 0
+        self.methods: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+            "load": self._load,
+            "set_loss": self._set_loss,
+            "set_optimizer": self._set_optimizer,
+            "begin": self._begin,
+            "backward": self._backward,
+            "drop_call": self._drop_call,
+            "tensor": self._tensor,
+            "zero_grad": self._zero_grad,
+            "state": self._state,
+            "optimizer_state": self._optimizer_state,
+            "set_state": self._set_state,
+            "open": self._open,
+            "unload": self._unload,
+        }
+
+    # -- the loop's side ----------------------------------------------------------------------------------------------
+
+    def run_one(self) -> bool:
+        """Runs one action of one stage, taking turns; False where none is ready."""
+        hosted = list(self._hosted.values())
+        for index in range(len(hosted)):
+            one = hosted[(self._turn + index) % len(hosted)]
+            if one.failed is not None:
+                continue
+            try:
+                if one.stage.run_next():
+                    self._turn += 1
+                    self._answer_prepares(one)
+                    return True
+            except Exception as error:
+                self.fail(one.key, translated(error))
+        return False
+
+    def fail(self, key: str, error: SmartnodesError) -> None:
+        """A stage cannot go on: tells the node and fails what waits for it."""
+        one = self._hosted.get(key)
+        if one is not None:
+            one.failed = error
+            for call_id, _, _ in one.prepares:
+                self._channel.fail(call_id, error)
+            one.prepares.clear()
+        self._channel.event("failed", {"key": key, "code": error.code, "message": str(error)[:2000]})
+
+    def prepare(self, call_id: int, params: dict[str, Any]) -> None:
+        """Answers with `squared_norm` and `non_finite` once `num_units` backwards of micro-batches are in this step's
+        sum."""
+        one = self._of(params)
+        one.prepares.append((call_id, int(params["step"]), int(params["num_units"])))
+        self._answer_prepares(one)
+
+    def _answer_prepares(self, one: Hosted) -> None:
+        for waiting in [item for item in one.prepares if one.stage.num_units >= item[2]]:
+            one.prepares.remove(waiting)
+            total, bad = one.stage.gradients.squared_norm()
+            self._channel.reply(waiting[0], {"squared_norm": total.hex(), "non_finite": bad})
+
+    def decide(self, call_id: int, params: dict[str, Any]) -> None:
+        """Commits or drops the step; answers first and hashes afterwards, beside the next step's work."""
+        one, step, decision = self._of(params), int(params["step"]), params["decision"]
+        if decision not in ("commit", "abort"):
+            raise ProtocolError(f"a step is decided by commit or abort, found {decision!r:.20}")
+        one.wait_for_hashing()
+        if decision == "abort":
+            one.stage.abort(step)
+            self._channel.reply(call_id, {"step": step})
+            return
+        record = one.stage.commit(
+            step, float.fromhex(params["clip_coefficient"]), params["options"], bytes(params.get("order", b""))
+        )
+        self._channel.reply(call_id, {"step": step})
+        optimizer = one.stage.optimizer.state_tensors() if one.stage.optimizer else {}
+
+        def hash_and_tell() -> None:
+            content = commitments.build(record, one.roots, one.stage.parameters, optimizer, one.work_units)
+            one.committed.add(step)
+            self._channel.event("commitment", {"key": one.key, **content})
+
+        one.hashing = one.pool.submit(hash_and_tell)
+
+    # -- loading ------------------------------------------------------------------------------------------------------
+
+    def _load(self, params: dict[str, Any]) -> dict[str, Any]:
+        key = str(params["key"])
+        if key in self._hosted:
+            raise ProtocolError(f"stage {key!r:.80} is loaded already")
+        program = StageProgram.from_json(params["program"])
+        limits = params.get("limits") or {}
+        estimate = check(
+            program,
+            batch=int(limits.get("batch", 1)),
+            max_bytes=int(limits.get("max_bytes", self._channel.limits.memory_bytes or MAX_STAGE_BYTES)),
+            max_flops=int(limits.get("max_flops", MAX_STAGE_FLOPS)),
+        )
+        place = Place(
+            bytes(params["job"]),
+            *(int(params[name]) for name in ("plan_version", "replica", "stage", "num_stages", "seed")),
+        )
+        if (program.stage_index, program.num_stages) != (place.stage, place.num_stages):
+            raise ProtocolError(
+                f"the program is stage {program.stage_index} of {program.num_stages}, it was sent for {place.stage} of "
+                f"{place.num_stages}"
+            )
+        state = self._load_state(program, params["weights"])
+        one = self._host(key, place, program, state, int(params["window_steps"]))
+        one.work_units = estimate.flops_forward + estimate.flops_backward
+        self._hosted[key] = one
+        if params.get("loss_program"):
+            one.stage.set_loss(LossProgram.from_json(params["loss_program"]))
+        if params.get("optimizer"):
+            one.stage.set_optimizer(params["optimizer"]["name"], params["optimizer"]["groups"])
+        return {
+            "initial_root": commitments.initial_root(program, state),
+            "work_units": one.work_units,
+            "memory_bytes": estimate.parameter_bytes + estimate.saved_bytes + estimate.peak_activation_bytes,
+        }
+
+    def _host(self, key: str, place: Place, program: StageProgram, state: dict[str, Tensor], window: int) -> Hosted:
+        parameters = {
+            name: state[name].requires_grad_(spec.requires_grad and state[name].is_floating_point())
+            for name, spec in program.parameters.items()
+        }
+        buffers = {name: state[name] for name in program.buffers}
+        pool = ThreadPoolExecutor(1, thread_name_prefix="hashing")
+        stage = self.make_stage(
+            place,
+            program,
+            parameters,
+            buffers,
+            ChannelPort(self._channel, key),
+            pool,
+            window_steps=window,
+            shared_bytes=self._channel.inbound.num_bytes // LOG_SHARE,
+        )
+        return Hosted(key, stage, commitments.Roots(), 0, pool)
+
+    #: What a stage is made with; a test's own computing process puts a cheating one here.
+    make_stage: Callable[..., Stage] = Stage
+
+    def _load_state(self, program: StageProgram, place: Mapping[str, Any]) -> dict[str, Tensor]:
+        offset = int(place["offset"])
+        try:
+            return load(self._channel.inbound.view(offset, int(place["num_bytes"])), program.expected_state())
+        finally:
+            self._channel.release(offset)
+
+    def _unload(self, params: dict[str, Any]) -> dict[str, Any]:
+        one = self._hosted.pop(str(params["key"]), None)
+        if one is not None:
+            one.pool.shutdown(wait=True, cancel_futures=True)
+        return {}
+
+    def _set_loss(self, params: dict[str, Any]) -> dict[str, Any]:
+        self._of(params).stage.set_loss(LossProgram.from_json(params["loss_program"]))
+        return {}
+
+    def _set_optimizer(self, params: dict[str, Any]) -> dict[str, Any]:
+        one = self._of(params)
+        one.wait_for_hashing()
+        one.stage.set_optimizer(str(params["optimizer"]["name"]), params["optimizer"]["groups"])
+        one.roots.forget()
+        return {}
+
+    # -- one-way ------------------------------------------------------------------------------------------------------
+
+    def _begin(self, params: dict[str, Any]) -> dict[str, Any]:
+        self._of(params).stage.begin(params)
+        return {}
+
+    def _backward(self, params: dict[str, Any]) -> dict[str, Any]:
+        self._of(params).stage.begin_backward(params)
+        return {}
+
+    def _drop_call(self, params: dict[str, Any]) -> dict[str, Any]:
+        self._of(params).stage.drop_call(int(params["step"]), int(params["call"]))
+        return {}
+
+    def _tensor(self, params: dict[str, Any]) -> dict[str, Any]:
+        tensor = self._wrap(params)
+        names = ("step", "call", "micro_batch", "slot", "backward_pass")
+        step, call, micro_batch, slot, backward_pass = (int(params[name]) for name in names)
+        if min(step, call, micro_batch, slot, backward_pass) < 0:
+            raise ProtocolError(f"a tensor's {', '.join(names)} are counted from 0")
+        delivery = Delivery(step, call, micro_batch, str(params["type"]), backward_pass)
+        self._of(params).stage.receive(delivery, slot, tensor)
+        return {}
+
+    def _wrap(self, params: dict[str, Any]) -> Tensor:
+        """The tensor over shared memory; the slice goes back to the node when the last view of it is gone."""
+        offset, num_bytes, shape = int(params["offset"]), int(params["num_bytes"]), list(params["shape"])
+        view = self._channel.inbound.view(offset, num_bytes)
+        # torch keeps the memoryview alive for as long as any tensor uses its memory
+        weakref.finalize(view, self._channel.release, offset).atexit = False
+        dtype = DTYPES.get(params["dtype"])
+        if dtype is None or len(shape) > MAX_DIMS or not all(type(size) is int and size >= 0 for size in shape):
+            raise TensorError(f"a tensor of {params['dtype']!r:.20} {shape!r:.80}")
+        if math.prod(shape) * dtype.itemsize != num_bytes:
+            raise TensorError(f"{num_bytes} bytes are not {params['dtype']} {shape}")
+        if not num_bytes:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(view, dtype=torch.uint8).view(dtype).reshape(shape)
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def _zero_grad(self, params: dict[str, Any]) -> dict[str, Any]:
+        one = self._of(params)
+        one.stage.zero_grad(int(params.get("step", one.stage.step)))
+        return {}
+
+    def _state(self, params: dict[str, Any]) -> dict[str, Any]:
+        stage = self._of(params).stage
+        return put(self._channel, dump({**stage.parameters, **stage.buffers}), OPEN_TIMEOUT_S)
+
+    def _optimizer_state(self, params: dict[str, Any]) -> dict[str, Any]:
+        optimizer = self._of(params).stage.optimizer
+        return put(self._channel, dump(optimizer.state_tensors() if optimizer else {}), OPEN_TIMEOUT_S)
+
+    def _set_state(self, params: dict[str, Any]) -> dict[str, Any]:
+        one = self._of(params)
+        state = self._load_state(one.stage.program, params["weights"])
+        one.wait_for_hashing()
+        program = one.stage.program
+        one.stage.set_state(
+            {name: state[name] for name in program.parameters}, {name: state[name] for name in program.buffers}
+        )
+        one.roots.forget()
+        return {}
+
+    def _open(self, params: dict[str, Any]) -> dict[str, Any]:
+        """The data behind a committed step: `items` lie one after the other at `offset`. Raises AuditError if it is
+        gone."""
+        one, step = self._of(params), int(params["step"])
+        record = one.stage.log.committed(step)
+        if record is None:
+            held = one.stage.log.steps()
+            raise AuditError(f"step {step} is not held (any more): the window holds {held[:1]} to {held[-1:]}")
+        one.wait_for_hashing()
+        after = one.stage.log.committed(step + 1)
+        state = (after.before.weights, after.before.optimizer) if after and after.before else None
+        if state is None:
+            optimizer = one.stage.optimizer
+            state = (one.stage.parameters, optimizer.state_tensors() if optimizer else {})
+        opened = opening(record, int(params["tier"]), int(params["unit"]), *state)
+        return {"items": opened.items, **put_opened(self._channel, opened, OPEN_TIMEOUT_S)}
+
+    def _of(self, params: dict[str, Any]) -> Hosted:
+        one = self._hosted.get(str(params["key"]))
+        if one is None:
+            raise ProtocolError(f"no stage {str(params['key'])[:80]!r} is loaded")
+        if one.failed is not None:
+            raise one.failed
+        return one

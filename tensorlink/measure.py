@@ -1,0 +1,42 @@
+"""What this machine can compute: measured in a fraction of a second, announced by its node."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch
+
+_SIZE = 512
+_MEASURE_S = 0.2
+
+
+def flops_per_s() -> int:
+    """Floating-point operations per second of a float32 matrix product with the threads torch uses now."""
+    a = torch.rand(_SIZE, _SIZE)
+    torch.mm(a, a)  # the first call starts threads and picks kernels
+    began, num = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - began) < _MEASURE_S:
+        torch.mm(a, a)
+        num += 1
+    return int(num * 2 * _SIZE**3 / elapsed)
+
+
+def memory_bytes(limit_bytes: int) -> int:
+    """Memory that a job may use: the limit this process runs under, or half of what the machine has available."""
+    if limit_bytes:
+        return limit_bytes
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024 // 2
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def numeric_class() -> str:
+    """What decides the last bits: torch's build, the instruction set its kernels use, the number of threads."""
+    isa = torch.backends.cpu.get_cpu_capability()
+    onednn = "onednn" if torch.backends.mkldnn.is_available() else "plain"  # type: ignore[no-untyped-call]
+    return f"torch {torch.__version__} cpu {isa} {onednn} threads {torch.get_num_threads()}"

@@ -1,0 +1,170 @@
+"""The network as a user's script sees it: `connect` to one that runs, or start a whole one on this machine with
+`LocalNetwork`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from smartnodes_core.chain.base import Chain
+from smartnodes_core.config import UserConfig, load
+from smartnodes_core.errors import NoWorkersError, SmartnodesError
+from smartnodes_core.identity import Identity
+from smartnodes_core.nodes.station import Station
+from smartnodes_core.nodes.user import UserNode
+from smartnodes_core.records import Announcement, AuditTerms, NodeKey
+from tensorlink.local import LocalProcesses, LocalSettings
+
+#: The default audit terms of a job: probabilities per micro-batch and per step, and how far back a fraud can be found.
+DEFAULT_AUDIT_TERMS = AuditTerms(unit_rate_ppm=2_000, step_rate_ppm=20_000, window_steps=16, window_s=3600, auditors=[])
+POLL_S = 0.2
+
+
+class Network:
+    """A user's place in a network. Ends its connections (and its open jobs) when closed; a context manager."""
+
+    def __init__(self, station: Station, audit_terms: AuditTerms = DEFAULT_AUDIT_TERMS):
+        self.station = station
+        self.user = UserNode(station.node, station.identity)
+        self.audit_terms = audit_terms
+        self._placements: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._closed = False
+
+    @property
+    def identity(self) -> Identity:
+        return self.station.identity
+
+    @property
+    def network_id(self) -> int:
+        return self.station.config.network_id
+
+    @property
+    def chain(self) -> Chain:
+        return self.station.chain
+
+    def find_workers(self, wanted: int, timeout_s: float) -> list[Announcement]:
+        """Workers that have announced themselves and are good on chain; waits until `wanted` of them have a free slot.
+
+        Returns what there is after `timeout_s` if that is any at all. Raises NoWorkersError where there is none.
+        """
+        deadline = time.monotonic() + timeout_s
+        pause = threading.Event()
+        while True:
+            found = self.station.find("worker")
+            free = [worker for worker in found if int(worker.offers.get("free_slots", 0)) > 0]
+            if len(free) >= wanted:
+                return free
+            if time.monotonic() >= deadline:
+                break
+            pause.wait(POLL_S)
+        if not free:
+            raise NoWorkersError(
+                f"found no free worker ({len(found)} announced), needed {wanted}: start rigs with tensorlink-worker, or "
+                "wait until a job ends"
+            )
+        return free
+
+    def validators(self) -> list[NodeKey]:
+        """The node keys of all live validators."""
+        return sorted(announcement.node_key for announcement in self.station.find("validator"))
+
+    def reputation_of(self, node_key: NodeKey) -> int | None:
+        """A member's reputation on chain, 0 to 255 (0: blacklisted), None where it is not registered."""
+        return self.station.membership.reputation_of(node_key)
+
+    def opened(self, placement: Any) -> None:
+        """A job was opened through this network: it is closed with it."""
+        self._placements.add(placement)
+
+    def close(self) -> None:
+        """Close open jobs and every connection. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            for placement in list(self._placements):
+                placement.close()
+            self.station.close()
+
+    def __enter__(self) -> Network:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def connect(config: str | os.PathLike[str] | UserConfig) -> Network:
+    """Join a running network as a user, with the settings in a TOML file (see `tensorlink keys` and `tensorlink
+    deploy`).
+
+    Raises ConfigError, IdentityError, ChainError, PeerUnreachableError or AuthorityError, each with the remedy.
+    """
+    settings = config if isinstance(config, UserConfig) else load(UserConfig, config)
+    station = Station.open(settings, "user")
+    try:
+        station.join()
+        return Network(station)
+    except BaseException:
+        station.close()
+        raise
+
+
+class LocalNetwork(Network):
+    """A whole network of real processes on this machine: a chain, validators, workers; the caller is its user.
+
+    Rounds and audits are quick, so that something is seen of them. Everything ends with the context or the calling
+    process, however that ends. Raises SmartnodesError with what a process said if it does not come up.
+    """
+
+    def __init__(self, workers: int = 2, validators: int = 1, **settings: Any):
+        self.settings = LocalSettings(workers=workers, validators=validators, **settings)
+        self.local = LocalProcesses(self.settings)
+        try:
+            self.local.start()
+            station = Station.open(self.local.user_config(), "user")
+            try:
+                station.join()
+            except BaseException:
+                station.close()
+                raise
+        except BaseException:
+            self.local.stop()
+            raise
+        unit_rate, step_rate = self.settings.audit_rates
+        terms = AuditTerms(
+            unit_rate_ppm=round(unit_rate * 1e6),
+            step_rate_ppm=round(step_rate * 1e6),
+            window_steps=self.settings.audit_window_steps,
+            window_s=DEFAULT_AUDIT_TERMS.window_s,
+            auditors=[],
+        )
+        super().__init__(station, terms)
+
+    @property
+    def log_dir(self) -> Path:
+        """Where the processes' logs are, until the network is closed."""
+        return self.local.folder
+
+    def processes(self) -> list[dict[str, Any]]:
+        """Name, process id and resident memory of every process, this one included."""
+        return self.local.processes()
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except SmartnodesError:
+            self.local.stop()
+            raise
+        self.local.stop()
+
+    def __enter__(self) -> LocalNetwork:
+        return self
+
+    def __str__(self) -> str:
+        s = self.settings
+        rounds = f"a round every {s.round_interval_s} s"
+        return f"{s.validators} validators, {s.workers} workers, {rounds} on {self.local.chain_url}"

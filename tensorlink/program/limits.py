@@ -1,0 +1,205 @@
+"""What a program costs, found without data and before anything is allocated; refused where it is over a limit.
+
+Both graphs are run on the meta device: every shape is known, no byte of a tensor exists. The figures are integers that depend on the
+program and the batch alone, so that a worker, its user and an auditor arrive at the same `work_units`.
+Neighbours: `dryrun.py` (the run), `flops.py` (the formulas), `interpreter.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensorlink.errors import ProgramError
+from tensorlink.program import flops
+from tensorlink.program.dryrun import dry_run
+from tensorlink.program.graph import BufferSpec, Constant, Graph, LossProgram, Node, ParameterSpec, StageProgram
+from tensorlink.program.values import DTYPES, Arg, Buffer, Parameter, Value
+from tensorlink.records import Cut
+
+MAX_RESULTS = 4096
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Cost of one micro-batch in training. `node_flops` maps node ids to (forward, backward) operations.
+
+    `peak_activation_bytes` is the most that forward holds at once, values kept for the backward (`saved_bytes`) included; gradients and
+    optimizer state are not in it. `parameter_bytes` counts parameters, buffers and constants.
+    """
+
+    flops_forward: int
+    flops_backward: int
+    peak_activation_bytes: int
+    saved_bytes: int
+    parameter_bytes: int
+    output_bytes: int
+    node_flops: dict[int, tuple[int, int]]
+    value_bytes: dict[int, int]
+
+    @property
+    def work_units(self) -> int:
+        """Operations of forward and backward together: the basis of pay."""
+        return self.flops_forward + self.flops_backward
+
+
+def check(program: StageProgram, *, batch: int, max_bytes: int, max_flops: int) -> Estimate:
+    """The cost of a micro-batch of `batch` samples. Raises ProgramError naming the node that goes over a limit.
+
+    `max_bytes` bounds parameters, buffers and activations together, `max_flops` forward and backward of one micro-batch.
+    """
+    meter = measure(program.train, program.parameters, program.buffers, program.inputs, batch, max_bytes, max_flops, "train")
+    measure(program.eval, program.parameters, program.buffers, program.inputs, batch, max_bytes, max_flops, "eval", grad=False)
+    return meter
+
+
+def check_loss(program: LossProgram, *, batch: int, max_bytes: int, max_flops: int) -> Estimate:
+    """The same for a loss program."""
+    return measure(program.graph, {}, program.constants, program.inputs, batch, max_bytes, max_flops, "loss")
+
+
+def measure(
+    graph: Graph,
+    parameters: Mapping[str, ParameterSpec],
+    buffers: Mapping[str, BufferSpec | Constant],
+    inputs: Cut,
+    batch: int,
+    max_bytes: int,
+    max_flops: int,
+    mode: str,
+    grad: bool = True,
+) -> Estimate:
+    """Runs one graph without data, with a meter that refuses at the first node over a limit."""
+    specs = [*parameters.values(), *buffers.values()]
+    held = sum(prod(spec.shape) * DTYPES[spec.dtype].itemsize for spec in specs)
+    if held > max_bytes:
+        raise ProgramError(f"parameters and buffers take {held} bytes, at most {max_bytes} are allowed here")
+    if batch < 1:
+        raise ProgramError(f"a micro-batch of {batch} samples: at least 1 is needed")
+    meter = _Meter(graph, parameters, buffers, inputs, batch, max_bytes - held, max_flops, mode)
+    with torch.autograd.graph.saved_tensors_hooks(meter.save, _never):
+        outputs = dry_run(graph, parameters, buffers, inputs, batch, meter.observe, grad)
+    return Estimate(
+        flops_forward=sum(forward for forward, _ in meter.node_flops.values()),
+        flops_backward=sum(backward for _, backward in meter.node_flops.values()),
+        peak_activation_bytes=meter.peak,
+        saved_bytes=meter.saved_bytes,
+        parameter_bytes=held,
+        output_bytes=sum(_num_bytes(tensor) for tensor in flops.tensors_in(outputs)),
+        node_flops=meter.node_flops,
+        value_bytes=meter.value_bytes,
+    )
+
+
+class _Meter:
+    """Watches a dry run: adds up operations, and the memory that values and saved tensors hold."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        parameters: Mapping[str, ParameterSpec],
+        buffers: Mapping[str, BufferSpec | Constant],
+        inputs: Cut,
+        batch: int,
+        max_bytes: int,
+        max_flops: int,
+        mode: str,
+    ) -> None:
+        self.max_bytes, self.max_flops, self.mode = max_bytes, max_flops, mode
+        self.node_flops: dict[int, tuple[int, int]] = {}
+        self.value_bytes: dict[int, int] = {}
+        self.peak = self.saved_bytes = self._current = self._flops = 0
+        self._values: dict[int, Any] = {}
+        self._shapes = {name: spec for name, spec in (*parameters.items(), *buffers.items())}
+        self._state: dict[str, Tensor] = {}
+        self._parameters = parameters
+        self._holders: dict[int, int] = {}
+        self._saved: dict[int, Tensor] = {}
+        self._index = 0
+        self._frees: dict[int, list[int]] = {}
+        for value, index in graph.last_uses().items():
+            self._frees.setdefault(index, []).append(value)
+        for value, slot in zip(graph.inputs, inputs.slots, strict=True):
+            if slot.type == "tensor":
+                shape = [batch if size == -1 else size for size in slot.shape]
+                tensor = torch.empty(shape, dtype=DTYPES[slot.dtype], device="meta")
+                self._values[value] = tensor.requires_grad_(slot.requires_grad and tensor.is_floating_point())
+                self.value_bytes[value] = _num_bytes(tensor)
+            else:
+                self._values[value] = batch
+
+    def save(self, tensor: Tensor) -> Tensor:
+        """Called by autograd for what it keeps; parameters and buffers are held anyway."""
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, torch.nn.Parameter) and storage._cdata not in self._saved and not _is_state(tensor):
+            self._saved[storage._cdata] = tensor.detach()
+            self.saved_bytes += storage.nbytes()
+            self._hold(storage)
+        return tensor
+
+    def observe(self, node: Node, result: Any) -> None:
+        """Called after each node of the dry run."""
+        outputs = list(flops.tensors_in(result))
+        args = [self._resolve(arg) for arg in (*node.args, *(arg for _, arg in node.kwargs))]
+        forward, backward = flops.count(node, args, result)
+        self._flops += forward + backward
+        self.node_flops[node.id] = (forward, backward)
+        self.value_bytes[node.id] = sum(_num_bytes(tensor) for tensor in outputs)
+        self._values[node.id] = result
+        for tensor in outputs:
+            self._hold(tensor.untyped_storage())
+        self.peak = max(self.peak, self._current)
+        if self._flops > self.max_flops:
+            raise ProgramError(f"{self.mode} {node}: {self._flops} operations so far, at most {self.max_flops} are allowed here")
+        if self._current > self.max_bytes:
+            raise ProgramError(f"{self.mode} {node}: {self._current} bytes are held, at most {self.max_bytes} are allowed here")
+        for value in self._frees.get(self._index, ()):
+            for tensor in flops.tensors_in(self._values.get(value)):
+                self._release(tensor.untyped_storage())
+        self._index += 1
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        count = self._holders.get(storage._cdata, 0)
+        self._holders[storage._cdata] = count + 1
+        if count == 0:
+            self._current += storage.nbytes()
+
+    def _release(self, storage: torch.UntypedStorage) -> None:
+        count = self._holders.get(storage._cdata, 0)
+        if count == 1:
+            self._current -= storage.nbytes()
+        if count:
+            self._holders[storage._cdata] = count - 1
+
+    def _resolve(self, arg: Arg) -> Any:
+        if isinstance(arg, Value):
+            return self._values[arg.id]
+        if isinstance(arg, tuple):
+            return [self._resolve(item) for item in arg]
+        if isinstance(arg, Parameter | Buffer):
+            if arg.name not in self._state:
+                spec = self._shapes[arg.name]
+                tensor = torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device="meta")
+                wanted = isinstance(spec, ParameterSpec) and spec.requires_grad and tensor.is_floating_point()
+                self._state[arg.name] = tensor.requires_grad_(wanted)
+            return self._state[arg.name]
+        return arg
+
+
+def _is_state(tensor: Tensor) -> bool:
+    """Whether the tensor is a parameter or a view of one: a leaf that needs a gradient owns its memory."""
+    owner = tensor._base if tensor._base is not None else tensor
+    return owner.is_leaf and owner.requires_grad
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _never(tensor: Tensor) -> Tensor:
+    raise RuntimeError("a dry run has no backward")

@@ -1,0 +1,108 @@
+"""Who may be a member, on the contracts and on their twin."""
+
+from __future__ import annotations
+
+import pytest
+
+from smartnodes_core.chain.base import NoFundsError
+from smartnodes_core.chain.packing import pack_reputations
+from smartnodes_core.chain.settings import SNO
+
+from .conftest import NETWORK, OTHER_NETWORK, SETTINGS, World
+from .test_round_execution import refused
+
+
+def test_a_member_is_listed_with_its_state(world: World) -> None:
+    before = world.chain(4).balances(world.account(4)).sno_wei
+    index = world.chain(4).register("worker", world.key_hash(4), NETWORK)
+    [member] = world.chain().members(NETWORK)
+    assert index == member.index == 0
+    assert member == world.chain().member(NETWORK, world.account(4))
+    assert (member.account, member.role, member.key_hash) == (world.account(4), "worker", world.key_hash(4))
+    assert (member.reputation, member.live, member.stake_wei, member.exit_at_s) == (1, True, 100 * SNO, 0)
+    assert world.chain().balances(world.account(4)).sno_wei == before - 100 * SNO
+    assert world.chain().members(OTHER_NETWORK) == []
+    assert world.chain().member(NETWORK, world.account(5)) is None
+
+
+def test_node_keys_and_accounts_are_one_to_one(world: World) -> None:
+    world.chain(1).register("user", world.key_hash(1), NETWORK)
+    with refused("KeyTaken"):
+        world.chain(2).register("user", world.key_hash(1), NETWORK)
+    with refused("AlreadyRegistered"):
+        world.chain(1).register("user", world.key_hash(2), NETWORK)
+    world.chain(2).register("user", world.key_hash(2), NETWORK)
+    world.chain(2).register("user", world.key_hash(1), OTHER_NETWORK)
+
+
+def test_an_empty_key_and_an_unknown_network_are_refused(world: World) -> None:
+    with refused("ZeroKey"):
+        world.chain(1).register("user", bytes(32), NETWORK)
+    with refused("UnknownNetwork"):
+        world.chain(1).register("user", world.key_hash(1), 77)
+    with refused("UnknownNetwork"):
+        world.chain(1).round_state(77)
+
+
+def test_a_stake_that_is_not_there_cannot_be_given(world: World) -> None:
+    with pytest.raises(NoFundsError, match="has 0 wei of SNO"):
+        world.chain(12).register("validator", world.key_hash(12), NETWORK)
+
+
+def test_a_stake_comes_back_after_the_delay_and_not_before(world: World) -> None:
+    chain = world.chain(4)
+    before = chain.balances(world.account(4)).sno_wei
+    chain.register("worker", world.key_hash(4), NETWORK)
+    with refused("ExitNotRequested"):
+        chain.withdraw_stake(NETWORK)
+    chain.request_exit(NETWORK)
+    assert not chain.members(NETWORK)[0].live
+    with refused("StakeLocked"):
+        chain.withdraw_stake(NETWORK)
+    world.pass_time(SETTINGS.exit_delay_s)
+    chain.withdraw_stake(NETWORK)
+    assert chain.balances(world.account(4)).sno_wei == before
+    with refused("ExitNotRequested"):
+        chain.withdraw_stake(NETWORK)
+    with refused("NotRegistered"):
+        world.chain(5).request_exit(NETWORK)
+
+
+def test_who_comes_back_keeps_its_place_and_its_reputation(world: World) -> None:
+    world.validators(3)
+    chain = world.chain(4)
+    chain.register("worker", world.key_hash(4), NETWORK)
+    world.execute(world.proposal(reputations=pack_reputations({3: 9})), 0, 1, 2)
+    chain.request_exit(NETWORK)
+    world.pass_time(SETTINGS.exit_delay_s)
+    chain.withdraw_stake(NETWORK)
+    assert chain.register("user", world.key_hash(5), NETWORK) == 3
+    member = chain.member(NETWORK, world.account(4))
+    assert member is not None
+    assert (member.reputation, member.role, member.key_hash, member.live) == (9, "user", world.key_hash(5), True)
+    world.chain(6).register("user", world.key_hash(4), NETWORK)
+
+
+def test_a_blacklisted_account_stays_out(world: World) -> None:
+    world.validators(3)
+    chain = world.chain(4)
+    chain.register("worker", world.key_hash(4), NETWORK)
+    world.execute(world.proposal(reputations=pack_reputations({3: 0})), 0, 1, 2)
+    chain.request_exit(NETWORK)
+    world.pass_time(SETTINGS.exit_delay_s)
+    chain.withdraw_stake(NETWORK)
+    with refused("Blacklisted"):
+        chain.register("worker", world.key_hash(4), NETWORK)
+    with refused("KeyTaken"):
+        world.chain(5).register("worker", world.key_hash(4), NETWORK)
+
+
+def test_tips_are_posted_by_validators_only(world: World) -> None:
+    world.validators(1)
+    world.chain(0).post_tip(NETWORK, b"t" * 32)
+    assert world.chain().members(NETWORK)[0].tip == b"t" * 32
+    world.chain(4).register("worker", world.key_hash(4), NETWORK)
+    with refused("NotAValidator"):
+        world.chain(4).post_tip(NETWORK, b"t" * 32)
+    with refused("NotRegistered"):
+        world.chain(5).post_tip(NETWORK, b"t" * 32)

@@ -1,0 +1,158 @@
+"""Small models cut into stages, pipelines of them inside this process, and the plain loop that they are held against."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from concurrent.futures import Executor, Future
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tensorlink.pipeline.stage import Place, Stage
+from tensorlink.program.trace import trace
+
+JOB = bytes(range(32))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+class Inline(Executor):
+    """Hashes at once, in the calling thread."""
+
+    def submit(self, fn, /, *args, **kwargs):
+        future = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+class Attention(nn.Module):
+    """(B, T, C) to (B, T, C): causal attention of two heads and an MLP, both residual."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x):
+        b, t, c = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(b, t, 3, 2, c // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, c))
+        return x + self.mlp(x)
+
+
+def mlp():
+    torch.manual_seed(0)
+    return [
+        nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU()),
+        nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Tanh()),
+        nn.Sequential(nn.Linear(16, 5)),
+    ]
+
+
+def gpt():
+    torch.manual_seed(0)
+    return [
+        nn.Sequential(nn.Embedding(32, 16), Attention()),
+        nn.Sequential(Attention(), Attention()),
+        nn.Sequential(Attention(), nn.LayerNorm(16), nn.Linear(16, 32)),
+    ]
+
+
+def dropout():
+    torch.manual_seed(0)
+    return [
+        nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.3), nn.ReLU()),
+        nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.3), nn.Linear(16, 5)),
+    ]
+
+
+def batch(name, seed=0, rows=12):
+    generator = torch.Generator().manual_seed(seed)
+    if name == "gpt":
+        tokens = torch.randint(0, 32, (rows, 7), generator=generator)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    return torch.randn(rows, 8, generator=generator), torch.randint(0, 5, (rows,), generator=generator)
+
+
+def loss_fn(output, target):
+    return F.cross_entropy(output.reshape(-1, output.shape[-1]), target.reshape(-1))
+
+
+MODELS = {"mlp": mlp, "gpt": gpt, "dropout": dropout}
+
+
+def stage_programs(modules, x):
+    """A program per module, as the partition would give them."""
+    programs, states, value = [], [], x
+    for index, module in enumerate(modules):
+        traced = trace(module, (value,))
+        programs.append(dataclasses.replace(traced.whole(), stage_index=index, num_stages=len(modules)))
+        states.append({name: tensor.clone() for name, tensor in traced.state(programs[-1]).items()})
+        with torch.no_grad():
+            value = module.eval()(value)
+        module.train()
+        value = value.clone().requires_grad_()
+    return programs, states
+
+
+class Pipe:
+    """Stages in this process: what one sends, the next receives when `run` says so."""
+
+    def __init__(self, programs, states, *, stage_class=Stage, window_steps=2, seed=7):
+        self.outputs, self.losses, self.dones, self.input_gradients = {}, {}, [], {}
+        self.moving = deque()
+        self.stages = []
+        for index, (program, state) in enumerate(zip(programs, states, strict=True)):
+            parameters = {n: state[n].clone().requires_grad_(s.requires_grad) for n, s in program.parameters.items()}
+            buffers = {name: state[name].clone() for name in program.buffers}
+            place = Place(JOB, 0, 0, index, len(programs), seed)
+            make = stage_class[index] if isinstance(stage_class, list) else stage_class
+            port = Port(self, index)
+            self.stages.append(make(place, program, parameters, buffers, port, Inline(), window_steps=window_steps))
+
+    def tell(self, method, params):
+        for stage in self.stages:
+            getattr(stage, method)(params)
+
+    def run(self):
+        """Until nothing is ready and nothing moves."""
+        worked = True
+        while worked or self.moving:
+            while self.moving:
+                index, delivery, slot, tensor = self.moving.popleft()
+                self.stages[index].receive(delivery, slot, tensor)
+            worked = any([stage.run_next() for stage in self.stages])
+
+
+class Port:
+    def __init__(self, pipe, index):
+        self.pipe, self.index = pipe, index
+
+    def send(self, to, delivery, slot, tensor):
+        kept = tensor.detach().clone(memory_format=torch.contiguous_format)
+        if to == "user":
+            target = self.pipe.outputs if delivery.type == "output" else self.pipe.input_gradients
+            target[(delivery, slot)] = kept
+        else:
+            self.pipe.moving.append((self.index + (1 if to == "next" else -1), delivery, slot, kept))
+
+    def loss(self, call, micro_batch, value):
+        self.pipe.losses[(call.step, call.call, micro_batch)] = value
+
+    def done(self, call, type, backward_pass, busy_s):
+        self.pipe.dones.append((self.index, call.step, call.call, type, backward_pass))
+
+
+@pytest.fixture
+def rig():
+    """Everything above under one name."""
+    return SimpleNamespace(
+        Pipe=Pipe, MODELS=MODELS, batch=batch, loss_fn=loss_fn, stage_programs=stage_programs, JOB=JOB, Inline=Inline
+    )
