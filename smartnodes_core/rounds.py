@@ -174,9 +174,7 @@ def _may_earn(context: RoundContext, evidence: RoundEvidence, account: bytes) ->
 
 
 def justify(proposed: RoundProposal, recomputed: RoundProposal) -> list[str] | None:
-    """None if a validator that recomputed the round may sign `proposed`; else a reason per item that it cannot
-    justify.
-    """
+    """None if a validator that recomputed the round may sign `proposed`; else a reason per item it cannot justify."""
     reasons = []
     for name in RoundProposal.__dataclass_fields__:
         found, own = getattr(proposed, name), getattr(recomputed, name)

@@ -17,11 +17,13 @@ from smartnodes_core.errors import JobError
 from smartnodes_core.records import NO_DIGEST, Verdict
 from tensorlink.audit.commitments import input_root
 from tensorlink.errors import NonFiniteError, OptimizerError, RemoteParameterError
+from tensorlink.pipeline.batching import LossReduction, boundaries, loss_weights, micro_batches
 from tensorlink.pipeline.driver import Call
 from tensorlink.placement import MAX_STATE_BYTES, Placement, place
-from tensorlink.program.inputs import flatten_inputs, split_micro_batches, unflatten_outputs
-from tensorlink.program.trace import trace_loss
-from tensorlink.program.weights import load_state
+from tensorlink.program.inputs import flatten_inputs, unflatten_outputs
+from tensorlink.program.loss import trace_loss
+from tensorlink.program.values import DTYPES
+from tensorlink.program.weights import load
 from tensorlink.records import Decide, Prepare, StepOrder
 
 if TYPE_CHECKING:
@@ -34,8 +36,8 @@ LossFunction = Callable[..., torch.Tensor]
 class DistributedModel(torch.nn.Module):
     """`module`, trained by the workers of `network`.
 
-    `stages` is how many workers share it (default: as many as are free), `micro_batches` into how many pieces a batch is
-    cut, `example_inputs` a tuple (or a dict, for keyword inputs) of tensors like those of training, batch first. `seed`
+    `stages` is how many workers share it (default: all that are free), `micro_batches` how many pieces a batch is cut
+    into, `example_inputs` a tuple (or a dict, for keyword inputs) of tensors like those of training, batch first. `seed`
     fixes dropout.
     `timeout_s` is the shortest time after which silence of the pipeline is an error; it grows with the steps measured.
     `audit_rates` are (per micro-batch, per step) probabilities; `progress` shows a bar while the job is set up.
@@ -94,7 +96,7 @@ class DistributedModel(torch.nn.Module):
         *batch: Any,
         loss_fn: LossFunction,
         optimizer: DistributedOptimizer,
-        loss_reduction: str | Callable[[Any], float] = "mean",
+        loss_reduction: LossReduction = "mean",
         clip_norm: float | None = None,
     ) -> torch.Tensor:
         """One whole step with the loss computed in the last stage (1F1B): zeroes gradients, trains on `batch`, updates.
@@ -109,9 +111,9 @@ class DistributedModel(torch.nn.Module):
         *inputs, target = batch
         flat = flatten_inputs(self._traced, tuple(inputs), {})
         _check_finite([*flat, target])
-        pieces, samples = split_micro_batches(self._traced, flat, self._micro_batches)
-        targets = torch.tensor_split(target, _boundaries(samples))
-        weights = _loss_weights(loss_reduction, samples, targets)
+        pieces, samples = micro_batches(self._traced, flat, self._micro_batches)
+        targets = torch.tensor_split(target, boundaries(samples))
+        weights = loss_weights(loss_reduction, samples, targets)
         loss_digest = self._loss(loss_fn, targets[0], samples[0])
         call = self._open_call(
             samples,
@@ -157,7 +159,7 @@ class DistributedModel(torch.nn.Module):
         ]
         found: dict[str, torch.Tensor] = {}
         for program, reply in zip(self._placement.programs, replies, strict=True):
-            found.update(load_state(reply.body, program))
+            found.update(load(reply.body, program.expected_state()))
         return self._placement.in_module_order(found)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -224,7 +226,7 @@ class DistributedModel(torch.nn.Module):
         self._input_roots[f"{call.index}.{micro_batch}"] = input_root(tensors)
 
     def _run_forward(self, flat: list[Any], grad: bool) -> tuple[Call, list[torch.Tensor]]:
-        pieces, samples = split_micro_batches(self._traced, flat, self._micro_batches)
+        pieces, samples = micro_batches(self._traced, flat, self._micro_batches)
         call = self._open_call(
             samples,
             {"type": "forward", "training": self.training, "grad": grad, "weights": [], "schedule": "gpipe"},
@@ -259,7 +261,7 @@ class DistributedModel(torch.nn.Module):
         for slot, gradient in enumerate(gradients):
             if gradient is None:
                 continue
-            for micro_batch, piece in enumerate(torch.tensor_split(gradient, _boundaries(call.samples))):
+            for micro_batch, piece in enumerate(torch.tensor_split(gradient, boundaries(call.samples))):
                 self._driver.send(
                     last, call, micro_batch, slot, piece, type="activation_gradient", backward_pass=backward_pass
                 )
@@ -360,9 +362,18 @@ class DistributedModel(torch.nn.Module):
         """The digest of the loss program of `loss_fn`, traced and given to the last stage once per kind of target."""
         key = (loss_fn, target.dtype, tuple(target.shape[1:]))
         if key not in self._losses:
-            program = trace_loss(loss_fn, self._traced, target)
+            program = trace_loss(loss_fn, self._example_output(num_samples), target)
             self._losses[key] = self._placement.send_loss(program)
         return self._losses[key]
+
+    def _example_output(self, num_samples: int) -> Any:
+        """Something of the shape of the model's output for a micro-batch, to trace a loss with."""
+        slots = self._traced.outputs.slots
+        tensors = [
+            torch.zeros([num_samples if size == -1 else size for size in slot.shape], dtype=DTYPES[slot.dtype])
+            for slot in slots
+        ]
+        return unflatten_outputs(self._traced, tensors)
 
 
 class _Pipeline(torch.autograd.Function):
@@ -390,31 +401,6 @@ def _anchor(grad: bool) -> torch.Tensor:
 
 def _wants_grad(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad
-
-
-def _boundaries(samples: Sequence[int]) -> list[int]:
-    """Where to split a batch for micro-batches of these sizes."""
-    at, found = 0, []
-    for size in samples[:-1]:
-        at += size
-        found.append(at)
-    return found
-
-
-def _loss_weights(
-    reduction: str | Callable[[Any], float], samples: list[int], targets: Sequence[torch.Tensor]
-) -> list[float]:
-    if reduction == "sum":
-        return [1.0] * len(samples)
-    counts = [float(n) for n in samples] if reduction == "mean" else None
-    if counts is None:
-        if not callable(reduction):
-            raise JobError(f"found loss_reduction={reduction!r}, needed 'mean', 'sum' or a function of the target")
-        counts = [float(reduction(target)) for target in targets]
-    total = sum(counts)
-    if not total:
-        raise JobError("the weights of all micro-batches are zero: the batch has no valid targets")
-    return [count / total for count in counts]
 
 
 def _squared_norm(reply: Any) -> float:

@@ -65,8 +65,8 @@ class Network:
             pause.wait(POLL_S)
         if not free:
             raise NoWorkersError(
-                f"found no free worker ({len(found)} announced), needed {wanted}: start rigs with tensorlink-worker, or "
-                "wait until a job ends"
+                f"found no free worker ({len(found)} announced), needed {wanted}: start rigs with tensorlink-worker, "
+                "or wait until a job ends"
             )
         return free
 

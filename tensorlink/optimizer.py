@@ -72,7 +72,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """Per group the options as they travel (floats as `float.hex()`), with the names of its parameters."""
         return [
             {
-                "parameters": [parameter.name for parameter in group["params"]],
+                "parameters": [parameter.remote_name for parameter in group["params"]],
                 **encode_options({key: value for key, value in group.items() if key != "params"}),
             }
             for group in self.param_groups

@@ -33,7 +33,7 @@ _HARMLESS = {
 class RemoteParameter(torch.nn.Parameter):
     """A stand-in on the meta device for a parameter that a worker holds; `stage` says which stage."""
 
-    name: str
+    remote_name: str
     stage: int
 
     @staticmethod
@@ -41,19 +41,19 @@ class RemoteParameter(torch.nn.Parameter):
         """The stand-in for parameter `name` of this shape and dtype."""
         data = torch.empty(shape, dtype=dtype, device="meta")
         parameter = torch.Tensor._make_subclass(RemoteParameter, data, requires_grad)
-        parameter.name, parameter.stage = name, stage
+        parameter.remote_name, parameter.stage = name, stage
         return parameter
 
     @property
     def grad(self) -> torch.Tensor:  # type: ignore[override]
-        raise RemoteParameterError(f"{self.name}.grad: " + _REMEDY.format(stage=self.stage))
+        raise RemoteParameterError(f"{self.remote_name}.grad: " + _REMEDY.format(stage=self.stage))
 
     @grad.setter
     def grad(self, value: object) -> None:
-        raise RemoteParameterError(f"{self.name}.grad: " + _REMEDY.format(stage=self.stage))
+        raise RemoteParameterError(f"{self.remote_name}.grad: " + _REMEDY.format(stage=self.stage))
 
     def __repr__(self, *_: object) -> str:  # type: ignore[override]
-        return f"RemoteParameter({self.name}: {self.dtype}, {list(self.shape)}, stage {self.stage})"
+        return f"RemoteParameter({self.remote_name}: {self.dtype}, {list(self.shape)}, stage {self.stage})"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -61,6 +61,6 @@ class RemoteParameter(torch.nn.Parameter):
         if name == "__get__" or name == "__set__" or name in _HARMLESS:
             return super().__torch_function__(func, types, args, kwargs or {})
         found = next((arg for arg in args if isinstance(arg, RemoteParameter)), None)
-        label = found.name if found is not None else "a parameter"
+        label = found.remote_name if found is not None else "a parameter"
         stage = found.stage if found is not None else "?"
         raise RemoteParameterError(f"{name}({label}): " + _REMEDY.format(stage=stage))

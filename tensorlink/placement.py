@@ -19,9 +19,10 @@ from smartnodes_core.jobs import Job, spec_digest
 from smartnodes_core.records import NO_DIGEST, Announcement, Assignment, AuditTerms, JobRecord, Plan, Record
 from tensorlink.audit.commitments import initial_root
 from tensorlink.parameters import RemoteParameter
+from tensorlink.pipeline.batching import micro_batches as split_into
 from tensorlink.pipeline.driver import Driver
 from tensorlink.program.graph import LossProgram, StageProgram
-from tensorlink.program.inputs import flatten_inputs, split_micro_batches
+from tensorlink.program.inputs import flatten_inputs
 from tensorlink.program.limits import Estimate, check
 from tensorlink.program.trace import TracedModel, trace
 from tensorlink.program.values import DTYPES
@@ -42,7 +43,7 @@ MAX_STAGE_FLOPS = 1 << 60
 WAIT_FOR_WORKERS_S = 20.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Placement:
     """A job that runs, and what the user's side must remember of it."""
 
@@ -193,23 +194,26 @@ def place(
         bar.update()
         bar.set_description("partition")
         programs = partition(traced, profile(traced, example_inputs), num_stages)
-        estimates = _estimates(traced, programs, example_inputs, micro_batches)
+        samples = _samples(traced, example_inputs, micro_batches)
+        estimates = [
+            check(program, batch=samples, max_bytes=MAX_STAGE_BYTES, max_flops=MAX_STAGE_FLOPS) for program in programs
+        ]
         bar.update()
         bar.set_description("open the job")
         needs = [_need(estimate, num_stages, stage) for stage, estimate in enumerate(estimates)]
         table = plan(needs, workers, micro_batches)
         driver = Driver(network.user, programs[0].inputs, programs[-1].outputs, timeout_s)
-        state = traced.state()
-        record = _record(network, programs, estimates, state, seed, audit_rates)
+        states = [traced.state(program) for program in programs]
+        record = _record(network, programs, estimates, states, {"seed": seed, "samples": samples}, audit_rates)
         job = network.user.open_job(record, _plan(network, record, table), driver)
         driver.attach(job)
         placement = Placement(
-            network, traced, programs, driver, job, table, list(module.state_dict()), dict(traced.aliases)
+            network, traced, programs, driver, job, table, list(traced.state_names), dict(traced.aliases)
         )
         try:
             bar.update()
             bar.set_description("send weights")
-            _load_stages(driver, programs, state)
+            _load_stages(driver, programs, states)
         except BaseException:
             placement.close()
             raise
@@ -219,15 +223,10 @@ def place(
     return placement
 
 
-def _estimates(
-    traced: TracedModel, programs: list[StageProgram], example_inputs: Any, micro_batches: int
-) -> list[Estimate]:
-    """What one micro-batch of each stage costs, at the size of the largest micro-batch of the example."""
+def _samples(traced: TracedModel, example_inputs: Any, micro_batches: int) -> int:
+    """The size of the largest micro-batch of the example: what a unit of work is measured by."""
     args, kwargs = ((), example_inputs) if isinstance(example_inputs, dict) else (tuple(example_inputs), {})
-    _, samples = split_micro_batches(traced, flatten_inputs(traced, args, kwargs), micro_batches)
-    return [
-        check(program, batch=max(samples), max_bytes=MAX_STAGE_BYTES, max_flops=MAX_STAGE_FLOPS) for program in programs
-    ]
+    return max(split_into(traced, flatten_inputs(traced, args, kwargs), micro_batches)[1])
 
 
 def _need(estimate: Estimate, num_stages: int, stage: int) -> StageNeed:
@@ -235,7 +234,7 @@ def _need(estimate: Estimate, num_stages: int, stage: int) -> StageNeed:
     return StageNeed(
         estimate.parameter_bytes,
         estimate.saved_bytes * in_flight + estimate.peak_activation_bytes,
-        estimate.flops_forward + estimate.flops_backward,
+        estimate.work_units,
     )
 
 
@@ -243,19 +242,19 @@ def _record(
     network: Network,
     programs: list[StageProgram],
     estimates: list[Estimate],
-    state: Mapping[str, torch.Tensor],
-    seed: int,
+    states: list[dict[str, torch.Tensor]],
+    terms: dict[str, int],
     audit_rates: tuple[float, float] | None,
 ) -> JobRecord:
-    terms = network.audit_terms
+    audit = network.audit_terms
     if audit_rates is not None:
         unit_rate, step_rate = audit_rates
-        terms = AuditTerms(
+        audit = AuditTerms(
             unit_rate_ppm=round(unit_rate * 1e6),
             step_rate_ppm=round(step_rate * 1e6),
-            window_steps=terms.window_steps,
-            window_s=terms.window_s,
-            auditors=terms.auditors,
+            window_steps=audit.window_steps,
+            window_s=audit.window_s,
+            auditors=audit.auditors,
         )
     return JobRecord(
         network_id=network.network_id,
@@ -266,10 +265,10 @@ def _record(
         num_stages=len(programs),
         num_replicas=1,
         specs=[spec_digest(program.to_json()) for program in programs],
-        initial_roots=[initial_root(program, _state_of(program, state)) for program in programs],
-        work_units=[max(1, estimate.flops_forward + estimate.flops_backward) for estimate in estimates],
-        audit=terms,
-        terms={"seed": seed},
+        initial_roots=[initial_root(program, state) for program, state in zip(programs, states, strict=True)],
+        work_units=[estimate.work_units for estimate in estimates],
+        audit=audit,
+        terms=dict(terms),
     )
 
 
@@ -293,12 +292,7 @@ def _key(worker: Announcement) -> bytes:
     return worker.node_key
 
 
-def _state_of(program: StageProgram, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: state[name] for name in program.expected_state()}
-
-
-def _load_stages(driver: Driver, programs: list[StageProgram], state: Mapping[str, torch.Tensor]) -> None:
-    for program in programs:
+def _load_stages(driver: Driver, programs: list[StageProgram], states: list[dict[str, torch.Tensor]]) -> None:
+    for program, state in zip(programs, states, strict=True):
         data = program.to_json()
-        weights = dump(_state_of(program, state))
-        driver.call(program.stage_index, "load", {"program_bytes": len(data)}, [data, weights])
+        driver.call(program.stage_index, "load", {"program_bytes": len(data)}, [data, dump(state)])

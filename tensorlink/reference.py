@@ -12,11 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from smartnodes_core.errors import JobError
-from tensorlink.model import _boundaries, _loss_weights
+from tensorlink.pipeline.batching import LossReduction, boundaries, loss_weights
+from tensorlink.pipeline.batching import micro_batches as split_into
 from tensorlink.pipeline.seeds import seed_for
-from tensorlink.program.inputs import flatten_inputs, split_micro_batches, unflatten_outputs
+from tensorlink.program.inputs import flatten_inputs, unflatten_outputs
 from tensorlink.program.interpreter import Interpreter
 from tensorlink.program.trace import TracedModel, trace
 
@@ -42,13 +44,13 @@ class Reference(torch.nn.Module):
         self._micro_batches = micro_batches
         self._seed = seed
         self._step_index = self._num_calls = 0
-        self._program = _program(self.traced, module) if self.traced.is_random else None
+        self._program = _program(self.traced, module) if self._draws_masks(example_inputs) else None
         self.train(module.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output for a batch, one micro-batch after the other."""
         flat = flatten_inputs(self.traced, args, kwargs)
-        pieces, _ = split_micro_batches(self.traced, flat, self._micro_batches)
+        pieces, _ = split_into(self.traced, flat, self._micro_batches)
         call, self._num_calls = self._num_calls, self._num_calls + 1
         anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
         outputs = _InOrder.apply(self, call, pieces, anchor)
@@ -59,16 +61,14 @@ class Reference(torch.nn.Module):
         *batch: Any,
         loss_fn: Callable[..., torch.Tensor],
         optimizer: torch.optim.Optimizer,
-        loss_reduction: str | Callable[[Any], float] = "mean",
+        loss_reduction: LossReduction = "mean",
     ) -> torch.Tensor:
         """As `DistributedModel.train_step`, with a plain torch optimizer."""
         optimizer.zero_grad()
         *inputs, target = batch
-        pieces, samples = split_micro_batches(
-            self.traced, flatten_inputs(self.traced, tuple(inputs), {}), self._micro_batches
-        )
-        targets = torch.tensor_split(target, _boundaries(samples))
-        weights = _loss_weights(loss_reduction, samples, targets)
+        pieces, samples = split_into(self.traced, flatten_inputs(self.traced, tuple(inputs), {}), self._micro_batches)
+        targets = torch.tensor_split(target, boundaries(samples))
+        weights = loss_weights(loss_reduction, samples, targets)
         losses = []
         for micro_batch, piece in enumerate(pieces):
             outputs = unflatten_outputs(self.traced, self._run(piece, 0, micro_batch))
@@ -83,9 +83,26 @@ class Reference(torch.nn.Module):
         """The optimizer has stepped: the next forward is call 0 of the next step."""
         self._step_index, self._num_calls = self._step_index + 1, 0
 
+    def _draws_masks(self, example_inputs: Any) -> bool:
+        """Whether the training graph has dropout: a run on copies of the buffers asks for a seed."""
+        whole = self.traced.whole()
+        asked: list[int] = []
+        args, kwargs = ((), example_inputs) if isinstance(example_inputs, dict) else (tuple(example_inputs), {})
+        state = self.traced.state(whole)
+        interpreter = Interpreter(
+            whole.train,
+            {name: state[name] for name in whole.parameters},
+            {name: state[name].clone() for name in whole.buffers},
+        )
+        with torch.no_grad():
+            interpreter.run(flatten_inputs(self.traced, args, kwargs), lambda node: asked.append(node) or 0)
+        return bool(asked)
+
     def _run(self, piece: list[Any], call: int, micro_batch: int) -> list[Any]:
         if self._program is None:
-            return self.traced.call_module(self.module, piece)
+            args, kwargs = self.traced.binding.rebuild(piece)
+            leaves = pytree.tree_leaves(self.module(*args, **kwargs))
+            return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         interpreter = self._program[self.training]
         return interpreter.run(piece, seed_for(self._seed, 0, self._step_index, call, micro_batch))
 
@@ -103,8 +120,8 @@ class _InOrder(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
-        boundaries = _boundaries([len(run[0]) for run in ctx.runs])
-        split = [torch.tensor_split(gradient, boundaries) for gradient in gradients]
+        cuts = boundaries([len(run[0]) for run in ctx.runs])
+        split = [torch.tensor_split(gradient, cuts) for gradient in gradients]
         for index, run in enumerate(ctx.runs):
             wanted = [(out, split[slot][index]) for slot, out in enumerate(run) if out.requires_grad]
             torch.autograd.backward([out for out, _ in wanted], [gradient.contiguous() for _, gradient in wanted])
@@ -117,7 +134,7 @@ def _program(traced: TracedModel, module: torch.nn.Module) -> dict[bool, Interpr
     missing = set(whole.parameters) - set(parameters)
     if missing:
         raise JobError(f"the module has no parameters {sorted(missing)}, which its trace names")
-    buffers = {name: tensor for name, tensor in traced.state().items() if name in whole.buffers}
+    buffers = {name: tensor for name, tensor in traced.state(whole).items() if name in whole.buffers}
     return {mode: Interpreter(whole.graph(mode), parameters, buffers) for mode in (True, False)}
 
 

@@ -192,7 +192,7 @@ class StageHandler:
                 "optimizer": {},
                 "seed": int(record.terms["seed"]),
                 "window_steps": record.audit.window_steps,
-                "limits": {},
+                "limits": {"batch": int(record.terms["samples"])},
             },
         )
         if bytes(reply["initial_root"]) != record.initial_roots[stage.stage]:

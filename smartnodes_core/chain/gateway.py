@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -199,7 +200,9 @@ class Gateway:
     def _fees(self) -> dict[str, int]:
         tip = int(self._web3.eth.max_priority_fee)
         base = int(self._web3.eth.get_block("latest").get("baseFeePerGas", self._web3.eth.gas_price))
-        return {"maxFeePerGas": 2 * base + tip, "maxPriorityFeePerGas": tip}
+        # Two processes that send the same call with the same nonce would sign the same bytes, and each take the other's
+        # transaction for its own. A few random wei in the cap, which nobody pays, keep every transaction unique.
+        return {"maxFeePerGas": 2 * base + tip + secrets.randbits(28), "maxPriorityFeePerGas": tip}
 
     def _do(self, action: str, function: Callable[[], T]) -> T:
         try:

@@ -172,7 +172,8 @@ class AuditDesk:
                 or job.worker_of(commitment.stage, commitment.replica) != signed.signer
             ):
                 raise AuthorityError(f"stage {commitment.stage} is not run by the signer of this commitment")
-            if commitment.work_units != job.record.work_units[commitment.stage] * len(commitment.units):
+            num_units = sum(unit.backward_pass >= 0 for unit in commitment.units)
+            if commitment.work_units != job.record.work_units[commitment.stage] * num_units:
                 raise RecordError("the work claimed is not the units times what the job says each is worth")
             place = (commitment.plan_version, commitment.replica, commitment.stage, commitment.step)
             before = audited.by_place.setdefault(place, digest)

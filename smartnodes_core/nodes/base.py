@@ -27,6 +27,7 @@ from smartnodes_core.records import SignedBinding
 from smartnodes_core.rpc import CALL_TIMEOUT_S, MAX_REPLY_BODY_BYTES, Reply, RpcEndpoint
 from smartnodes_core.transport.base import (
     SEND_TIMEOUT_S,
+    Admit,
     Connection,
     DuplicateConnectionError,
     Listener,
@@ -136,13 +137,7 @@ class Node:
         if node_key is not None:
             self.add_address(node_key, endpoint)
             return self._connection(node_key, timeout_s).peer
-        try:
-            connection = self._dial(endpoint, None, time.monotonic() + timeout_s)
-        except DuplicateConnectionError as error:
-            found = [each for each in self._links.all() if each.peer.node_key == error.__dict__.get("raised_by")]
-            if not found:
-                raise
-            connection = found[0]
+        connection = self._dial_unknown(endpoint, time.monotonic() + timeout_s)
         self._addresses.add(connection.peer.node_key, endpoint)
         return connection.peer
 
@@ -235,11 +230,34 @@ class Node:
                     break
         raise failure or PeerUnreachableError(f"node {node_key.hex()[:16]} was not reached in time")
 
-    def _dial(self, endpoint: str, node_key: bytes | None, deadline_s: float) -> Connection:
+    def _dial_unknown(self, endpoint: str, deadline_s: float) -> Connection:
+        """Dials an endpoint of which only the address is known; a connection to who answers there is used again."""
+        seen: list[bytes] = []
+        claimed: list[bytes] = []
+
+        def admit(peer: Peer) -> None:
+            self._admit_dialled(peer)
+            seen.append(peer.node_key)
+            self._links.claim(peer.node_key)
+            claimed.append(peer.node_key)
+
+        try:
+            return self._dial(endpoint, None, deadline_s, admit)
+        except DuplicateConnectionError:
+            wait_until_s = min(deadline_s, time.monotonic() + _INBOUND_WAIT_S)
+            found = self._links.wait_for(seen[0], wait_until_s) if seen else None
+            if found is None:
+                raise
+            return found
+        finally:
+            for node_key in claimed:
+                self._links.end_dialling(node_key)
+
+    def _dial(self, endpoint: str, node_key: bytes | None, deadline_s: float, admit: Admit | None = None) -> Connection:
         if self._stopped:
             raise ConnectionLostError("this node is stopping")
         timeout_s = max(0.001, deadline_s - time.monotonic())
-        connection = self._transport.dial(endpoint, self._rpc, self._admit_dialled, node_key, timeout_s)
+        connection = self._transport.dial(endpoint, self._rpc, admit or self._admit_dialled, node_key, timeout_s)
         self._links.wait_for(connection.peer.node_key, deadline_s)  # `_opened` runs on its own thread
         return connection
 

@@ -14,6 +14,7 @@ from smartnodes_core.errors import ConfigError, PeerUnreachableError
 from smartnodes_core.transport.base import Connection, DuplicateConnectionError, Peer, split_endpoint
 
 FRESH_S = 2.0
+ARRIVAL_S = 1.0
 MAX_ENDPOINTS_PER_PEER = 4
 MAX_ADDRESSES = 10_000
 
@@ -57,6 +58,7 @@ class Links:
         self._live: dict[bytes, tuple[Connection, float]] = {}
         self._every: set[Connection] = set()  # with those replaced and not yet ended
         self._dialling: set[bytes] = set()
+        self._arriving: dict[bytes, float] = {}  # admitted by us, until when they are waited for
 
     def __repr__(self) -> str:
         return f"Links({len(self._live)} peers, {len(self._dialling)} being dialled)"
@@ -78,6 +80,7 @@ class Links:
             older = self._live.get(connection.peer.node_key)
             self._live[connection.peer.node_key] = (connection, time.monotonic())
             self._every.add(connection)
+            self._arriving.pop(connection.peer.node_key, None)
             self._changed.notify_all()
         if older is not None and older[0] is not connection:
             older[0].close("replaced by a newer connection")
@@ -97,12 +100,27 @@ class Links:
         """Raises DuplicateConnectionError when the connection that is being opened to us is the one to give up."""
         if peer.node_key == self._own_key:
             raise DuplicateConnectionError("this is the node itself")
+        now_s = time.monotonic()
         with self._changed:
             found = self._live.get(peer.node_key)
+            fresh = found is not None and not found[0].closed and now_s - found[1] < FRESH_S
             ours_first = peer.node_key in self._dialling and self._own_key < peer.node_key
-        fresh = found is not None and not found[0].closed and time.monotonic() - found[1] < FRESH_S
-        if fresh or ours_first:
-            raise DuplicateConnectionError("a connection between us exists or is just being made")
+            if fresh or ours_first or self._is_arriving(peer.node_key, now_s):
+                raise DuplicateConnectionError("a connection between us exists or is just being made")
+            # from here until it is open, nobody here dials this peer
+            self._arriving[peer.node_key] = now_s + ARRIVAL_S
+
+    def claim(self, node_key: bytes) -> None:
+        """As `begin_dialling` for a peer whose key was learned while dialling; the caller must call `end_dialling`.
+
+        Raises DuplicateConnectionError when there is a connection, or one is being made.
+        """
+        with self._changed:
+            found = self._live.get(node_key)
+            alive = found is not None and not found[0].closed
+            if alive or node_key in self._dialling or self._is_arriving(node_key, time.monotonic()):
+                raise DuplicateConnectionError("a connection to this peer exists or is just being made")
+            self._dialling.add(node_key)
 
     def begin_dialling(self, node_key: bytes, deadline_s: float) -> Connection | None:
         """Waits until nobody else dials this peer: the connection that they made, or None, and the caller dials and
@@ -112,13 +130,16 @@ class Links:
                 found = self._live.get(node_key)
                 if found is not None and not found[0].closed:
                     return found[0]
-                if node_key not in self._dialling:
+                now_s = time.monotonic()
+                arriving = self._is_arriving(node_key, now_s)
+                if node_key not in self._dialling and not arriving:
                     self._dialling.add(node_key)
                     return None
-                if not self._changed.wait(max(0.0, deadline_s - time.monotonic())) and time.monotonic() >= deadline_s:
+                if now_s >= deadline_s:
                     raise PeerUnreachableError(
                         f"node {node_key.hex()[:16]} is being dialled and did not answer in time"
                     )
+                self._changed.wait(min(deadline_s, self._arriving[node_key] if arriving else deadline_s) - now_s)
 
     def end_dialling(self, node_key: bytes) -> None:
         """The counterpart of `begin_dialling`."""
@@ -137,3 +158,10 @@ class Links:
                 if left_s <= 0:
                     return None
                 self._changed.wait(left_s)
+
+    def _is_arriving(self, node_key: bytes, now_s: float) -> bool:
+        until_s = self._arriving.get(node_key)
+        if until_s is not None and until_s <= now_s:
+            del self._arriving[node_key]  # admitted, and never came
+            return False
+        return until_s is not None

@@ -26,7 +26,7 @@ from smartnodes_core.identity import Identity, verify
 from smartnodes_core.jobs import Buffer, Job, JobHandler, StageOfJob
 from smartnodes_core.journal import Journal
 from smartnodes_core.nodes.base import Node
-from smartnodes_core.records import Challenge, Commitment, NodeKey, Opening, ReceivedList, Reveal, Signed, Verdict
+from smartnodes_core.records import Challenge, Commitment, NodeKey, Opening, ReceivedList, Reveal, Signed, Unit, Verdict
 from smartnodes_core.rpc import allow
 from smartnodes_core.transport.base import Peer
 
@@ -278,7 +278,7 @@ class _Ledger:
             stage=stage.stage,
             worker=worker,
             previous=self._tip,
-            **content,
+            **{**content, "units": [Unit(**unit) for unit in content["units"]]},
         )
         self._tip = commitment.digest()
         return commitment

@@ -24,7 +24,8 @@ from smartnodes_core.identity import Identity
 from smartnodes_core.records import SignedBinding
 from smartnodes_core.transport.base import Admit, FrameSink, join_endpoint, split_endpoint
 from smartnodes_core.transport.certificate import Expectations, make_certificate
-from smartnodes_core.transport.tls_connection import Terms, TlsConnection
+from smartnodes_core.transport.handshake import Terms
+from smartnodes_core.transport.tls_connection import TlsConnection
 
 logger = logging.getLogger(__name__)
 

@@ -13,34 +13,22 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from OpenSSL import SSL
 
-from smartnodes_core.errors import ConnectionLostError, DeadlineError, ProtocolError, SmartnodesError
-from smartnodes_core.transport.base import LINGER_S, SEND_TIMEOUT_S, Admit, FrameSink, Peer
-from smartnodes_core.transport.certificate import Expectations, check_certificate, check_expected
+from smartnodes_core.errors import ConnectionLostError, ProtocolError, SmartnodesError
+from smartnodes_core.transport.base import LINGER_S, SEND_TIMEOUT_S, Peer
+from smartnodes_core.transport.handshake import Handshake, Terms
 from smartnodes_core.transport.outbox import Outbox, OutFrame
-from smartnodes_core.transport.welcome import check_welcome, no_body, refusal, refused_before, welcome
-from smartnodes_core.wire import Buffer, Frame, FrameReader, Header, byte_views, encode_prefix_and_header
+from smartnodes_core.transport.welcome import no_body
+from smartnodes_core.wire import Buffer, FrameReader, Header, byte_views, encode_prefix_and_header
 
 logger = logging.getLogger(__name__)
 
 _RECORD_BYTES = 16 << 10  # a TLS record: what one read can give
 _WRITE_BYTES = 256 << 10  # handed to TLS at a time, so that reading gets its turn
 _READ_BYTES = 1 << 20  # read in a row, so that writing gets its turn
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What a connection's handshake is checked against."""
-
-    sink: FrameSink
-    admit: Admit
-    expectations: Expectations | None
-    expected_node_key: bytes | None
-    deadline_s: float  # of the monotonic clock, for the whole handshake
 
 
 class TlsConnection:
@@ -73,7 +61,7 @@ class TlsConnection:
         self._sending: OutFrame | None = None
         self._unsent: list[memoryview] = []  # of `_sending`
         self._close_by_s: float | None = None
-        self._asleep = False
+        self._asleep = True  # so that closing interrupts the handshake
         self._wake_lock = threading.Lock()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -127,8 +115,7 @@ class TlsConnection:
         return not self._thread.is_alive()
 
     def _wake(self) -> None:
-        # `_asleep` is set before the owner looks at the queue for the last time: it is read here after the queue was
-        # filled
+        # the owner sets `_asleep` before its last look at the queue, and here it is read after the queue was filled
         if not self._asleep:
             return
         with self._wake_lock:
@@ -144,7 +131,11 @@ class TlsConnection:
     def _run(self) -> None:
         error: Exception | None = None
         try:
-            self._handshake()
+            self._tcp.setblocking(False)
+            self._poll.register(self._tcp, select.POLLIN)
+            handshake = Handshake(self._tcp, self._tls, self._poll, self._terms, self._endpoint, lambda: self.closed)
+            self._peer = handshake.run(self._reader)
+            self._asleep = False
             self._open = True
             self._on_ready(self, None)
             self._terms.sink.on_open(self)
@@ -181,70 +172,6 @@ class TlsConnection:
         except Exception:
             logger.exception("connection to %s: a receiver failed at its end", self._peer or self._endpoint)
         self._on_ended(self)
-
-    def _handshake(self) -> None:
-        self._tcp.setblocking(False)
-        self._poll.register(self._tcp, select.POLLIN)
-        self._repeat(self._tls.do_handshake)
-        certificate = self._tls.get_peer_certificate(as_cryptography=True)
-        if certificate is None:
-            raise ProtocolError(f"{self._endpoint} showed no certificate")
-        try:
-            peer = check_certificate(certificate, self._terms.expectations, self._endpoint)
-            check_expected(peer, self._terms.expected_node_key)
-            self._terms.admit(peer)
-        except SmartnodesError as error:
-            self._refuse(error)
-            raise
-        self._peer = peer
-        self._write_all(welcome())
-        try:
-            frame = self._read_frame()
-        except (SSL.ZeroReturnError, SSL.SysCallError):
-            raise refused_before(peer) from None
-        check_welcome(frame.header, peer)
-
-    def _refuse(self, error: SmartnodesError) -> None:
-        """Tells the peer why, then waits a moment for it to hang up, lest a reset overtake the message."""
-        try:
-            self._write_all(refusal(error))
-            self._tls.shutdown()
-            self._tcp.shutdown(socket.SHUT_WR)
-            deadline_s = min(self._terms.deadline_s, time.monotonic() + LINGER_S)
-            while (left_s := deadline_s - time.monotonic()) > 0:
-                self._poll.poll(left_s * 1000)
-                if not self._tcp.recv(4096):
-                    return
-        except (OSError, SSL.Error, DeadlineError) as failed:
-            logger.debug("%s did not wait to be refused: %s", self._endpoint, failed)
-
-    def _repeat(self, step: Callable[[], Any]) -> Any:
-        """The result of a non-blocking TLS operation, repeated whenever the socket is ready, until the handshake's
-        deadline.
-        """
-        while True:
-            try:
-                return step()
-            except SSL.WantReadError:
-                events = select.POLLIN
-            except SSL.WantWriteError:
-                events = select.POLLOUT
-            left_s = self._terms.deadline_s - time.monotonic()
-            self._poll.modify(self._tcp, events)
-            if self._close_by_s is not None:
-                raise ConnectionLostError(f"{self._endpoint}: closed during the handshake")
-            if left_s <= 0 or not self._poll.poll(left_s * 1000):
-                raise DeadlineError(f"{self._endpoint} did not finish its handshake in time")
-
-    def _write_all(self, data: bytes) -> None:
-        self._repeat(lambda: self._tls.send(data))  # without partial writes: all or again
-
-    def _read_frame(self) -> Frame:
-        while True:
-            count = self._repeat(lambda: self._tls.recv_into(self._reader.target()))
-            frame = self._reader.advance(count)
-            if frame is not None:
-                return frame
 
     def _pump(self) -> None:
         while True:

@@ -1,7 +1,7 @@
 """Tensors as kernels are to see them: contiguous, and starting at a multiple of 64 bytes.
 
-Alignment alone changes the last bits of attention and of small linear layers (`facts.md`), so whatever comes from a socket, a
-file or a user is brought to one form before it enters a kernel.
+Alignment alone changes the last bits of attention and of small linear layers (`facts.md`), so whatever comes from a
+socket, a file or a user is brought to one form before it enters a kernel.
 """
 
 from __future__ import annotations

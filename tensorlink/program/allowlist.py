@@ -1,9 +1,10 @@
 """The allowlist: every ATen overload that a stage program may call, written out and reviewed by hand.
 
-Left out on purpose: whatever reads or writes files (`from_file`), in-place ops, ops that draw random numbers from torch's own
-generator (dropout is computed by `dropout.py`), ops that return uninitialised memory (`empty`), and ops whose output size depends on
-data (`nonzero`, `masked_select`, `unique`, `item`). A name is looked up here and nowhere else; adding one is a review.
-Neighbours: `ops.py` joins these tables with what is not an ATen op, `arguments.py` checks calls against the schemas.
+Left out on purpose: whatever reads or writes files (`from_file`), in-place ops, ops that draw random numbers from
+torch's own generator (dropout is computed by `dropout.py`), ops that return uninitialised memory (`empty`), and ops
+whose output size depends on data (`nonzero`, `masked_select`, `unique`, `item`). A name is looked up here and nowhere
+else; adding one is a review. Neighbours: `ops.py` joins these tables with what is not an ATen op, `arguments.py`
+checks calls against the schemas.
 """
 
 from __future__ import annotations
@@ -442,7 +443,6 @@ SHAPES: dict[str, OpOverload] = {
     "aten.to.other": torch.ops.aten.to.other,
     "aten._to_copy.default": torch.ops.aten._to_copy.default,
     "aten.type_as.default": torch.ops.aten.type_as.default,
-    "aten.copy.default": torch.ops.aten.copy.default,
     "aten.cat.default": torch.ops.aten.cat.default,
     "aten.concat.default": torch.ops.aten.concat.default,
     "aten.concatenate.default": torch.ops.aten.concatenate.default,
@@ -504,7 +504,6 @@ INDEXING: dict[str, OpOverload] = {
     "aten.diagonal_scatter.default": torch.ops.aten.diagonal_scatter.default,
     "aten.fill.Scalar": torch.ops.aten.fill.Scalar,
     "aten.fill.Tensor": torch.ops.aten.fill.Tensor,
-    "aten.zero.default": torch.ops.aten.zero.default,
     "aten.isin.Tensor_Tensor": torch.ops.aten.isin.Tensor_Tensor,
 }
 

@@ -1,7 +1,8 @@
 """Calls `torch.export` on a module in one mode, and explains what it could not do.
 
-The module is wrapped so that export sees a flat list of tensors in and out; whatever else the user passes or returns (numbers, None,
-nested tuples and dicts) is kept on this side. Neighbours: `lowering.py` reads what comes out, `trace.py` calls this for both modes.
+The module is wrapped so that export sees a flat list of tensors in and out; whatever else the user passes or returns
+(numbers, None, nested tuples and dicts) is kept on this side. Neighbours: `lowering.py` reads what comes out,
+`trace.py` calls this for both modes.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class _Returned:
 class _Flat(nn.Module):
     """`module` as a function from a flat list of tensors to a flat list of tensors."""
 
-    def __init__(self, module: nn.Module, rebuild: Callable[[list[Tensor]], tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
+    def __init__(
+        self, module: nn.Module, rebuild: Callable[[list[Tensor]], tuple[tuple[Any, ...], dict[str, Any]]]
+    ) -> None:
         super().__init__()
         self.module = module
         self.rebuild = rebuild
@@ -119,7 +122,8 @@ def _mode(module: nn.Module, training: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _kept_attributes(module: nn.Module) -> Iterator[None]:
-    """Undoes assignments to plain attributes: nn.LSTM's list of weights, counters and caches would keep traced tensors."""
+    """Undoes assignments to plain attributes: nn.LSTM's list of weights, counters and caches would keep traced
+    tensors."""
     before = [(child, dict(child.__dict__)) for child in module.modules()]
     try:
         yield

@@ -1,8 +1,8 @@
 """Programs out of JSON, with every byte distrusted.
 
-What is refused: too many bytes, unknown keys, types, tags, names and dtypes, deep or long lists, and anything that would not
-encode to the same bytes again. Each refusal is a ProgramError that names the node.
-Neighbours: `encode.py` (the format), `validate.py` (what must hold across a program's nodes).
+What is refused: too many bytes, unknown keys, types, tags, names and dtypes, deep or long lists, and anything that
+would not encode to the same bytes again. Each refusal is a ProgramError that names the node. Neighbours: `encode.py`
+(the format), `validate.py` (what must hold across a program's nodes).
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from smartnodes_core.errors import RecordError
 from tensorlink.errors import ProgramError
 from tensorlink.program import validate
 from tensorlink.program.encode import NAMED
-from tensorlink.program.graph import VERSION, BufferSpec, Constant, Graph, LossProgram, Node, ParameterSpec, StageProgram
+from tensorlink.program.graph import (
+    VERSION,
+    BufferSpec,
+    Constant,
+    Graph,
+    LossProgram,
+    Node,
+    ParameterSpec,
+    StageProgram,
+)
 from tensorlink.program.values import DTYPES, Arg, Buffer, Device, Parameter, Value
 from tensorlink.records import Cut, Slot
 
@@ -68,7 +77,9 @@ def decode_loss(data: bytes | memoryview) -> LossProgram:
 
 def _canonical(program: P, data: bytes | memoryview) -> P:
     if program.to_json() != bytes(data):
-        raise ProgramError("the program is not in canonical form: keys must be sorted, without blanks, floats by float.hex()")
+        raise ProgramError(
+            "the program is not in canonical form: keys must be sorted, without blanks, floats by float.hex()"
+        )
     return program
 
 
@@ -88,7 +99,7 @@ def _parse(data: bytes | memoryview, kind: str) -> dict[str, Any]:
 
 
 def _no_float(text: str) -> float:
-    raise ValueError(f"bare number {text[:40]}: floats are written as [\"f\", float.hex()]")
+    raise ValueError(f'bare number {text[:40]}: floats are written as ["f", float.hex()]')
 
 
 def _keys(document: dict[str, Any], keys: set[str], what: str) -> None:
@@ -111,7 +122,9 @@ def _list(item: Any, what: str) -> list[Any]:
 
 def _name(item: Any, what: str) -> str:
     if not isinstance(item, str) or not 0 < len(item) <= MAX_NAME_LENGTH or not item.isprintable():
-        raise ProgramError(f"{what}: a printable name of 1 to {MAX_NAME_LENGTH} characters is needed, found {item!r:.60}")
+        raise ProgramError(
+            f"{what}: a printable name of 1 to {MAX_NAME_LENGTH} characters is needed, found {item!r:.60}"
+        )
     return item
 
 

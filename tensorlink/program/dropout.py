@@ -1,9 +1,9 @@
 """Dropout from a generator that the caller seeds, so that a step can be computed again bit for bit.
 
-Each function does what torch's CPU kernel of that name does, with the mask drawn from a fresh generator: seeded alike, torch's own
-`dropout` returns the same bits. Attention with dropout is written out as the softmax formula, for the fused kernels draw their
-masks from the global generator; it therefore costs the memory of the whole attention matrix.
-Neighbours: `interpreter.py` binds `seed_for` and the node's id; `ops.RANDOM` lists the names.
+Each function does what torch's CPU kernel of that name does, with the mask drawn from a fresh generator: seeded
+alike, torch's own `dropout` returns the same bits. Attention with dropout is written out as the softmax formula, for
+the fused kernels draw their masks from the global generator; it therefore costs the memory of the whole attention
+matrix. Neighbours: `interpreter.py` binds `seed_for` and the node's id; `ops.RANDOM` lists the names.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def attention(
 ) -> Tensor:
     """`scaled_dot_product_attention` with `dropout_p` > 0, by the formula in torch's documentation.
 
-    Shapes as there: query [..., heads, L, E], key and value [..., heads, S, E]. Scales query and key by the root of the scale
-    each, as torch's own mathematical form does.
+    Shapes as there: query [..., heads, L, E], key and value [..., heads, S, E]. Scales query and key by the root of
+    the scale each, as torch's own mathematical form does.
     """
     if enable_gqa:
         groups = query.size(-3) // key.size(-3)

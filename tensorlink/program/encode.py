@@ -1,8 +1,8 @@
 """Programs as canonical JSON.
 
-An argument is written as itself (null, true, integer, text) or as a list that begins with a tag:
-`["f", "0x1.8p+1"]` a float by `float.hex` (or "inf", "-inf", "nan"), `["l", …]` a list, `["v", 7]` a value, `["p", name]` a
-parameter, `["b", name]` a buffer, `["d", "float32"]` a dtype, `["m", …]` a memory format, `["y", …]` a layout, `["c"]` the
+An argument is written as itself (null, true, integer, text) or as a list that begins with a tag: `["f", "0x1.8p+1"]`
+a float by `float.hex` (or "inf", "-inf", "nan"), `["l", …]` a list, `["v", 7]` a value, `["p", name]` a parameter,
+`["b", name]` a buffer, `["d", "float32"]` a dtype, `["m", …]` a memory format, `["y", …]` a layout, `["c"]` the
 stage's device. Neighbours: `graph.py` (the data), `decode.py` (the way back).
 """
 

@@ -1,9 +1,10 @@
 """Work of a node in floating-point operations, from shapes alone: the basis of pay and of limits.
 
-A multiplication and an addition count as two. Products, convolutions, attention and recurrent layers follow the formulas of
-`torch.utils.flop_counter`; every other op counts one per element of its result or of its largest operand, whichever is more, and
-views count nothing. Backward: a product costs its forward once for each of its two operands that needs a gradient, anything else one per
-element where a gradient is needed. The figures depend on the program and the batch, not on torch's version or the device.
+A multiplication and an addition count as two. Products, convolutions, attention and recurrent layers follow the
+formulas of `torch.utils.flop_counter`; every other op counts one per element of its result or of its largest operand,
+whichever is more, and views count nothing. Backward: a product costs its forward once for each of its two operands
+that needs a gradient, anything else one per element where a gradient is needed. The figures depend on the program and
+the batch, not on torch's version or the device.
 """
 
 from __future__ import annotations
@@ -94,7 +95,9 @@ _LOOKUPS = frozenset(
         "aten.take_along_dim.default",
     }
 )
-_FREE = frozenset({"aten.reshape.default", "aten.reshape_as.default", "aten.flatten.using_ints", "aten.contiguous.default"})
+_FREE = frozenset(
+    {"aten.reshape.default", "aten.reshape_as.default", "aten.flatten.using_ints", "aten.contiguous.default"}
+)
 
 
 def is_view(op: str) -> bool:
@@ -121,7 +124,11 @@ def count(node: Node, args: Args, result: Any) -> tuple[int, int]:
     formula = PRODUCTS.get(node.op)
     if formula is not None:
         forward = formula(args, result)
-        operands = [tensor for tensor in tensors_in(args) if tensor.dim() > 1 or node.op in ("aten.dot.default", "aten.mv.default")]
+        operands = [
+            tensor
+            for tensor in tensors_in(args)
+            if tensor.dim() > 1 or node.op in ("aten.dot.default", "aten.mv.default")
+        ]
         wanted = sum(tensor.requires_grad for tensor in operands[:3] if tensor is not None)
         return forward, forward * min(wanted, 2) if needs_gradient else 0
     if is_view(node.op):

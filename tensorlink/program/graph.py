@@ -1,8 +1,9 @@
 """The stage program: a piece of a model as plain data, for training and for evaluation.
 
-Role: what the user's side makes of a module and a worker runs without running a stranger's code (`design.md` section 4).
-A graph is a list of nodes in an order in which each uses only what came before; there are no branches and no expressions.
-Neighbours: `encode.py` and `decode.py` (JSON), `trace.py` (makes them), `interpreter.py` (runs them), `limits.py` (bounds them).
+Role: what the user's side makes of a module and a worker runs without running a stranger's code (`design.md` section
+4). A graph is a list of nodes in an order in which each uses only what came before; there are no branches and no
+expressions. Neighbours: `encode.py` and `decode.py` (JSON), `trace.py` (makes them), `interpreter.py` (runs them),
+`limits.py` (bounds them).
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class Node:
 class Graph:
     """One mode of a program. `inputs` and `outputs` are value ids in the order of the cut's slots.
 
-    `mutations` are pairs of buffer name and the id of the value that the buffer holds after a run. BatchNorm in training
-    updates its statistics besides; `ops.WRITES` says which arguments those are.
+    `mutations` are pairs of buffer name and the id of the value that the buffer holds after a run. BatchNorm in
+    training updates its statistics besides; `ops.WRITES` says which arguments those are.
     """
 
     inputs: tuple[int, ...]

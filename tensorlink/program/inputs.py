@@ -1,7 +1,7 @@
 """What the user passes and gets back, as the flat lists that programs take and give.
 
-A call is bound to the forward's signature as it was at the trace: positional and keyword forms meet in the same order. Tensors are
-the program's inputs; everything else was baked in by the trace and must be the same again.
+A call is bound to the forward's signature as it was at the trace: positional and keyword forms meet in the same
+order. Tensors are the program's inputs; everything else was baked in by the trace and must be the same again.
 Neighbours: `trace.py` (binds the example), the model wrapper (each call).
 """
 
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 class Binding:
     """How calls of the traced forward become flat inputs.
 
-    `arguments` are the names bound at the trace and `tree` the structure around all leaves; `literals` maps the places of leaves
-    that are no tensors to their values. `names`, `dynamic` (dimension 0 is the batch) speak of the tensors alone, in order.
+    `arguments` are the names bound at the trace and `tree` the structure around all leaves; `literals` maps the
+    places of leaves that are no tensors to their values. `names`, `dynamic` (dimension 0 is the batch) speak of the
+    tensors alone, in order.
     """
 
     signature: inspect.Signature
@@ -84,9 +85,7 @@ def bind_example(
     )
     if batch == 1:
         tensors = [_doubled(t) if is_dynamic else t for t, is_dynamic in zip(tensors, dynamic, strict=True)]
-    binding = Binding(
-        signature, arguments, tree, literals, len(paths), tuple(names), dynamic, max(batch, 2)
-    )
+    binding = Binding(signature, arguments, tree, literals, len(paths), tuple(names), dynamic, max(batch, 2))
     return binding, [aligned(tensor) for tensor in tensors]
 
 
@@ -103,8 +102,8 @@ def _name(arguments: tuple[str, ...], path: Any) -> str:
 def flatten_inputs(traced: TracedModel, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """The program's inputs for a call of the model with these arguments.
 
-    Raises TensorError that says what was found, what is needed and what to do: another structure, dtype, rank or size than traced, or
-    tensors whose batches differ.
+    Raises TensorError that says what was found, what is needed and what to do: another structure, dtype, rank or size
+    than traced, or tensors whose batches differ.
     """
     binding = traced.binding
     try:
@@ -114,10 +113,14 @@ def flatten_inputs(traced: TracedModel, args: Sequence[Any], kwargs: Mapping[str
     given = dict(bound.arguments)
     for name in [name for name in given if name not in binding.arguments]:
         if given.pop(name) is not binding.signature.parameters[name].default:
-            raise TensorError(f"argument {name!r} was not in the example inputs; trace again with an example that has it")
+            raise TensorError(
+                f"argument {name!r} was not in the example inputs; trace again with an example that has it"
+            )
     missing = [name for name in binding.arguments if name not in given]
     if missing:
-        raise TensorError(f"arguments {missing} were in the example inputs and are missing; pass them, or trace without them")
+        raise TensorError(
+            f"arguments {missing} were in the example inputs and are missing; pass them, or trace without them"
+        )
     leaves, tree = pytree.tree_flatten([given[name] for name in binding.arguments])
     if tree != binding.tree:
         raise TensorError(f"the inputs have the structure {tree}, traced was {binding.tree}; pass the same structure")

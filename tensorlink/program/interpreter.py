@@ -1,8 +1,9 @@
 """Runs a graph: a loop over calls that were resolved and checked once.
 
-A graph is compiled to steps over one flat list of values: constants, parameters and earlier results have fixed places in it, so a
-step is a fetch, a call and a store, and values are dropped after their last use. What comes out is bit for bit what eager PyTorch
-computes. Neighbours: `arguments.py` (checks), `ops.py` and `dropout.py` (what is called), `limits.py` (bounds the cost beforehand).
+A graph is compiled to steps over one flat list of values: constants, parameters and earlier results have fixed places
+in it, so a step is a fetch, a call and a store, and values are dropped after their last use. What comes out is bit
+for bit what eager PyTorch computes. Neighbours: `arguments.py` (checks), `ops.py` and `dropout.py` (what is called),
+`limits.py` (bounds the cost beforehand).
 """
 
 from __future__ import annotations
@@ -19,7 +20,17 @@ from tensorlink.errors import ProgramError, TensorError
 from tensorlink.program import arguments, dropout
 from tensorlink.program.alignment import aligned
 from tensorlink.program.graph import Graph, Node
-from tensorlink.program.ops import ALLOWED, ATTENTION, MUTABLE_BUFFERS, SYMBOLIC, is_random, item_of, size_of
+from tensorlink.program.ops import (
+    ALLOWED,
+    ATTENTION,
+    GUARDS,
+    MUTABLE_BUFFERS,
+    SYMBOLIC,
+    guarded,
+    is_random,
+    item_of,
+    size_of,
+)
 from tensorlink.program.values import DTYPES, Arg, Buffer, Parameter, Value
 from tensorlink.records import Cut, Slot
 
@@ -43,10 +54,11 @@ class Step(NamedTuple):
 class Interpreter:
     """A graph ready to run.
 
-    `parameters` and `buffers` hold at least the names that the graph uses. Parameters are read at each run and never changed.
-    Buffers are values: no run writes into a buffer tensor; a run in which buffers change replaces their entries in the `buffers`
-    dict given here by new tensors. A shallow copy of the dict is therefore a snapshot, and a forward that is still waiting for its
-    backward keeps what it saw. `cut` gives the dtypes and ranks to expect of what enters.
+    `parameters` and `buffers` hold at least the names that the graph uses. Parameters are read at each run and never
+    changed. Buffers are values: no run writes into a buffer tensor; a run in which buffers change replaces their
+    entries in the `buffers` dict given here by new tensors. A shallow copy of the dict is therefore a snapshot, and a
+    forward that is still waiting for its backward keeps what it saw. `cut` gives the dtypes and ranks to expect of
+    what enters.
     """
 
     def __init__(
@@ -106,7 +118,10 @@ class Interpreter:
         lists: list[tuple[int, Callable[[list[Any]], tuple[Any, ...]]]] = []
         places = [self._argument(arg, lists) for arg in node.args]
         function = self._function(node, places)
-        if node.kwargs:
+        if node.kwargs and all(arguments.is_static(arg) for _, arg in node.kwargs):
+            fixed = {name: arguments.literal(arg, self.device) for name, arg in node.kwargs}
+            function = functools.partial(function, **fixed)
+        elif node.kwargs:
             names = [name for name, _ in node.kwargs]
             keyword_places = [self._argument(arg, lists) for _, arg in node.kwargs]
             function = _with_keywords(function, len(places), names)
@@ -138,7 +153,9 @@ class Interpreter:
         if implementation is None:
             if is_random(node.op, node.args):
                 raise ProgramError(f"{node}: draws random numbers of its own; only dropout layers are reproducible")
-            return ALLOWED[node.op]._op
+            function: Callable[..., Any] = ALLOWED[node.op]._op
+            guard = GUARDS.get(node.op)
+            return function if guard is None else guarded(guard, function)
         places[:0] = [0, self._place(node.id)]
         return implementation
 
@@ -182,9 +199,10 @@ class Interpreter:
     ) -> list[Any]:
         """The graph's outputs, in the order of its cut.
 
-        `inputs` are tensors and sizes in the order of the cut; those not contiguous and 64-byte aligned are copied. `seed_for` maps a
-        node id of the uncut program to the seed of its dropout mask, and is needed where the graph has dropout in training mode.
-        Raises TensorError for inputs that do not fit, ProgramError naming the node where a call fails.
+        `inputs` are tensors and sizes in the order of the cut; those not contiguous and 64-byte aligned are copied.
+        `seed_for` maps a node id of the uncut program to the seed of its dropout mask, and is needed where the graph
+        has dropout in training mode. Raises TensorError for inputs that do not fit, ProgramError naming the node
+        where a call fails.
         """
         values = self._constants.copy()
         values[0] = seed_for if seed_for is not None else _no_seed
@@ -269,7 +287,9 @@ def _device_of(*states: dict[str, Tensor]) -> torch.device:
 
 
 def _no_seed(key: int) -> int:
-    raise ValueError(f"node {key} draws a dropout mask and no seed_for was given; pass the job's seed function, or use eval mode")
+    raise ValueError(
+        f"node {key} draws a dropout mask and no seed_for was given; pass the job's seed function, or use eval mode"
+    )
 
 
 def _fits(slot: Slot, item: Tensor | int) -> None:
@@ -280,7 +300,9 @@ def _fits(slot: Slot, item: Tensor | int) -> None:
     if not isinstance(item, Tensor):
         raise TensorError(f"slot {slot.name!r} takes a tensor, found {type(item).__name__}")
     shape = list(item.shape)
-    fits = len(shape) == len(slot.shape) and all(want in (-1, size) for want, size in zip(slot.shape, shape, strict=True))
+    fits = len(shape) == len(slot.shape) and all(
+        want in (-1, size) for want, size in zip(slot.shape, shape, strict=True)
+    )
     if item.dtype != DTYPES.get(slot.dtype) or not fits:
         raise TensorError(
             f"slot {slot.name!r} takes {slot.dtype} {slot.shape} (-1 is the batch), found {str(item.dtype)[6:]} {shape}"

@@ -1,8 +1,8 @@
 """What a program costs, found without data and before anything is allocated; refused where it is over a limit.
 
-Both graphs are run on the meta device: every shape is known, no byte of a tensor exists. The figures are integers that depend on the
-program and the batch alone, so that a worker, its user and an auditor arrive at the same `work_units`.
-Neighbours: `dryrun.py` (the run), `flops.py` (the formulas), `interpreter.py`.
+Both graphs are run on the meta device: every shape is known, no byte of a tensor exists. The figures are integers
+that depend on the program and the batch alone, so that a worker, its user and an auditor arrive at the same
+`work_units`. Neighbours: `dryrun.py` (the run), `flops.py` (the formulas), `interpreter.py`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ MAX_RESULTS = 4096
 class Estimate:
     """Cost of one micro-batch in training. `node_flops` maps node ids to (forward, backward) operations.
 
-    `peak_activation_bytes` is the most that forward holds at once, values kept for the backward (`saved_bytes`) included; gradients and
-    optimizer state are not in it. `parameter_bytes` counts parameters, buffers and constants.
+    `peak_activation_bytes` is the most that forward holds at once, values kept for the backward (`saved_bytes`)
+    included; gradients and optimizer state are not in it. `parameter_bytes` counts parameters, buffers and constants.
     """
 
     flops_forward: int
@@ -51,10 +51,23 @@ class Estimate:
 def check(program: StageProgram, *, batch: int, max_bytes: int, max_flops: int) -> Estimate:
     """The cost of a micro-batch of `batch` samples. Raises ProgramError naming the node that goes over a limit.
 
-    `max_bytes` bounds parameters, buffers and activations together, `max_flops` forward and backward of one micro-batch.
+    `max_bytes` bounds parameters, buffers and activations together, `max_flops` forward and backward of one
+    micro-batch.
     """
-    meter = measure(program.train, program.parameters, program.buffers, program.inputs, batch, max_bytes, max_flops, "train")
-    measure(program.eval, program.parameters, program.buffers, program.inputs, batch, max_bytes, max_flops, "eval", grad=False)
+    meter = measure(
+        program.train, program.parameters, program.buffers, program.inputs, batch, max_bytes, max_flops, "train"
+    )
+    measure(
+        program.eval,
+        program.parameters,
+        program.buffers,
+        program.inputs,
+        batch,
+        max_bytes,
+        max_flops,
+        "eval",
+        grad=False,
+    )
     return meter
 
 
@@ -155,9 +168,13 @@ class _Meter:
             self._hold(tensor.untyped_storage())
         self.peak = max(self.peak, self._current)
         if self._flops > self.max_flops:
-            raise ProgramError(f"{self.mode} {node}: {self._flops} operations so far, at most {self.max_flops} are allowed here")
+            raise ProgramError(
+                f"{self.mode} {node}: {self._flops} operations so far, at most {self.max_flops} are allowed here"
+            )
         if self._current > self.max_bytes:
-            raise ProgramError(f"{self.mode} {node}: {self._current} bytes are held, at most {self.max_bytes} are allowed here")
+            raise ProgramError(
+                f"{self.mode} {node}: {self._current} bytes are held, at most {self.max_bytes} are allowed here"
+            )
         for value in self._frees.get(self._index, ()):
             for tensor in flops.tensors_in(self._values.get(value)):
                 self._release(tensor.untyped_storage())

@@ -1,7 +1,8 @@
 """A loss function as data, so that the last stage can compute it without the user's code.
 
-Traced like a module, with the model's outputs and the targets as inputs and one scalar as output. What it holds besides (class
-weights and other constants) is small and travels inside the program, whose digest thus binds all of it.
+Traced like a module, with the model's outputs and the targets as inputs and one scalar as output. What it holds
+besides (class weights and other constants) is small and travels inside the program, whose digest thus binds all of
+it.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ class _Loss(nn.Module):
 
 
 def trace_loss(loss_fn: Callable[[Any, Any], Tensor], output_example: Any, target_example: Any) -> LossProgram:
-    """Traces `loss_fn(outputs, target)`, where both are tensors or structures of them as the model and the user give them.
+    """Traces `loss_fn(outputs, target)`, where both are tensors or structures of them as the model and the user give
+    them.
 
-    Every tensor's dimension 0 is the batch if it has the batch size of the first. Raises TraceError unless the result is one scalar
-    that the outputs have a gradient of, and the function has no trainable parameters.
+    Every tensor's dimension 0 is the batch if it has the batch size of the first. Raises TraceError unless the result
+    is one scalar that the outputs have a gradient of, and the function has no trainable parameters.
     """
     module = _Loss(loss_fn)
     if any(parameter.requires_grad for parameter in module.parameters()):
@@ -86,7 +88,9 @@ def trace_loss(loss_fn: Callable[[Any, Any], Tensor], output_example: Any, targe
 def _constants(tensors: dict[str, Tensor]) -> dict[str, Constant]:
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if size > MAX_CONSTANT_BYTES:
-        raise TraceError(f"the loss holds {size} bytes of tensors, at most {MAX_CONSTANT_BYTES}; pass them as targets instead")
+        raise TraceError(
+            f"the loss holds {size} bytes of tensors, at most {MAX_CONSTANT_BYTES}; pass them as targets instead"
+        )
     return {
         name: Constant(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), bytes(tensor_bytes(tensor)))
         for name, tensor in tensors.items()

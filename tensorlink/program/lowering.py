@@ -1,8 +1,8 @@
 """From the graph of `torch.export` to ours: names, arguments, regions without gradients, and no assertions.
 
-Export gives undecomposed training IR as an `fx.Graph`. Every node becomes a node of the program or disappears: assertions,
-`lift_fresh_copy` and whatever nobody reads; in-place writes become values (`mutation.py`).
-Neighbours: `capture.py` (calls export), `trace.py` (joins the two modes), `values.py`.
+Export gives undecomposed training IR as an `fx.Graph`. Every node becomes a node of the program or disappears:
+assertions, `lift_fresh_copy` and whatever nobody reads; in-place writes become values (`mutation.py`). Neighbours:
+`capture.py` (calls export), `trace.py` (joins the two modes), `values.py`.
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ _FRESH = frozenset({"aten.lift_fresh_copy.default", "aten.lift_fresh.default", "
 class ValueInfo:
     """What the trace knows of a value; stays with the user, for the cuts and their messages.
 
-    `shape` has -1 where a size depends on the batch; `batch_dims` are the dimensions that are the batch itself. `permutation` orders
-    the dimensions from outermost to innermost in memory, None where the tensor does not fill its memory without gaps.
+    `shape` has -1 where a size depends on the batch; `batch_dims` are the dimensions that are the batch itself.
+    `permutation` orders the dimensions from outermost to innermost in memory, None where the tensor does not fill its
+    memory without gaps.
     """
 
     type: str
@@ -163,7 +164,8 @@ class Lowering:
         return result
 
     def _region(self, node: fx.Node, env: dict[fx.Node, Any]) -> list[Arg]:
-        """Inlines `with torch.no_grad()` and `with torch.autocast(enabled=False)`, which export keeps as nested graphs."""
+        """Inlines `with torch.no_grad()` and `with torch.autocast(enabled=False)`, which export keeps as nested
+        graphs."""
         kind = str(node.target)
         if "wrap_with_set_grad_enabled" in kind:
             enabled, graph, *inputs = node.args
@@ -280,7 +282,9 @@ def lower(captured: Captured, state: ModuleState) -> Lowered:
             names[name] = inputs[-1]
             info[inputs[-1].id] = describe(placeholders[name].meta["val"])
         else:
-            raise TraceError(f"the model takes {spec.kind.name.lower()} {spec.target!r}, which a stage program cannot hold")
+            raise TraceError(
+                f"the model takes {spec.kind.name.lower()} {spec.target!r}, which a stage program cannot hold"
+            )
     lowering = Lowering(exported.graph_module, names, next_id=len(inputs), info=info)
     outputs = lowering.run()
     mutations = lowering.mutations.buffers()

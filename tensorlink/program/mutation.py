@@ -1,8 +1,8 @@
 """In-place writes as values: what `x.relu_()` or `x[:, 0] = 0` leaves behind is a new value that later readers see.
 
-A write through a view becomes the view's scatter into its base (`slice_scatter` for a slice), from the written view up to the
-tensor that owns the memory; other views of that tensor are taken anew when they are next read. A write to a buffer becomes the
-buffer's value at the end of the run. Neighbour: `lowering.py`.
+A write through a view becomes the view's scatter into its base (`slice_scatter` for a slice), from the written view
+up to the tensor that owns the memory; other views of that tensor are taken anew when they are next read. A write to a
+buffer becomes the buffer's value at the end of the run. Neighbour: `lowering.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from tensorlink.errors import TraceError
 from tensorlink.program.ops import ALLOWED
 from tensorlink.program.sources import line_of
-from tensorlink.program.values import Arg, Buffer, Parameter, Value
+from tensorlink.program.values import DTYPE_NAMES, Arg, Buffer, DType, Parameter, Value
 
 Kwargs = tuple[tuple[str, Arg], ...]
 
@@ -92,14 +92,27 @@ class Mutations:
         """The value of the tensor after the in-place op `name`, such as "aten.add_.Tensor"."""
         namespace, packet, overload = name.split(".")
         functional = f"{namespace}.{packet.removesuffix('_')}.{overload}"
-        if not packet.endswith("_") or functional not in ALLOWED:
-            raise TraceError(f"the model needs the in-place op {name} at {line_of(node)}; use the form without underscore")
-        target = args[0]
         if functional == "aten.detach.default":
             return self._emit(functional, args, kwargs, node)
-        new = self._emit(functional, args, kwargs, node)
-        self._store(target, new, node)
-        return self.latest(target)
+        if functional == "aten.copy.default":
+            new = self._copied(args[0], args[1], node)
+        elif functional == "aten.zero.default":
+            new = self._emit("aten.zeros_like.default", args, (), node)
+        elif packet.endswith("_") and functional in ALLOWED:
+            new = self._emit(functional, args, kwargs, node)
+        else:
+            raise TraceError(
+                f"the model needs the in-place op {name} at {line_of(node)}; use the form without underscore"
+            )
+        self._store(args[0], new, node)
+        return self.latest(args[0])
+
+    def _copied(self, target: Arg, source: Arg, node: fx.Node) -> Value:
+        """What `target.copy_(source)` leaves: the source in the shape and dtype of the target. `aten.copy` has no
+        derivative."""
+        spread = self._emit("aten.expand_as.default", (source, target), (), node)
+        like = node.meta["val"]
+        return self._emit("aten._to_copy.default", (spread,), (("dtype", DType(DTYPE_NAMES[like.dtype])),), node)
 
     def _store(self, target: Arg, new: Value, node: fx.Node) -> None:
         if isinstance(target, Parameter):

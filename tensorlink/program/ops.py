@@ -1,7 +1,8 @@
 """What a node may call: the ATen allowlist, integer arithmetic on sizes, and how each is to be treated.
 
-`ALLOWED` maps wire names to overloads; `PSEUDO` holds the few names that are not ATen ops. Resolution is a dictionary lookup, never
-an attribute lookup on a name that a peer sent. Neighbours: `allowlist.py`, `dropout.py`, `arguments.py`, `interpreter.py`.
+`ALLOWED` maps wire names to overloads; `PSEUDO` holds the few names that are not ATen ops. Resolution is a dictionary
+lookup, never an attribute lookup on a name that a peer sent. Neighbours: `allowlist.py`, `dropout.py`,
+`arguments.py`, `interpreter.py`.
 """
 
 from __future__ import annotations
@@ -94,10 +95,60 @@ def item_of(values: Any, index: int) -> Any:
 #: Everything that is not an ATen op, with the number of its arguments.
 PSEUDO: dict[str, int] = {"sym_size": 2, "getitem": 2, **SYMBOLIC_ARITY}
 
-#: Results in which gradients end although inputs need them.
-RECURRENT = frozenset(
-    {"aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input"}
-)
+RECURRENT = frozenset({"aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input"})
+MAX_PIECES = 4096
+MAX_TIME_STEPS = 1 << 14
+
+
+def _pieces(tensor: torch.Tensor, size: int, dim: int) -> int:
+    return -(-tensor.shape[dim] // max(size, 1))
+
+
+def _guard_split(tensor: torch.Tensor, size: int, dim: int = 0) -> None:
+    _few_pieces(_pieces(tensor, size, dim))
+
+
+def _guard_sections(tensor: torch.Tensor, sections: int | list[int], dim: int = 0) -> None:
+    _few_pieces(sections if isinstance(sections, int) else len(sections))
+
+
+def _guard_unbind(tensor: torch.Tensor, dim: int = 0) -> None:
+    _few_pieces(tensor.shape[dim])
+
+
+def _guard_steps(input: torch.Tensor, *rest: Any) -> None:
+    steps = input.shape[1 if rest[-1] is True and input.dim() > 1 else 0]
+    if steps > MAX_TIME_STEPS:
+        raise ValueError(f"a recurrent layer over {steps} time steps: at most {MAX_TIME_STEPS}")
+
+
+def _few_pieces(count: int) -> None:
+    if count > MAX_PIECES:
+        raise ValueError(f"{count} pieces: at most {MAX_PIECES}")
+
+
+#: Checks of what costs time or memory even without data: lists of results, loops over time.
+GUARDS: dict[str, Callable[..., None]] = {
+    "aten.split.Tensor": _guard_split,
+    "aten.unsafe_split.Tensor": _guard_split,
+    "aten.chunk.default": _guard_sections,
+    "aten.unsafe_chunk.default": _guard_sections,
+    "aten.tensor_split.sections": _guard_sections,
+    "aten.unbind.int": _guard_unbind,
+    **dict.fromkeys(RECURRENT, _guard_steps),
+}
+
+
+def guarded(guard: Callable[..., None], function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` after `guard` has seen its arguments."""
+
+    def call(*args: Any) -> Any:
+        guard(*args)
+        return function(*args)
+
+    return call
+
+
 ATTENTION = "aten.scaled_dot_product_attention.default"
 
 

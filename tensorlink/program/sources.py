@@ -25,7 +25,8 @@ def line_of(node: fx.Node) -> str:
 
 
 def line_of_error(error: BaseException) -> str:
-    """`file:line (function)` of the innermost frame outside torch in the error's chain of tracebacks, "" if there is none."""
+    """`file:line (function)` of the innermost frame outside torch in the error's chain of tracebacks, "" if there is
+    none."""
     current: BaseException | None = error
     found = ""
     while current is not None:

@@ -57,7 +57,8 @@ class ModuleState:
         return self.aliases.get(name, name)
 
     def constant(self, tensor: Tensor) -> str:
-        """The name under which a constant travels: a digest of dtype, shape and content, so that the program binds it."""
+        """The name under which a constant travels: a digest of dtype, shape and content, so that the program binds
+        it."""
         kept = aligned(tensor.detach())
         dtype = DTYPE_NAMES.get(kept.dtype)
         if dtype is None:

@@ -1,7 +1,7 @@
 """The structure of what a module returns, as plain JSON, and back.
 
-An integer n is the n-th output of the program; `["tuple", […]]`, `["list", […]]` and `["dict", [[key, …], …]]` hold others;
-`["constant", value]` is a number, text or None that does not depend on the data.
+An integer n is the n-th output of the program; `["tuple", […]]`, `["list", […]]` and `["dict", [[key, …], …]]` hold
+others; `["constant", value]` is a number, text or None that does not depend on the data.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ Spec = Any
 
 
 def describe(tree: pytree.TreeSpec, leaves: list[int | Literal]) -> Spec:
-    """The JSON form of a structure with these leaves. Mappings of any class become dicts, named tuples become tuples."""
+    """The JSON form of a structure with these leaves. Mappings of any class become dicts, named tuples become
+    tuples."""
     placed = [["constant", leaf.value] if isinstance(leaf, Literal) else leaf for leaf in leaves]
     plain = pytree.tree_unflatten([_Leaf(item) for item in placed], tree)
     return _describe(plain)

@@ -1,7 +1,7 @@
 """From a module to a program: once in training mode, once in evaluation mode, without touching the module.
 
-Neighbours: `capture.py` (torch.export), `lowering.py` (fx to nodes), `state.py` (names), `inputs.py` (what the user passes),
-`loss.py` (loss functions), `sharding/partition.py` (cuts what is made here).
+Neighbours: `capture.py` (torch.export), `lowering.py` (fx to nodes), `state.py` (names), `inputs.py` (what the user
+passes), `loss.py` (loss functions), `sharding/partition.py` (cuts what is made here).
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from tensorlink.records import Cut, Slot
 class TracedModel:
     """A traced module: the whole program, and the user's side of it.
 
-    `parameters` and `buffers` are the module's own tensors by canonical name (the first of a tied parameter's names); `aliases` maps
-    the other names to it. `constants` are tensors that the trace found in the code; their names are digests of their content.
-    `state_names` are the keys of the module's state_dict. `gradients` holds the ids of training values that need a gradient.
+    `parameters` and `buffers` are the module's own tensors by canonical name (the first of a tied parameter's names);
+    `aliases` maps the other names to it. `constants` are tensors that the trace found in the code; their names are
+    digests of their content. `state_names` are the keys of the module's state_dict. `gradients` holds the ids of
+    training values that need a gradient.
     """
 
     train: Lowered
@@ -55,7 +56,8 @@ class TracedModel:
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """Names of the flat inputs: the forward's argument names, with a path where an argument holds several tensors."""
+        """Names of the flat inputs: the forward's argument names, with a path where an argument holds several
+        tensors."""
         return self.binding.names
 
     def whole(self) -> StageProgram:
@@ -72,7 +74,8 @@ class TracedModel:
         )
 
     def state(self, program: StageProgram) -> dict[str, Tensor]:
-        """The tensors that a stage starts from, by name: its parameters, buffers and constants, detached and not copied."""
+        """The tensors that a stage starts from, by name: its parameters, buffers and constants, detached and not
+        copied."""
         known: dict[str, Tensor] = {**self.parameters, **self.buffers, **self.constants}
         return {name: known[name].detach() for name in (*program.parameters, *program.buffers)}
 
@@ -85,9 +88,9 @@ def trace(
 ) -> TracedModel:
     """Traces `module` on example inputs, a tuple of positional or a dict of keyword arguments.
 
-    Dimension 0 of every tensor that has the batch size of the first is the batch and stays open; inputs named in `static_inputs` (and
-    tensors of another size) are passed whole to each micro-batch. A batch of one is traced as two. The module keeps mode and state.
-    Raises TraceError that names the user's line and a remedy.
+    Dimension 0 of every tensor that has the batch size of the first is the batch and stays open; inputs named in
+    `static_inputs` (and tensors of another size) are passed whole to each micro-batch. A batch of one is traced as
+    two. The module keeps mode and state. Raises TraceError that names the user's line and a remedy.
     """
     binding, tensors = bind_example(module, example_inputs, static_inputs)
     state = ModuleState.of(module)
@@ -96,7 +99,9 @@ def trace(
     eval_capture = capture(module, tensors, list(binding.dynamic), binding.rebuild, training=False)
     output_spec = structure.describe(train_capture.tree, train_capture.leaves)
     if output_spec != structure.describe(eval_capture.tree, eval_capture.leaves):
-        raise TraceError("the model returns another structure in training than in evaluation mode; return the same in both")
+        raise TraceError(
+            "the model returns another structure in training than in evaluation mode; return the same in both"
+        )
     train, evaluation = lower(train_capture, state), lower(eval_capture, state)
     inputs = Cut(
         slots=[

@@ -1,6 +1,7 @@
 """What must hold across a program: order, names, arity of the cut. Policy only; nothing is resolved or run here.
 
-Neighbours: `decode.py` calls it on what came over the wire, `ops.py` says which names exist, `limits.py` bounds the cost.
+Neighbours: `decode.py` calls it on what came over the wire, `ops.py` says which names exist, `limits.py` bounds the
+cost.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ MAX_CONSTANT_BYTES = 1 << 20
 def stage(program: StageProgram) -> None:
     """Raises ProgramError unless both graphs are in order and fit the program's declarations."""
     if not 0 <= program.stage_index < program.num_stages <= MAX_STAGES:
-        raise ProgramError(f"stage {program.stage_index} of {program.num_stages}: at most {MAX_STAGES} stages, counted from 0")
+        raise ProgramError(
+            f"stage {program.stage_index} of {program.num_stages}: at most {MAX_STAGES} stages, counted from 0"
+        )
     both = set(program.parameters) & set(program.buffers)
     if both:
         raise ProgramError(f"{sorted(both)!r:.120} are parameters and buffers at once")
@@ -44,7 +47,9 @@ def loss(program: LossProgram) -> None:
     if len(program.graph.outputs) != 1:
         raise ProgramError(f"a loss has one output, found {len(program.graph.outputs)}")
     if not 0 <= program.num_outputs <= len(program.graph.inputs):
-        raise ProgramError(f"a loss of {len(program.graph.inputs)} inputs cannot take {program.num_outputs} model outputs")
+        raise ProgramError(
+            f"a loss of {len(program.graph.inputs)} inputs cannot take {program.num_outputs} model outputs"
+        )
     if sum(len(constant.data) for constant in program.constants.values()) > MAX_CONSTANT_BYTES:
         raise ProgramError(f"constants of a loss hold at most {MAX_CONSTANT_BYTES} bytes together")
     for name, constant in program.constants.items():

@@ -1,7 +1,8 @@
 """What an argument of a node may be, and the closed tables of names that it may use.
 
-A graph never holds an expression, a class or a callable: an argument is plain data, a reference, or one of the names below.
-Neighbours: `graph.py` holds nodes made of these, `encode.py` writes them as JSON, `arguments.py` checks them against an op's schema.
+A graph never holds an expression, a class or a callable: an argument is plain data, a reference, or one of the names
+below. Neighbours: `graph.py` holds nodes made of these, `encode.py` writes them as JSON, `arguments.py` checks them
+against an op's schema.
 """
 
 from __future__ import annotations
@@ -59,7 +60,19 @@ class Device:
 
 
 Arg = (
-    None | bool | int | float | str | Value | Parameter | Buffer | DType | MemoryFormat | Layout | Device | tuple["Arg", ...]
+    None
+    | bool
+    | int
+    | float
+    | str
+    | Value
+    | Parameter
+    | Buffer
+    | DType
+    | MemoryFormat
+    | Layout
+    | Device
+    | tuple["Arg", ...]
 )
 
 DTYPES: dict[str, torch.dtype] = {

@@ -1,8 +1,9 @@
 """A stage's tensors as safetensors, written deterministically and read with the header distrusted.
 
-The format: u64 header length, JSON header of name → dtype, shape, data_offsets, then the bytes, little-endian and without gaps
-(https://github.com/huggingface/safetensors). Nothing is allocated before the header has been checked against what the program
-declares, and what is loaded starts at multiples of 64 bytes, which the library's own loader does not see to.
+The format: u64 header length, JSON header of name → dtype, shape, data_offsets, then the bytes, little-endian and
+without gaps (https://github.com/huggingface/safetensors). Nothing is allocated before the header has been checked
+against what the program declares, and what is loaded starts at multiples of 64 bytes, which the library's own loader
+does not see to.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ def dump(state: Mapping[str, Tensor]) -> bytes:
         tensor = state[name]
         dtype = _FILE_NAMES.get(DTYPE_NAMES.get(tensor.dtype, ""))
         if dtype is None:
-            raise TensorError(f"{name!r} is {tensor.dtype}, which safetensors does not hold; known are {sorted(_FILE_NAMES)}")
+            raise TensorError(
+                f"{name!r} is {tensor.dtype}, which safetensors does not hold; known are {sorted(_FILE_NAMES)}"
+            )
         end = at + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [at, end]}
         at = end
@@ -64,8 +67,8 @@ def dump(state: Mapping[str, Tensor]) -> bytes:
 def load(data: bytes | bytearray | memoryview, expected: Expected | None = None) -> dict[str, Tensor]:
     """The tensors in `data`, each newly allocated, contiguous and 64-byte aligned.
 
-    `expected` maps names to (dtype, shape) as `StageProgram.expected_state()` gives them: exactly these must be there. Raises
-    TensorError naming the tensor, before anything is allocated.
+    `expected` maps names to (dtype, shape) as `StageProgram.expected_state()` gives them: exactly these must be
+    there. Raises TensorError naming the tensor, before anything is allocated.
     """
     view = memoryview(data).cast("B")
     entries, start = _header(view)
@@ -126,7 +129,9 @@ def _entry(name: str, item: Any) -> Entry:
         raise TensorError(f"{name!r:.80}: shape {shape!r:.60} or offsets {offsets!r:.60} are malformed")
     needed = prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != needed:
-        raise TensorError(f"{name!r:.80}: {dtype} {shape} takes {needed} bytes, its offsets span {offsets[1] - offsets[0]}")
+        raise TensorError(
+            f"{name!r:.80}: {dtype} {shape} takes {needed} bytes, its offsets span {offsets[1] - offsets[0]}"
+        )
     return dtype, tuple(shape), offsets[0], offsets[1]
 
 
@@ -137,8 +142,12 @@ def _sizes(items: Any) -> bool:
 def _compare(entries: Mapping[str, Entry], expected: Expected) -> None:
     missing, extra = sorted(expected.keys() - entries.keys()), sorted(entries.keys() - expected.keys())
     if missing or extra:
-        raise TensorError(f"tensors missing: {missing[:5]}, unknown: {extra[:5]}; send exactly what the program declares")
+        raise TensorError(
+            f"tensors missing: {missing[:5]}, unknown: {extra[:5]}; send exactly what the program declares"
+        )
     for name, (dtype, shape) in expected.items():
         found = entries[name]
         if (found[0], found[1]) != (dtype, tuple(shape)):
-            raise TensorError(f"{name!r:.80} is {found[0]} {list(found[1])}, the program declares {dtype} {list(shape)}")
+            raise TensorError(
+                f"{name!r:.80} is {found[0]} {list(found[1])}, the program declares {dtype} {list(shape)}"
+            )

@@ -1,8 +1,8 @@
 """Builds the stage programs between chosen boundaries.
 
-A stage's graph is its stretch of the nodes, preceded by what it computes for itself (sizes, tables from constants). Ids are those of the
-uncut program, so dropout masks do not depend on the cut. A tensor that crosses in another memory order than its dimensions' is sent
-in plain order and put back by three nodes with fresh ids.
+A stage's graph is its stretch of the nodes, preceded by what it computes for itself (sizes, tables from constants).
+Ids are those of the uncut program, so dropout masks do not depend on the cut. A tensor that crosses in another memory
+order than its dimensions' is sent in plain order and put back by three nodes with fresh ids.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from tensorlink.program.trace import TracedModel
 from tensorlink.program.values import Arg, Value
 from tensorlink.records import Cut, Slot
 from tensorlink.sharding.cuts import CutMap
+from tensorlink.sharding.matching import Matching
 
 
 class Boundary(NamedTuple):
@@ -35,14 +36,14 @@ class _Stretch(NamedTuple):
     leaving: tuple[int, ...]
 
 
-def assemble(traced: TracedModel, train: CutMap, evaluation: CutMap, boundaries: Sequence[Boundary]) -> list[StageProgram]:
+def assemble(traced: TracedModel, matching: Matching, boundaries: Sequence[Boundary]) -> list[StageProgram]:
     """The programs of the stages that `boundaries` separate."""
-    matched = _matched_values(train, evaluation, boundaries)
-    train_graphs = [_graph(train, stretch) for stretch in _stretches(train, [b.train for b in boundaries], [b.values for b in boundaries])]
-    eval_values = [tuple(matched[value] for value in boundary.values) for boundary in boundaries]
-    eval_graphs = [
-        _graph(evaluation, stretch) for stretch in _stretches(evaluation, [b.evaluation for b in boundaries], eval_values)
-    ]
+    train, evaluation = matching.train, matching.evaluation
+    values = [boundary.values for boundary in boundaries]
+    eval_values = [tuple(matching.to_eval[value] for value in boundary.values) for boundary in boundaries]
+    train_graphs = [_graph(train, stretch) for stretch in _stretches(train, [b.train for b in boundaries], values)]
+    eval_positions = [boundary.evaluation for boundary in boundaries]
+    eval_graphs = [_graph(evaluation, stretch) for stretch in _stretches(evaluation, eval_positions, eval_values)]
     cuts = [traced.inputs, *(_cut(traced, train, boundary.values) for boundary in boundaries), traced.outputs]
     parameters = _parameters(traced, train_graphs, eval_graphs)
     buffers = _buffers(traced, train, train_graphs, eval_graphs)
@@ -62,12 +63,6 @@ def assemble(traced: TracedModel, train: CutMap, evaluation: CutMap, boundaries:
     ]
 
 
-def _matched_values(train: CutMap, evaluation: CutMap, boundaries: Sequence[Boundary]) -> dict[int, int]:
-    from tensorlink.sharding.matching import Matching
-
-    return Matching(train, evaluation).to_eval if boundaries else {}
-
-
 def _stretches(cuts: CutMap, positions: Sequence[int], values: Sequence[tuple[int, ...]]) -> list[_Stretch]:
     graph = cuts.graph
     ends = [0, *positions, len(graph.nodes)]
@@ -79,7 +74,9 @@ def _graph(cuts: CutMap, stretch: _Stretch) -> Graph:
     graph = cuts.graph
     own = [node for node in graph.nodes[stretch.first : stretch.last] if not cuts.is_free(node.id)]
     mutations = tuple(pair for pair in graph.mutations if stretch.first <= _home(cuts, pair) < stretch.last)
-    wanted = {value for node in own for value in node.values()} | set(stretch.leaving) | {value for _, value in mutations}
+    wanted = (
+        {value for node in own for value in node.values()} | set(stretch.leaving) | {value for _, value in mutations}
+    )
     free: list[Node] = []
     for node in reversed(graph.nodes):
         if node.id in wanted and cuts.is_free(node.id):
@@ -87,7 +84,9 @@ def _graph(cuts: CutMap, stretch: _Stretch) -> Graph:
             wanted.update(() if _is_batch_size(node, cuts) else node.values())
     source = next((value for value in stretch.entering if cuts.info(value).batch_dims), None)
     if source is None and any(_is_batch_size(node, cuts) for node in free):
-        raise PartitionError("a stage needs the batch size and no tensor with a batch dimension enters it; cut elsewhere")
+        raise PartitionError(
+            "a stage needs the batch size and no tensor with a batch dimension enters it; cut elsewhere"
+        )
     fresh = max(defined_ids(graph), default=0) + 1
     inputs, restored = [], []
     for slot, value in enumerate(stretch.entering):
@@ -97,12 +96,16 @@ def _graph(cuts: CutMap, stretch: _Stretch) -> Graph:
         else:
             inputs.append(fresh + 3 * slot)
             restored += _restored(fresh + 3 * slot, order, value)
-    sizes = [_resized(node, source, cuts) if source is not None and _is_batch_size(node, cuts) else node for node in free[::-1]]
+    sizes = [
+        _resized(node, source, cuts) if source is not None and _is_batch_size(node, cuts) else node
+        for node in free[::-1]
+    ]
     return Graph(tuple(inputs), tuple([*restored, *sizes, *own]), stretch.leaving, mutations)
 
 
 def _home(cuts: CutMap, mutation: tuple[str, int]) -> int:
-    """Index of the node after which a buffer's new value is known; values that every stage can compute belong to the first."""
+    """Index of the node after which a buffer's new value is known; values that every stage can compute belong to the
+    first."""
     name, value = mutation
     indices = [index for index, node in enumerate(cuts.graph.nodes) if node.id == value or name in node.buffers()]
     return indices[-1] if indices else 0

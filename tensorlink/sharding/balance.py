@@ -1,7 +1,7 @@
 """Chooses cut positions: the slowest stage as fast as can be, then as few bytes crossing as that allows.
 
-Exact dynamic programming over the candidates (the chains-on-chains problem; Pınar and Aykanat, J. Parallel Distrib. Comput. 64, 2004),
-with the stages' speeds in order. Policy only: positions, seconds and bytes in, positions out.
+Exact dynamic programming over the candidates (the chains-on-chains problem; Pinar and Aykanat, J. Parallel Distrib.
+Comput. 64, 2004), with the stages' speeds in order. Policy only: positions, seconds and bytes in, positions out.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def most_stages(candidates: Sequence[Candidate]) -> int:
 def choose(candidates: Sequence[Candidate], num_stages: int, speeds: Sequence[float]) -> list[int] | None:
     """Indices of the `num_stages` - 1 chosen candidates in order, None if that many cannot be.
 
-    The first and last candidates are the graph's ends. A stage holds at least one layer. `speeds[k]` divides the seconds of stage k.
+    The first and last candidates are the graph's ends. A stage holds at least one layer. `speeds[k]` divides the
+    seconds of stage k.
     """
 
     def slowest(worst: float, first: int, last: int, stage: int) -> float:

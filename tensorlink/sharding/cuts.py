@@ -1,8 +1,9 @@
 """Where a graph can be cut, and what would cross there. Policy only; nothing is run.
 
-The graph's order is kept: a cut at p separates the first p nodes from the rest. What a later stage can make for itself is never sent:
-sizes (from any tensor that enters it) and everything computed from constants and unchanging buffers alone, such as masks, positions
-and rotary tables. Neighbours: `matching.py` (the same cut in both modes), `partition.py` (chooses).
+The graph's order is kept: a cut at p separates the first p nodes from the rest. What a later stage can make for
+itself is never sent: sizes (from any tensor that enters it) and everything computed from constants and unchanging
+buffers alone, such as masks, positions and rotary tables. Neighbours: `matching.py` (the same cut in both modes),
+`partition.py` (chooses).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from tensorlink.program.validate import written_buffers
 class CutMap:
     """A graph's cut positions. `crossing(p)` are the values to send at p, in the order of their definition.
 
-    `sizes` are nodes that follow from the batch size, `constants` those that follow from constants; both are computed wherever needed.
+    `sizes` are nodes that follow from the batch size, `constants` those that follow from constants; both are computed
+    wherever needed.
     """
 
     lowered: Lowered
@@ -64,7 +66,8 @@ class CutMap:
         return value in self.sizes or value in self.constants
 
     def crossing(self, position: int) -> list[int]:
-        """Values defined before `position` and needed at or after it, model outputs among them, in order of definition."""
+        """Values defined before `position` and needed at or after it, model outputs among them, in order of
+        definition."""
         return [
             value
             for value, last in sorted(self._last_use.items(), key=lambda item: (self._defined[item[0]], item[0]))

@@ -1,7 +1,8 @@
 """Finds each cut of the training graph in the evaluation graph, where the same tensors must cross.
 
-The two graphs come from one module and differ in a few nodes (statistics, dropout, fast paths). Nodes are matched by op, submodule,
-parameters and shape in order; a cut corresponds if what crosses in one mode has its match crossing, or at least present, in the other.
+The two graphs come from one module and differ in a few nodes (statistics, dropout, fast paths). Nodes are matched by
+op, submodule, parameters and shape in order; a cut corresponds if what crosses in one mode has its match crossing, or
+at least present, in the other.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Cuts a traced model into stage programs of about equal seconds.
 
-Neighbours: `profile.py` (what nodes cost), `cuts.py` (where a cut can be), `matching.py` (the same cut in evaluation mode), `balance.py`
-(which cuts), `assembly.py` (the programs). `plan.py` puts the stages onto workers.
+Neighbours: `profile.py` (what nodes cost), `cuts.py` (where a cut can be), `matching.py` (the same cut in evaluation
+mode), `balance.py` (which cuts), `assembly.py` (the programs). `plan.py` puts the stages onto workers.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ def partition(
 ) -> list[StageProgram]:
     """`num_stages` programs that compute, one after the other, what the traced model computes.
 
-    Balances the profile's seconds divided by `speeds` (one figure a stage, in order) and then minimises the bytes that cross. Every
-    stage has at least one parameter where the model has any. A parameter used on both sides of a cut is in both programs under one name
-    with `shared` set. Raises PartitionError with the number of stages that is possible.
+    Balances the profile's seconds divided by `speeds` (one figure a stage, in order) and then minimises the bytes
+    that cross. Every stage has at least one parameter where the model has any. A parameter used on both sides of a
+    cut is in both programs under one name with `shared` set. Raises PartitionError with the number of stages that is
+    possible.
     """
     if num_stages < 1:
         raise PartitionError(f"{num_stages} stages were asked for, at least 1 is needed")
@@ -51,7 +52,7 @@ def partition(
         limit = bottleneck(candidates, chosen, figures) * (1 + TIE_TOLERANCE)
         if bottleneck(kept, together, figures) <= limit:
             chosen = [untied[at] for at in together]
-    return assemble(traced, train, evaluation, [boundaries[candidates[at].position] for at in chosen])
+    return assemble(traced, matching, [boundaries[candidates[at].position] for at in chosen])
 
 
 def _maps(traced: TracedModel) -> tuple[CutMap, CutMap]:

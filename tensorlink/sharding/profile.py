@@ -1,8 +1,9 @@
 """What each node of a traced model costs: seconds measured on this machine, or derived from operation counts.
 
-Forward is timed node by node (median of the repeats). Autograd does not say which node a backward kernel belongs to, so the backward is
-timed as a whole and shared out in proportion to forward seconds times the ratio of backward to forward operations. A machine's
-absolute speed does not matter here, only the proportions that `partition.py` balances.
+Forward is timed node by node (median of the repeats). Autograd does not say which node a backward kernel belongs to,
+so the backward is timed as a whole and shared out in proportion to forward seconds times the ratio of backward to
+forward operations. A machine's absolute speed does not matter here, only the proportions that `partition.py`
+balances.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def profile(
 ) -> Profile:
     """Profiles the training graph on the example's batch.
 
-    The module's parameters are read and nothing of it is changed. `measured=False` gives the same result on every machine.
+    The module's parameters are read and nothing of it is changed. `measured=False` gives the same result on every
+    machine.
     """
     args, kwargs = ((), example_inputs) if isinstance(example_inputs, dict) else (example_inputs, {})
     inputs = flatten_inputs(traced, args, kwargs)
@@ -77,7 +79,8 @@ def profile(
         forward = _derived(estimate.node_flops, estimate.value_bytes)
         backward_total = 0.0
     weights = {
-        node: seconds * (estimate.node_flops[node][1] / max(estimate.node_flops[node][0], 1)) for node, seconds in forward.items()
+        node: seconds * (estimate.node_flops[node][1] / max(estimate.node_flops[node][0], 1))
+        for node, seconds in forward.items()
     }
     scale = backward_total / max(sum(weights.values()), 1e-12) if measured else 1.0
     return Profile(
@@ -101,7 +104,9 @@ def _derived(node_flops: dict[int, tuple[int, int]], value_bytes: dict[int, int]
 
 def _timed(traced: TracedModel, inputs: list[Tensor], repeats: int) -> tuple[dict[int, float], float]:
     """Median forward seconds of each node, and of the whole backward."""
-    parameters = {name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in traced.parameters.items()}
+    parameters = {
+        name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in traced.parameters.items()
+    }
     graph = traced.train.graph
     times: dict[int, list[float]] = {node.id: [] for node in graph.nodes}
     backwards: list[float] = []

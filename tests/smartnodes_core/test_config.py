@@ -16,10 +16,17 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> None:
-    file = write(tmp_path / "c.toml", 'round_interval_s = 3\nnetwork_id = 4\nrpc_url = "http://file"\nlog_level = "DEBUG"')
+    file = write(
+        tmp_path / "c.toml", 'round_interval_s = 3\nnetwork_id = 4\nrpc_url = "http://file"\nlog_level = "DEBUG"'
+    )
     env = {"TENSORLINK_NETWORK_ID": "5", "SMARTNODES_RPC_URL": "http://env", "OTHER": "x"}
     config = load(ValidatorConfig, file, env, {"rpc-url": "http://flag", "endpoint": None})
-    assert (config.round_interval_s, config.network_id, config.rpc_url, config.log_level) == (3.0, 5, "http://flag", "DEBUG")
+    assert (config.round_interval_s, config.network_id, config.rpc_url, config.log_level) == (
+        3.0,
+        5,
+        "http://flag",
+        "DEBUG",
+    )
     assert config.endpoint == NodeConfig().endpoint
 
 

@@ -46,16 +46,19 @@ def read_all(reader: FrameReader, data: bytes, step: int = 1 << 20) -> list[Fram
 
 
 def test_the_bytes_of_a_frame_are_frozen() -> None:
-    encoded = encode_prefix_and_header({"method": "ping", "id": 7, "kind": "call", "params": {"b": b"\x01", "a": None}}, 5)
+    encoded = encode_prefix_and_header(
+        {"method": "ping", "id": 7, "kind": "call", "params": {"b": b"\x01", "a": None}}, 5
+    )
     assert encoded.hex() == (
-        "0000002b0000000000000005"
-        "84a2696407a46b696e64a463616c6ca66d6574686f64a470696e67a6706172616d7382a161c0a162c40101"
+        "0000002b000000000000000584a2696407a46b696e64a463616c6ca66d6574686f64a470696e67a6706172616d7382a161c0a162c40101"
     )
     assert encoded[:12] == struct.pack(">IQ", len(encoded) - 12, 5)
 
 
 @given(st.lists(st.tuples(headers, st.binary(max_size=200)), max_size=4), st.integers(1, 50))
-def test_frames_come_back_whole_however_the_bytes_are_cut(frames: list[tuple[dict[str, Any], bytes]], step: int) -> None:
+def test_frames_come_back_whole_however_the_bytes_are_cut(
+    frames: list[tuple[dict[str, Any], bytes]], step: int
+) -> None:
     data = b"".join(encode_prefix_and_header(header, len(body)) + body for header, body in frames)
     reader = FrameReader(fresh)
     got = read_all(reader, data, step)

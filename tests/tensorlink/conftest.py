@@ -1,4 +1,5 @@
-"""Small models cut into stages, pipelines of them inside this process, and the plain loop that they are held against."""
+"""Small models cut into stages, pipelines of them inside this process, and the plain loop that they are held
+against."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ class Attention(nn.Module):
     def __init__(self, width=16):
         super().__init__()
         self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
 
     def forward(self, x):
         b, t, c = x.shape

@@ -35,7 +35,9 @@ SETTINGS = ChainSettings(
 def rpc(url: str, method: str, *params: Any) -> Any:
     """One JSON-RPC call without web3."""
     body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).encode()
-    with urllib.request.urlopen(urllib.request.Request(url, body, {"Content-Type": "application/json"}), timeout=10) as reply:
+    with urllib.request.urlopen(
+        urllib.request.Request(url, body, {"Content-Type": "application/json"}), timeout=10
+    ) as reply:
         answer = json.load(reply)
     if "error" in answer:
         raise AssertionError(answer["error"])

@@ -30,7 +30,9 @@ def test_a_round_needs_signatures_of_more_than_two_thirds(world: World) -> None:
     executed = world.chain().executed_round(NETWORK, 1)
     assert executed is not None
     assert sorted(executed.signers) == sorted(world.account(i) for i in (0, 1, 3))
-    assert executed.digest == world.chain().round_state(NETWORK).previous_hash == world.chain().proposal_digest(proposal)
+    assert (
+        executed.digest == world.chain().round_state(NETWORK).previous_hash == world.chain().proposal_digest(proposal)
+    )
 
 
 def test_a_signature_repeated_counts_once(world: World) -> None:

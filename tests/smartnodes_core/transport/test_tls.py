@@ -209,6 +209,18 @@ def test_two_hundred_connections_leave_no_threads_and_no_descriptors(server: Ser
     assert settle() == before
 
 
+def test_closing_the_listener_does_not_wait_for_a_dawdling_handshake(tls_party: Any) -> None:
+    slow = Server(tls_party, handshake_timeout_s=60)
+    with socket.create_connection(slow.address) as tcp:
+        deadline_s = time.monotonic() + WAIT_S
+        while not slow.listener._pending and time.monotonic() < deadline_s:
+            select.select([], [], [], 0.01)
+        started_s = time.monotonic()
+        slow.listener.close()
+        assert time.monotonic() - started_s < 1
+        assert wait_hung_up(tcp)
+
+
 @pytest.mark.parametrize("endpoint", ["", "host", "host:", ":1", "host:x", "host:65536", "host:-1"])
 def test_what_is_no_endpoint_is_a_config_error(endpoint: str) -> None:
     with pytest.raises(ConfigError, match="host:port"):

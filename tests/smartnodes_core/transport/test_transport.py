@@ -27,6 +27,12 @@ from smartnodes_core.wire import Header
 WAIT_S = 10.0
 
 
+class TooMany(SmartnodesError):
+    """A class that the core does not know of."""
+
+    code = "too-many-test-peers"
+
+
 class Recorder:
     """A sink that keeps what happens; `accept` may refuse a body or choose its memory."""
 
@@ -68,7 +74,9 @@ class Pair:
         self.listener: Listener = self.server_transport.listen("127.0.0.1:0", self.far, far_admit)
         self.connections: list[Connection] = []
 
-    def dial(self, sink: FrameSink | None = None, admit: Callable[[Peer], None] = admit_all, **options: Any) -> Connection:
+    def dial(
+        self, sink: FrameSink | None = None, admit: Callable[[Peer], None] = admit_all, **options: Any
+    ) -> Connection:
         transport = options.pop("transport", self.transport)
         made = transport.dial(self.listener.endpoint, sink or self.near, admit, **options)
         self.connections.append(made)
@@ -188,7 +196,9 @@ def test_who_answers_must_be_who_was_dialled(pair_of: Callable[..., Pair]) -> No
         pair.dial(expected_node_key=Identity.create().node_key)
 
 
-@pytest.mark.parametrize("change", [{"chain_id": 1}, {"registry": b"\x99" * 20}, {"network_id": 8}, {"expires_at_s": 1}])
+@pytest.mark.parametrize(
+    "change", [{"chain_id": 1}, {"registry": b"\x99" * 20}, {"network_id": 8}, {"expires_at_s": 1}]
+)
 def test_a_binding_for_elsewhere_or_expired_is_refused(pair_of: Callable[..., Pair], change: dict[str, Any]) -> None:
     pair = pair_of()
     stranger = Identity.create()
@@ -332,9 +342,6 @@ def test_a_connection_prints_its_state(pair_of: Callable[..., Pair]) -> None:
 
 
 def test_errors_of_admission_other_than_authority_pass_too(pair_of: Callable[..., Pair]) -> None:
-    class TooMany(SmartnodesError):
-        code = "too-many-test-peers"
-
     def refuse(peer: Peer) -> None:
         raise TooMany("come back later")
 

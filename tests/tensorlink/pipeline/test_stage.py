@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from smartnodes_core.errors import ProtocolError
-from tensorlink.errors import TensorError
 from tensorlink.pipeline.inbox import Delivery
 from tensorlink.program.loss import trace_loss
 from tensorlink.stage_optimizer import encode_options

@@ -1,0 +1,98 @@
+"""When is a result that differs still honest? Policy over tensors, without any knowledge of where they come from.
+
+A replay in float64 and replays with other kernels and thread counts show how far honest results of this very unit lie
+apart: σ per tensor. Fraud is a distance above 10 σ and above a floor relative to the norm; an element that is exactly
+zero in every replay must be zero. The optimizer's update is compared per element in units of the last place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NUM_SIGMA = 10.0
+MAX_ULP = 16.0
+#: Relative distance that is never held against a worker, by the dtype it declared.
+FLOORS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+#: A replay farther from the others than this drew other random numbers or branched elsewhere: it measures nothing.
+MAX_SIGMA = 1e-2
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """A tensor that honest computation does not give. `distance` and `allowed` are L2 norms."""
+
+    name: str
+    distance: float
+    allowed: float
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason} (distance {self.distance:.3g}, allowed {self.allowed:.3g})"
+
+
+def deviation(name: str, claimed: Tensor, replays: Sequence[Tensor], exact: Tensor | None) -> Deviation | None:
+    """What is wrong with `claimed`, given honest replays in its own precision and, where one could be had, in
+    float64."""
+    if any(claimed.shape != replay.shape or claimed.dtype != replay.dtype for replay in replays):
+        return Deviation(name, float("inf"), 0.0, f"has shape {list(claimed.shape)}, {list(replays[0].shape)} is right")
+    if not claimed.is_floating_point():
+        same = any(torch.equal(claimed, replay) for replay in replays)
+        return None if same else Deviation(name, 1.0, 0.0, "is not what the program computes")
+    centre = (replays[0] if exact is None else exact).double()
+    norm = float(torch.linalg.vector_norm(centre))
+    spread = max(float(torch.linalg.vector_norm(replay.double() - centre)) for replay in replays)
+    allowed = max(NUM_SIGMA * spread, FLOORS[claimed.dtype] * norm)
+    distance = float(torch.linalg.vector_norm(claimed.double() - centre))
+    if not distance <= allowed:
+        return Deviation(name, distance, allowed, "lies outside what honest computation gives")
+    zero = torch.ones_like(centre, dtype=torch.bool)
+    for replay in (*replays, centre):
+        zero &= replay == 0
+    stray = claimed[zero].abs()
+    if stray.numel() and float(stray.max()) > 0:
+        return Deviation(name, float(stray.max()), 0.0, "is not zero where every replay is")
+    return None
+
+
+def usable_exact(exact: Mapping[str, Tensor], native: Mapping[str, Tensor]) -> bool:
+    """Whether a float64 replay computed the same thing: all tensors together lie within `MAX_SIGMA` of the native
+    one."""
+    total = apart = 0.0
+    for name, tensor in native.items():
+        if tensor.is_floating_point():
+            centre = exact[name].double()
+            total += float(centre.square().sum())
+            apart += float((tensor.double() - centre).square().sum())
+    return apart <= MAX_SIGMA**2 * total
+
+
+def update_deviation(name: str, before: Tensor | None, claimed: Tensor, replayed: Tensor) -> Deviation | None:
+    """What is wrong with an optimizer's result: more than 16 units in the last place of the largest term that was
+    added."""
+    if claimed.shape != replayed.shape or claimed.dtype != replayed.dtype:
+        return Deviation(name, float("inf"), 0.0, f"has shape {list(claimed.shape)}, {list(replayed.shape)} is right")
+    if not claimed.is_floating_point() or not claimed.numel():
+        return (
+            None if torch.equal(claimed, replayed) else Deviation(name, 1.0, 0.0, "is not what the optimizer computes")
+        )
+    largest = replayed.abs().double()
+    if before is not None:
+        largest = torch.maximum(largest, before.abs().double())
+    info = torch.finfo(claimed.dtype)
+    allowed = MAX_ULP * info.eps * largest + info.smallest_normal
+    difference = (claimed.double() - replayed.double()).abs()
+    over = ~(difference <= allowed)
+    if not bool(over.any()):
+        return None
+    worst = float(torch.nan_to_num(difference - allowed, nan=float("inf")).argmax())
+    at = int(worst)
+    return Deviation(
+        name,
+        float(difference.reshape(-1)[at]),
+        float(allowed.reshape(-1)[at]),
+        f"{int(over.sum())} of {over.numel()} elements are not what the optimizer computes from the committed gradient",
+    )

@@ -1,0 +1,176 @@
+"""A node's connections: one for each peer, dialled when needed, dropped when the chain says so."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from smartnodes_core.errors import AuthorityError, ConfigError, PeerUnreachableError, Unavailable
+from smartnodes_core.identity import Identity
+from smartnodes_core.nodes.base import Node
+from smartnodes_core.transport.base import Peer
+
+WAIT_S = 10.0
+
+
+class Ping:
+    def rpc_ping(self, caller: Peer, params: dict[str, Any], body: memoryview) -> dict[str, Any]:
+        return {"caller": caller.node_key}
+
+
+def serving(party: Any, **options: Any) -> Node:
+    node: Node = party.node(**options)
+    node.serve(Ping())
+    return node
+
+
+def test_a_node_dials_by_itself_and_both_sides_use_one_connection(party: Any) -> None:
+    a, b = serving(party), serving(party)
+    a.add_address(b.node_key, b.endpoint)
+    assert a.call(b.node_key, "ping").params == {"caller": a.node_key}
+    assert b.call(a.node_key, "ping").params == {"caller": b.node_key}  # b knows no address of a
+    assert len(a.peers()) == len(b.peers()) == 1
+
+
+def test_connecting_to_an_endpoint_tells_who_is_there(party: Any) -> None:
+    a, b = serving(party), serving(party, role="validator")
+    peer = a.connect(b.endpoint)
+    assert (peer.node_key, peer.role) == (b.node_key, "validator")
+    assert a.connect(b.endpoint).node_key == b.node_key  # again, while the connection lives
+    with pytest.raises(AuthorityError, match="expected was"):
+        party.node().connect(b.endpoint, node_key=Identity.create().node_key)
+
+
+def test_simultaneous_dials_end_in_one_connection_and_no_failed_call(party: Any) -> None:
+    for _ in range(10):
+        a, b = serving(party), serving(party)
+        a.add_address(b.node_key, b.endpoint)
+        b.add_address(a.node_key, a.endpoint)
+        barrier, results = threading.Barrier(6), []
+
+        def call(caller: Node, callee: Node, barrier: threading.Barrier, results: list[Any]) -> None:
+            barrier.wait()
+            results.append(caller.call(callee.node_key, "ping", timeout_s=WAIT_S).params["caller"])
+
+        pairs = [(a, b), (b, a)] * 3
+        threads = [threading.Thread(target=call, args=(*pair, barrier, results)) for pair in pairs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT_S)
+        assert len(results) == 6
+        assert len(a.peers()) == len(b.peers()) == 1
+
+
+def test_a_peer_without_an_address_is_unreachable_with_the_remedy(party: Any) -> None:
+    with pytest.raises(PeerUnreachableError, match="no address is known"):
+        serving(party).call(Identity.create().node_key, "ping")
+
+
+def test_the_next_address_is_tried_when_one_is_dead(party: Any) -> None:
+    a, b = serving(party), serving(party)
+    a.add_address(b.node_key, b.endpoint)
+    a.add_address(b.node_key, "127.0.0.1:1")
+    assert a.call(b.node_key, "ping").params
+
+
+def test_a_lost_peer_is_told_of_once_and_reached_again(party: Any) -> None:
+    a, b = serving(party), serving(party)
+    a.add_address(b.node_key, b.endpoint)
+    a.call(b.node_key, "ping")
+    lost: list[tuple[bytes, str]] = []
+    told = threading.Event()
+
+    def on_lost(node_key: bytes, reason: str) -> None:
+        lost.append((node_key, reason))
+        told.set()
+
+    a.on_peer_lost(on_lost)
+    b.drop(a.node_key, "a test")
+    assert told.wait(WAIT_S)
+    assert [key for key, _ in lost] == [b.node_key]
+    assert a.call(b.node_key, "ping").params
+
+
+def test_a_restarted_peer_takes_over_from_its_dead_connection(party: Any) -> None:
+    a, identity = serving(party), Identity.create()
+    b = serving(party, identity=identity)
+    b.connect(a.endpoint)
+    b.stop()
+    again = serving(party, identity=identity)
+    again.add_address(a.node_key, a.endpoint)
+    assert again.call(a.node_key, "ping", timeout_s=WAIT_S).params == {"caller": identity.node_key}
+
+
+def test_a_node_does_not_dial_itself(party: Any) -> None:
+    a = serving(party)
+    with pytest.raises(AuthorityError, match="this node itself"):
+        a.connect(a.endpoint)
+    with pytest.raises(PeerUnreachableError, match="does not call itself"):
+        a.call(a.node_key, "ping")
+
+
+def test_stopping_is_quiet_complete_and_repeatable(party: Any, caplog: pytest.LogCaptureFixture) -> None:
+    before = threading.active_count()
+    nodes = [serving(party) for _ in range(4)]
+    for node in nodes[1:]:
+        node.connect(nodes[0].endpoint)
+        node.call(nodes[0].node_key, "ping")
+    for node in nodes:
+        node.stop()
+        node.stop()
+    assert threading.active_count() <= before
+    assert [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
+    with pytest.raises(Unavailable):
+        nodes[1].call(nodes[0].node_key, "ping", timeout_s=2)
+
+
+def test_a_node_that_does_not_listen_has_no_endpoint_and_still_calls(party: Any) -> None:
+    b, identity = serving(party), Identity.create()
+    binding = party.bind(identity, "user")
+    from smartnodes_core.nodes.authority import OpenAuthority
+
+    a = Node(identity, binding, party.transport(identity, binding), OpenAuthority(), endpoint=None)
+    a.start()
+    with pytest.raises(ConfigError, match="does not listen"):
+        _ = a.endpoint
+    a.connect(b.endpoint)
+    assert a.call(b.node_key, "ping").params
+    a.stop()
+
+
+def test_addresses_are_checked(party: Any) -> None:
+    a = serving(party)
+    with pytest.raises(ConfigError):
+        a.add_address(bytes(32), "nowhere")
+    with pytest.raises(ConfigError, match="32 bytes"):
+        a.add_address(b"short", "a:1")
+
+
+def test_a_node_listens_within_a_second_without_web3_or_torch() -> None:
+    code = """
+import sys, time
+started = time.perf_counter()
+from smartnodes_core.identity import Identity
+from smartnodes_core.nodes.authority import OpenAuthority
+from smartnodes_core.nodes.base import Node
+from smartnodes_core.transport.tls import TlsTransport
+identity = Identity.create()
+node = Node(identity, None, TlsTransport(identity, None), OpenAuthority())
+node.start()
+took_s = time.perf_counter() - started
+assert node.endpoint
+heavy = [name for name in ("web3", "torch", "tensorlink", "eth_account") if name in sys.modules]
+assert not heavy, heavy
+assert took_s < 1.0, took_s
+node.stop()
+"""
+    started_s = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert time.monotonic() - started_s < 20

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smartnodes_core.chain.packing import pack_reputations, unpack_reputations
+from smartnodes_core.chain.proposal import Payment
+from smartnodes_core.errors import RecordError
+from smartnodes_core.reputation import VerdictCounts
+from smartnodes_core.rounds import (
+    Domain,
+    RoundContext,
+    RoundEvidence,
+    RoundProposal,
+    Settlement,
+    Slash,
+    Standing,
+    allot,
+    draw_proposers,
+    evidence_root,
+    in_view,
+    justify,
+    propose,
+    quorum,
+)
+
+SNO = 10**18
+WORKERS = [bytes([i] * 20) for i in range(1, 5)]
+VALIDATORS = [bytes([100 + i] * 20) for i in range(4)]
+CONTEXT = RoundContext(
+    domain=Domain(31337, b"r" * 20),
+    network_id=1,
+    round=5,
+    view=0,
+    previous_hash=b"p" * 32,
+    until_s=1000,
+    emission_wei=1000 * SNO,
+    num_validators=4,
+    signers=tuple(VALIDATORS[:3]),
+    standings={account: Standing(i, 10, 100) for i, account in enumerate(WORKERS)},
+    totals_wei={WORKERS[0]: 7},
+)
+EVIDENCE = RoundEvidence(
+    verdicts={WORKERS[0]: VerdictCounts(honest=2), WORKERS[1]: VerdictCounts(honest=3, fraudulent=1)},
+    work_units={WORKERS[0]: 10, WORKERS[1]: 99, WORKERS[2]: 30, b"s" * 20: 5},
+    jobs_created=(b"j" * 32,),
+    digests=(b"a" * 32, b"b" * 32),
+)
+
+
+@given(st.integers(1, 10_000))
+def test_a_quorum_is_more_than_two_thirds_and_no_more_than_needed(n: int) -> None:
+    assert 3 * quorum(n) > 2 * n
+    assert 3 * (quorum(n) - 1) <= 2 * n
+    assert quorum(n) <= n
+
+
+@given(st.integers(1, 10_000))
+def test_two_quorums_share_more_than_a_third(n: int) -> None:
+    assert 3 * (2 * quorum(n) - n) > n
+
+
+work = st.dictionaries(st.binary(min_size=20, max_size=20), st.integers(0, 10**18), max_size=30)
+accounts = st.lists(st.binary(min_size=20, max_size=20), max_size=10)
+
+
+@given(work, accounts, st.integers(0, 10**25), st.none() | st.integers(0, 10**25))
+def test_no_more_is_allotted_than_is_emitted(
+    work_units: dict[bytes, int], signers: list[bytes], emission_wei: int, cap_wei: int | None
+) -> None:
+    rewards = allot(work_units, signers, emission_wei, cap_wei)
+    assert sum(rewards.values()) <= emission_wei
+    assert all(wei > 0 for wei in rewards.values())
+    if cap_wei is not None:
+        assert sum(allot(work_units, [], emission_wei, cap_wei).values()) <= cap_wei
+
+
+@given(work, st.integers(1, 10**25))
+def test_equal_work_earns_equal_pay(work_units: dict[bytes, int], emission_wei: int) -> None:
+    rewards = allot(work_units, [], emission_wei)
+    paid: dict[int, set[int]] = {}
+    for account, units in work_units.items():
+        paid.setdefault(units, set()).add(rewards.get(account, 0))
+    assert all(len(amounts) == 1 for amounts in paid.values())
+
+
+@given(st.integers(2, 10**6), st.integers(1, 10**25), st.data())
+def test_splitting_an_identity_gains_nothing(units: int, emission_wei: int, data: st.DataObject) -> None:
+    part = data.draw(st.integers(1, units - 1))
+    whole = allot({b"w" * 20: units, b"o" * 20: 1000}, [], emission_wei)
+    split = allot({b"w" * 20: part, b"x" * 20: units - part, b"o" * 20: 1000}, [], emission_wei)
+    assert split.get(b"w" * 20, 0) + split.get(b"x" * 20, 0) <= whole.get(b"w" * 20, 0)
+
+
+def test_workers_share_85_percent_by_work_and_signers_15_in_equal_parts() -> None:
+    rewards = allot({WORKERS[0]: 1, WORKERS[1]: 3}, VALIDATORS[:3], 1000)
+    assert rewards == {WORKERS[0]: 212, WORKERS[1]: 637, **dict.fromkeys(VALIDATORS[:3], 50)}
+    assert allot({}, VALIDATORS[:1], 1000) == {VALIDATORS[0]: 150}
+    assert allot({WORKERS[0]: 5}, [], 1000, cap_wei=10) == {WORKERS[0]: 10}
+
+
+def test_proposers_are_drawn_anew_each_round_and_everybody_draws_the_same() -> None:
+    order = draw_proposers(VALIDATORS, b"p" * 32, 7)
+    assert sorted(order) == sorted(VALIDATORS)
+    assert order == draw_proposers(reversed(VALIDATORS), b"p" * 32, 7)
+    firsts = [draw_proposers(VALIDATORS, b"p" * 32, number)[0] for number in range(400)]
+    assert all(firsts.count(validator) > 60 for validator in VALIDATORS)
+
+
+def test_a_proposal_scores_slashes_and_pays_by_the_evidence() -> None:
+    proposal, totals = propose(CONTEXT, EVIDENCE)
+    scores = unpack_reputations(proposal.reputations)
+    assert set(scores) == {0, 1}
+    assert scores[0] > 10
+    assert scores[1] == 0
+    assert proposal.slashes == (Slash(1, 100),)
+    assert WORKERS[1] not in totals
+    assert b"s" * 20 not in totals
+    assert totals[WORKERS[2]] == 850 * SNO * 30 // 40
+    assert totals[WORKERS[0]] == 7 + 850 * SNO * 10 // 40
+    assert proposal.allotment_wei == sum(totals.values()) - 7
+    assert proposal.evidence_root == evidence_root([b"b" * 32, b"a" * 32])
+
+
+def test_few_validators_lower_reputation_only() -> None:
+    proposal, _ = propose(replace(CONTEXT, num_validators=2), EVIDENCE)
+    assert proposal.slashes == ()
+    assert unpack_reputations(proposal.reputations)[1] == 0
+
+
+def test_the_order_of_evidence_does_not_matter() -> None:
+    shuffled = RoundEvidence(
+        verdicts=dict(reversed(EVIDENCE.verdicts.items())),
+        work_units=dict(reversed(EVIDENCE.work_units.items())),
+        jobs_created=EVIDENCE.jobs_created,
+        digests=tuple(reversed(EVIDENCE.digests)),
+    )
+    assert propose(CONTEXT, shuffled) == propose(CONTEXT, EVIDENCE)
+
+
+def test_what_was_recomputed_is_justified() -> None:
+    proposal, _ = propose(CONTEXT, EVIDENCE)
+    assert justify(proposal, propose(CONTEXT, EVIDENCE)[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"allotment_wei": 1}, "allotment_wei: proposed 1, recomputed"),
+        ({"reputations": pack_reputations({2: 255})}, "member 2 proposed 255, recomputed unchanged"),
+        ({"reputations": b"\x00"}, "cut off"),
+        ({"slashes": ()}, "is missing"),
+        ({"slashes": (Slash(1, 100), Slash(1, 100))}, "order or repetition"),
+        ({"jobs_created": (b"x" * 32,)}, "is not justified"),
+        ({"settlements": (Settlement(b"e" * 32, 0, 0, (Payment(b"t" * 20, 9),)),)}, "is not justified"),
+        ({"rewards_root": b"x" * 32}, "rewards_root: proposed 7878"),
+        ({"previous_hash": b"x" * 32}, "previous_hash"),
+    ],
+)
+def test_every_item_that_cannot_be_justified_is_named(changes: dict[str, object], reason: str) -> None:
+    proposal, _ = propose(CONTEXT, EVIDENCE)
+    reasons = justify(replace(proposal, **changes), proposal)  # type: ignore[arg-type]
+    assert reasons is not None
+    assert any(reason in item for item in reasons), reasons
+
+
+def test_no_field_escapes_the_digest() -> None:
+    proposal, _ = propose(CONTEXT, EVIDENCE)
+    seen = {CONTEXT.domain.digest(proposal)}
+    for item in fields(RoundProposal):
+        value = getattr(proposal, item.name)
+        other = value + 1 if isinstance(value, int) else (b"z" * 32 if len(value) == 32 else type(value)())
+        if item.name in ("jobs_completed", "settlements"):
+            other = {"jobs_completed": (b"z" * 32,), "settlements": (Settlement(b"e" * 32, 1, 2, ()),)}[item.name]
+        seen.add(CONTEXT.domain.digest(replace(proposal, **{item.name: other})))
+    assert len(seen) == 1 + len(fields(RoundProposal))
+    assert CONTEXT.domain.digest(in_view(proposal, 3)) != CONTEXT.domain.digest(proposal)
+
+
+@given(st.binary(max_size=900))
+def test_hostile_bytes_are_no_proposal(data: bytes) -> None:
+    with pytest.raises(RecordError):
+        RoundProposal.decode(data)
+
+
+def test_a_proposal_with_bytes_behind_it_is_refused() -> None:
+    proposal, _ = propose(CONTEXT, EVIDENCE)
+    assert RoundProposal.decode(proposal.encode()) == proposal
+    with pytest.raises(RecordError, match="canonical"):
+        RoundProposal.decode(proposal.encode() + bytes(32))

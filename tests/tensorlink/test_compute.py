@@ -1,0 +1,181 @@
+"""The computing process as a node sees it: real processes, real pipes, shared memory."""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from smartnodes_core.sandbox import Limits, Sandbox
+from tensorlink.program.loss import trace_loss
+from tensorlink.program.values import DTYPES
+from tensorlink.program.weights import dump, load, tensor_bytes
+from tensorlink.stage_optimizer import encode_options
+
+COMMAND = [sys.executable, "-m", "tensorlink.compute"]
+ARENA = 64 << 20
+TIMEOUT_S = 60.0
+
+
+class Node:
+    """A rig's node reduced to what moves messages; links are function calls."""
+
+    def __init__(self, index=0, num_stages=1, limits=None, command=None):
+        self.index, self.num_stages, self.peers = index, num_stages, []
+        self.events, self.exits = queue.Queue(), queue.Queue()
+        self.tensors, self.losses, self.released = {}, {}, threading.Semaphore(0)
+        self.sandbox = Sandbox(
+            command or COMMAND,
+            limits=limits or Limits(),
+            inbound_bytes=ARENA,
+            outbound_bytes=ARENA,
+            on_event=self.on_event,
+            on_exit=self.exits.put,
+        )
+        self.sandbox.start()
+
+    def call(self, method, **params):
+        return self.sandbox.call(method, {"key": "k", **params}, TIMEOUT_S)
+
+    def post(self, method, **params):
+        self.sandbox.post(method, {"key": "k", **params})
+
+    def put(self, data):
+        piece = self.sandbox.inbound.allocate(max(1, len(data)), 5.0)
+        piece.view[: len(data)] = data
+        return {"offset": piece.offset, "num_bytes": len(data)}
+
+    def load(self, program, state, job, **changes):
+        params = {
+            "job": job, "plan_version": 0, "replica": 0, "stage": self.index, "num_stages": self.num_stages,
+            "program": program.to_json(), "loss_program": b"", "weights": self.put(dump(state)), "optimizer": {},
+            "seed": 7, "window_steps": 4, "limits": {},
+        }  # fmt: skip
+        return self.call("load", **{**params, **changes})
+
+    def tensor(self, tensor, step=0, call=0, micro_batch=0, slot=0, type="activation", backward_pass=0, **changes):
+        params = {
+            "step": step, "call": call, "micro_batch": micro_batch, "slot": slot, "type": type,
+            "backward_pass": backward_pass, "dtype": str(tensor.dtype)[6:], "shape": list(tensor.shape),
+            **self.put(bytes(tensor_bytes(tensor))),
+        }  # fmt: skip
+        self.post("tensor", **{**params, **changes})
+
+    def state(self):
+        reply = self.call("state")
+        data = bytes(self.sandbox.outbound.view(reply["offset"], reply["num_bytes"]))
+        self.sandbox.post("sent", {"offset": reply["offset"]})
+        return load(data)
+
+    def on_event(self, name, params):
+        if name == "released":
+            self.sandbox.inbound.free(params["offset"])
+            self.released.release()
+        elif name == "send":
+            self._move(params)
+        elif name == "loss":
+            self.losses[(params["step"], params["micro_batch"])] = float.fromhex(params["value"])
+        else:
+            self.events.put((name, params))
+
+    def _move(self, params):
+        view = self.sandbox.outbound.view(params["offset"], params["num_bytes"])
+        tensor = torch.frombuffer(bytearray(view), dtype=torch.uint8)
+        tensor = tensor.view(DTYPES[params["dtype"]]).reshape(params["shape"])
+        self.sandbox.post("sent", {"offset": params["offset"]})
+        place = [params[n] for n in ("step", "call", "micro_batch", "slot", "type", "backward_pass")]
+        if params["to"] == "user":
+            self.tensors[tuple(place)] = tensor
+        else:
+            peer = self.peers[self.index + (1 if params["to"] == "next" else -1)]
+            peer.tensor(tensor, *place)
+
+    def wait(self, wanted):
+        """The next event of this name; `failed` raises."""
+        while True:
+            name, params = self.events.get(timeout=TIMEOUT_S)
+            if name == wanted:
+                return params
+            assert name != "failed" or wanted == "failed", params
+
+
+@pytest.fixture
+def nodes(rig):
+    made = []
+
+    def make(*args, **kwargs):
+        made.append(Node(*args, **kwargs))
+        return made[-1]
+
+    yield make
+    for node in made:
+        node.sandbox.stop()
+
+
+def begin(step=0, call=0, n=4, type="train_step", training=True, grad=True, schedule="1f1b"):
+    weights = [(1 / n).hex()] * n if type == "train_step" else []
+    return {
+        "step": step, "call": call, "num_micro_batches": n, "samples": [], "training": training, "grad": grad,
+        "type": type, "weights": weights, "schedule": schedule,
+    }  # fmt: skip
+
+
+def group(program, **options):
+    return [{"parameters": list(program.parameters), **encode_options(options or {"lr": 1e-2})}]
+
+
+def test_three_processes_train_bitwise_like_the_plain_loop(rig, nodes):
+    modules = rig.MODELS["gpt"]()
+    x, y = rig.batch("gpt")
+    programs, states = rig.stage_programs(modules, x[:2])
+    ring = [nodes(index, 3) for index in range(3)]
+    example = nn.Sequential(*modules)(x[:2]).detach()
+    for node, program, state in zip(ring, programs, states, strict=True):
+        node.peers = ring
+        loaded = node.load(program, state, rig.JOB)
+        assert len(loaded["initial_root"]) == 32
+        assert loaded["work_units"] > 0
+        node.call("set_optimizer", optimizer={"name": "AdamW", "groups": group(program)})
+    ring[2].call("set_loss", loss_program=trace_loss(rig.loss_fn, example, y[:2]).to_json())
+    module = nn.Sequential(*modules)
+    optimizer = torch.optim.AdamW(module.parameters(), foreach=False, lr=1e-2)
+    for step in range(3):
+        x, y = rig.batch("gpt", seed=step)
+        for node in ring:
+            node.post("begin", **begin(step))
+        pieces = list(zip(torch.tensor_split(x, 4), torch.tensor_split(y, 4), strict=True))
+        for m, (xm, ym) in enumerate(pieces):
+            ring[0].tensor(xm, step, 0, m)
+            ring[2].tensor(ym, step, 0, m, type="target")
+        for node, program in zip(ring, programs, strict=True):
+            prepared = node.call("prepare", step=step, num_units=4)
+            assert prepared["non_finite"] == ""
+            assert node.wait("done")["type"] == "train_step"
+            node.call(
+                "decide",
+                step=step,
+                decision="commit",
+                clip_coefficient=(1.0).hex(),
+                options=group(program),
+                order=b"o" * 32,
+            )
+        optimizer.zero_grad()
+        losses = []
+        for xm, ym in pieces:
+            loss = rig.loss_fn(module(xm), ym)
+            (loss * 0.25).backward()
+            losses.append(loss.item())
+        optimizer.step()
+        assert [ring[2].losses[(step, m)] for m in range(4)] == losses
+        for node in ring:
+            commitment = node.wait("commitment")
+            assert commitment["step"] == step
+            assert len(commitment["units"]) == 4
+    for node, part in zip(ring, modules, strict=True):
+        state = node.state()
+        for name, parameter in part.named_parameters():
+            assert torch.equal(state[name], parameter), name
