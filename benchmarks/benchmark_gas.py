@@ -1,14 +1,17 @@
 """Gas of rounds and claims on the embedded chain, beside the figures of the original Smartnodes contracts (v2).
 
-`python benchmarks/benchmark_gas.py [--workers 1000] [--validators 3]`. The round changes every worker's reputation, sets a new
-rewards root and mints; it is measured in the steady state, when the storage it writes has been written before.
+`python benchmarks/benchmark_gas.py [--workers 1000] [--validators 3]`. The round changes every worker's reputation,
+sets a new rewards root and mints; it is measured in the steady state, when the storage it writes has been written
+before.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import time
+import urllib.request
 from collections.abc import Sequence
 
 from smartnodes_core.chain.client import ChainClient
@@ -55,7 +58,8 @@ class Measured:
             gateway.transact(registry.register(2, hashlib.sha256(key).digest(), NETWORK))
 
     def pass_time(self, seconds: int) -> None:
-        self.gateway.rpc("evm_increaseTime", [seconds])
+        body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "evm_increaseTime", "params": [seconds]}).encode()
+        urllib.request.urlopen(self.url, body, timeout=10).close()
 
     def round(self, number: int) -> tuple[int, RewardTree]:
         """Executes a round that changes everything; its gas and its rewards."""

@@ -147,7 +147,7 @@ def run(rounds: int, tensors: int) -> dict[str, Any]:
         "spread": spread,
         "call_ms_99": round(calls[int(len(calls) * 0.99)], 4),
         "of_raw_tcp": round(medians["ours_gb_s"] / medians["tcp_gb_s"], 3),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
     }
 
 

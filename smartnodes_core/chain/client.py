@@ -165,6 +165,10 @@ class ChainClient:
     def transfer(self, to: bytes, amount_wei: int) -> None:
         self._gateway.transact(self._sno.transfer(checksum(to), amount_wei))
 
+    def transfer_coins(self, to: bytes, amount_wei: int) -> None:
+        """Gives coins away, so that `to` can pay for gas."""
+        self._gateway.send("transfer coins", checksum(to), "0x", amount_wei)
+
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _approve(self, spender: bytes, amount_wei: int) -> None:

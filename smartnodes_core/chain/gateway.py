@@ -112,10 +112,10 @@ class Gateway:
         factory = self._web3.eth.contract(abi=artifact.abi, bytecode=artifact.bytecode)
         return self.send(f"deploy {name}", to=None, data=factory.constructor(*arguments).data_in_transaction)
 
-    def send(self, action: str, to: str | None, data: str) -> Any:
-        """Signs and sends one transaction, and waits until it is in a block."""
+    def send(self, action: str, to: str | None, data: str, value: int = 0) -> Any:
+        """Signs and sends one transaction with `value` wei of the chain's coin, and waits until it is in a block."""
         sender = checksum(self.account)
-        call: Any = {"from": sender, "data": data, "value": 0} | ({"to": to} if to else {})
+        call: Any = {"from": sender, "data": data, "value": value} | ({"to": to} if to else {})
         with self._lock:
             deadline = time.monotonic() + RECEIPT_DEADLINE_S
             while True:

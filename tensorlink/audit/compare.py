@@ -1,8 +1,9 @@
 """When is a result that differs still honest? Policy over tensors, without any knowledge of where they come from.
 
 A replay in float64 and replays with other kernels and thread counts show how far honest results of this very unit lie
-apart: σ per tensor. Fraud is a distance above 10 σ and above a floor relative to the norm; an element that is exactly
-zero in every replay must be zero. The optimizer's update is compared per element in units of the last place.
+apart: a spread per tensor. Fraud is a distance above 10 spreads and above a floor relative to the norm; an element
+that is exactly zero in every replay must be zero. The optimizer's update is compared per element in units of the last
+place.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from smartnodes_core.records import NO_DIGEST, Challenge, Commitment, Opening, U
 from tensorlink.audit.commitments import mode_digest
 from tensorlink.audit.compare import Deviation, deviation, update_deviation, usable_exact
 from tensorlink.audit.opened import OpenedData
+from tensorlink.pipeline.backward import GradientSum
 from tensorlink.pipeline.seeds import seed_for
 from tensorlink.pipeline.stage import clipped
 from tensorlink.program.graph import LossProgram, StageProgram
@@ -65,9 +66,11 @@ class Examiner:
         challenge = Challenge.decode(params["challenge"])
         order = StepOrder.decode(params["order"])
         program = _cached(self._programs, params["program"], StageProgram.from_json)
-        loss = _cached(self._losses, params["loss_program"], LossProgram.from_json) if params["loss_program"] else None
         deltas: dict[str, float] = {}
         try:
+            loss = None
+            if params["loss_program"]:
+                loss = _cached(self._losses, params["loss_program"], LossProgram.from_json)
             if challenge.commitment != commitment.digest() or commitment.order != order.digest():
                 raise AuditError("the challenge or the order belongs to another commitment")
             data = OpenedData(Opening.decode(params["opening"]).items, body)
@@ -108,7 +111,8 @@ def _inputs(case: Case, index: int) -> tuple[Unit, UnitInputs]:
     training, with_loss = mode == [1, 0] or mode == [1, 1], mode[1:] == [1]
     if unit.roots.get("mode") != mode_digest(training, "train_step" if with_loss else "forward"):
         raise AuditError(f"opened other data: {prefix}/mode")
-    if with_loss != (case.order.loss != NO_DIGEST):
+    # a forward without a backward says nothing of the loss: evaluation between two steps
+    if unit.backward_pass >= 0 and with_loss != (case.order.loss != NO_DIGEST):
         raise AuditError("the author's order names a loss and the unit was computed without one, or the reverse")
     program, loss = case.replayer.program, case.replayer.loss
     ends_here = with_loss and program.stage_index == program.num_stages - 1
@@ -120,16 +124,26 @@ def _inputs(case: Case, index: int) -> tuple[Unit, UnitInputs]:
             raise AuditError(f"micro-batch {unit.micro_batch}: the author ordered {len(case.order.loss_weights)}")
         weight = float.fromhex(case.order.loss_weights[unit.micro_batch])
     place = (case.commitment.replica, case.commitment.step, unit.call, unit.micro_batch)
+    gradients = [i for i, slot in enumerate(program.outputs.slots) if slot.requires_grad]
+    num_targets = len(loss.inputs.slots) - loss.num_outputs if loss is not None and ends_here else 0
     return unit, UnitInputs(
-        x=data.checked(f"{prefix}/x", unit.roots, "x"),
-        gy=data.checked(f"{prefix}/gy", unit.roots, "gy"),
-        target=data.checked(f"{prefix}/target", unit.roots, "target"),
+        x=_slots(case, unit, prefix, "x", range(len(program.inputs.slots))),
+        gy=_slots(case, unit, prefix, "gy", gradients if unit.backward_pass >= 0 and not ends_here else []),
+        target=_slots(case, unit, prefix, "target", range(num_targets)),
         buffers=data.checked(f"{prefix}/buffers", unit.roots, "buffers"),
         training=training,
         loss_weight=weight,
         backward=unit.backward_pass >= 0,
         seeds=seed_for(case.seed, *place),
     )
+
+
+def _slots(case: Case, unit: Unit, prefix: str, name: str, expected: Iterable[int]) -> dict[str, Tensor]:
+    """A group of a unit, with exactly the slots that the program's cut has there."""
+    group = case.data.checked(f"{prefix}/{name}", unit.roots, name)
+    if set(group) != {str(slot) for slot in expected}:
+        raise AuditError(f"{prefix}/{name} has slots {sorted(group)!r:.100}, the cut has {sorted(expected)!r:.100}")
+    return group
 
 
 def _unit(case: Case, index: int) -> Deviation | None:
@@ -189,18 +203,19 @@ def _step(case: Case) -> Deviation | None:
     units = [_inputs(case, index) for index in range(len(case.commitment.units))]
     _check_units(case, [unit for unit, _ in units])
     after: dict[tuple[int, int], tuple[UnitInputs, UnitResult]] = {}
-    random = False
+    random, total = False, GradientSum()
     for index, (unit, inputs) in enumerate(units):
         native = case.replayer.unit(inputs)
         found = _compare_unit(case, index, unit, inputs, native)
         if found is not None:
             return found
         random = random or native.random
+        total.add(native.gradient)
         native.y, native.gx, native.gradient = {}, {}, {}
         after.setdefault((unit.call, unit.micro_batch), (inputs, native))
     return (
         _buffers(case, [after[place] for place in sorted(after)])
-        or _gradient(case, [inputs for _, inputs in units], random)
+        or _gradient(case, [inputs for _, inputs in units], total.take(), random)
         or _update(case)
     )
 
@@ -232,9 +247,8 @@ def _buffers(case: Case, forwards: Sequence[tuple[UnitInputs, UnitResult]]) -> D
     return None
 
 
-def _gradient(case: Case, units: Sequence[UnitInputs], random: bool) -> Deviation | None:
+def _gradient(case: Case, units: Sequence[UnitInputs], native: Mapping[str, Tensor], random: bool) -> Deviation | None:
     claimed = case.data.checked("gradient", case.commitment.roots, "gradient")
-    native = case.replayer.gradient(units)
     if set(claimed) != set(native):
         raise AuditError(f"gradients of {sorted(set(claimed) ^ set(native))[:5]} are missing or too many")
     named = {f"gradient {name}": tensor for name, tensor in native.items()}
@@ -279,6 +293,7 @@ def _update(case: Case) -> Deviation | None:
     }
     optimizer = StageOptimizer(case.order.optimizer, case.order.options, weights)
     if optimizer_before:
+        _check_state(optimizer_before, before)
         optimizer.load_state_tensors(optimizer_before)
     gradient = data.checked("gradient", roots, "gradient")
     optimizer.step(clipped(gradient, float.fromhex(case.commitment.clip_coefficient)), case.order.options)
@@ -288,6 +303,16 @@ def _update(case: Case) -> Deviation | None:
         raise AuditError("weights or optimizer state after the step have other names than they must")
     if root(replayed) == roots["weights_after"] and root(state) == roots["optimizer_after"]:
         return None
-    pairs = [(name, before[name], claimed[name], replayed[name]) for name in replayed]
+    pairs: list[tuple[str, Tensor | None, Tensor, Tensor]] = [
+        (name, before[name], claimed[name], replayed[name]) for name in replayed
+    ]
     pairs += [(name, optimizer_before.get(name), claimed_state[name], state[name]) for name in state]
     return next((found for pair in pairs if (found := update_deviation(*pair)) is not None), None)
+
+
+def _check_state(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Optimizer state belongs to parameters, and each tensor of it has one element or the parameter's shape."""
+    for name, tensor in state.items():
+        parameter = weights.get(name.rpartition("/")[0])
+        if parameter is None or (tensor.numel() != 1 and tensor.shape != parameter.shape):
+            raise AuditError(f"optimizer state {name!r:.100} of shape {list(tensor.shape)} fits no parameter")

@@ -155,16 +155,19 @@ def _explained(error: Exception) -> TraceError:
     at = f" at {place}" if place else ""
     if "data-dependent" in text or "DataDependent" in type(error).__name__ or "unbacked" in text:
         return TraceError(
-            f"the model branches or sizes a tensor on the values of its data{at}; use torch.where or torch.cond, or take the decision "
+            f"the model branches or sizes a tensor on the values of its data{at}; use torch.where or torch.cond, "
+            "or take the decision "
             "before the model and pass it in"
         )
     if "Constraints violated" in text or "specialized" in text:
         return TraceError(
-            f"the model fixes the batch size{at}: a size that follows the batch is written as a number or compared with one; "
+            f"the model fixes the batch size{at}: a size that follows the batch is written as a number or "
+            "compared with one; "
             "take it from the input, as x.shape[0], or name the inputs that have no batch dimension in `static_inputs`"
         )
     first = text.strip().splitlines()[0] if text.strip() else "no message"
     return TraceError(
-        f"the model cannot be traced{at}: {type(error).__name__}: {first[:300]}; the forward must be made of tensor operations whose "
+        f"the model cannot be traced{at}: {type(error).__name__}: {first[:300]}; the forward must be made of "
+        "tensor operations whose "
         "course does not depend on values"
     )

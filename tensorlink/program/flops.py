@@ -22,29 +22,29 @@ Args = list[Any]
 
 
 def _linear(args: Args, result: Tensor) -> int:
-    return 2 * args[0].numel() * (args[1].shape[0] if args[1].dim() > 1 else 1)
+    return int(2 * args[0].numel() * (args[1].shape[0] if args[1].dim() > 1 else 1))
 
 
 def _product(first: int) -> Callable[[Args, Tensor], int]:
-    return lambda args, result: 2 * result.numel() * args[first].shape[-1]
+    return lambda args, result: int(2 * result.numel() * args[first].shape[-1])
 
 
 def _convolution(args: Args, result: Tensor) -> int:
-    return 2 * result.numel() * prod(args[1].shape[1:])
+    return int(2 * result.numel() * prod(args[1].shape[1:]))
 
 
 def _transposed_convolution(args: Args, result: Tensor) -> int:
-    return 2 * args[0].numel() * prod(args[1].shape[1:])
+    return int(2 * args[0].numel() * prod(args[1].shape[1:]))
 
 
 def _attention(args: Args, result: Tensor) -> int:
     query, key, value = args[:3]
-    return 2 * prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+    return int(2 * prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
 
 
 def _recurrent(args: Args, result: Tensor) -> int:
     steps = args[0].numel() // max(args[0].shape[-1], 1)
-    return 2 * steps * sum(weight.numel() for weight in args[2] if weight.dim() == 2)
+    return int(2 * steps * sum(weight.numel() for weight in args[2] if weight.dim() == 2))
 
 
 def _einsum(args: Args, result: Tensor) -> int:

@@ -148,8 +148,8 @@ class StageProgram:
 
     def expected_state(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name to (dtype, shape) of every parameter, buffer and constant: what `weights.load` is to find."""
-        specs = {**self.parameters, **self.buffers}
-        return {name: (spec.dtype, spec.shape) for name, spec in specs.items()}
+        state = {name: (spec.dtype, spec.shape) for name, spec in self.parameters.items()}
+        return state | {name: (spec.dtype, spec.shape) for name, spec in self.buffers.items()}
 
 
 @dataclass(frozen=True)

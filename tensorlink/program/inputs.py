@@ -48,7 +48,7 @@ class Binding:
         remaining = iter(tensors)
         leaves = [self.literals[at] if at in self.literals else next(remaining) for at in range(self.num_leaves)]
         values = pytree.tree_unflatten(leaves, self.tree)
-        bound = inspect.BoundArguments(self.signature, dict(zip(self.arguments, values, strict=True)))  # type: ignore[arg-type]
+        bound = inspect.BoundArguments(self.signature, dict(zip(self.arguments, values, strict=True)))
         return bound.args, bound.kwargs
 
 
@@ -130,7 +130,8 @@ def flatten_inputs(traced: TracedModel, args: Sequence[Any], kwargs: Mapping[str
             tensors.append(leaf)
         elif type(leaf) is not type(binding.literals[at]) or leaf != binding.literals[at]:
             raise TensorError(
-                f"{leaf!r:.60} was passed where the example had {binding.literals[at]!r:.60}, which the trace fixed; trace again for it"
+                f"{leaf!r:.60} was passed where the example had {binding.literals[at]!r:.60}, which the trace fixed; "
+                "trace again for it"
             )
     _check(traced, tensors)
     return tensors
@@ -147,7 +148,8 @@ def _check(traced: TracedModel, tensors: list[Any]) -> None:
             raise TensorError(f"input {slot.name!r} is {found}, traced was {slot.dtype}; convert it, or trace again")
         if len(shape) != len(slot.shape) or any(a not in (-1, b) for a, b in zip(slot.shape, shape, strict=True)):
             raise TensorError(
-                f"input {slot.name!r} has shape {shape}, traced was {slot.shape} (-1 is the batch); only the batch may vary"
+                f"input {slot.name!r} has shape {shape}, traced was {slot.shape} (-1 is the batch); only the batch "
+                "may vary"
             )
         if is_dynamic:
             batches[slot.name] = shape[0]

@@ -168,9 +168,8 @@ class Interpreter:
             return self._state_place(arg.name, self._buffer_places, self.buffers, "buffer")
         if arguments.is_static(arg):
             return self._place(arguments.literal(arg, self.device))
-        assert isinstance(arg, tuple)
         place = self._place()
-        lists.append((place, _getter([self._argument(item, lists) for item in arg])))
+        lists.append((place, _getter([self._argument(item, lists) for item in _items(arg)])))
         return place
 
     def _state_place(self, name: str, places: dict[str, int], state: dict[str, Tensor], kind: str) -> int:
@@ -263,6 +262,10 @@ class Interpreter:
             for slot, item in zip(self.cut.slots, inputs, strict=True):
                 _fits(slot, item)
         return [aligned(item) if isinstance(item, Tensor) else item for item in inputs]
+
+
+def _items(arg: Arg) -> tuple[Arg, ...]:
+    return arg if isinstance(arg, tuple) else (arg,)
 
 
 def _getter(places: list[int]) -> Callable[[list[Any]], tuple[Any, ...]]:

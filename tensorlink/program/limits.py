@@ -17,12 +17,10 @@ from torch import Tensor
 
 from tensorlink.errors import ProgramError
 from tensorlink.program import flops
-from tensorlink.program.dryrun import dry_run
+from tensorlink.program.dryrun import Placeholders, dry_run
 from tensorlink.program.graph import BufferSpec, Constant, Graph, LossProgram, Node, ParameterSpec, StageProgram
 from tensorlink.program.values import DTYPES, Arg, Buffer, Parameter, Value
 from tensorlink.records import Cut
-
-MAX_RESULTS = 4096
 
 
 @dataclass(frozen=True)
@@ -94,9 +92,10 @@ def measure(
         raise ProgramError(f"parameters and buffers take {held} bytes, at most {max_bytes} are allowed here")
     if batch < 1:
         raise ProgramError(f"a micro-batch of {batch} samples: at least 1 is needed")
-    meter = _Meter(graph, parameters, buffers, inputs, batch, max_bytes - held, max_flops, mode)
+    placeholders = Placeholders.of(parameters, buffers, inputs, batch)
+    meter = _Meter(graph, placeholders, max_bytes - held, max_flops, mode)
     with torch.autograd.graph.saved_tensors_hooks(meter.save, _never):
-        outputs = dry_run(graph, parameters, buffers, inputs, batch, meter.observe, grad)
+        outputs = dry_run(graph, placeholders, inputs, meter.observe, grad)
     return Estimate(
         flops_forward=sum(forward for forward, _ in meter.node_flops.values()),
         flops_backward=sum(backward for _, backward in meter.node_flops.values()),
@@ -112,44 +111,27 @@ def measure(
 class _Meter:
     """Watches a dry run: adds up operations, and the memory that values and saved tensors hold."""
 
-    def __init__(
-        self,
-        graph: Graph,
-        parameters: Mapping[str, ParameterSpec],
-        buffers: Mapping[str, BufferSpec | Constant],
-        inputs: Cut,
-        batch: int,
-        max_bytes: int,
-        max_flops: int,
-        mode: str,
-    ) -> None:
+    def __init__(self, graph: Graph, placeholders: Placeholders, max_bytes: int, max_flops: int, mode: str) -> None:
         self.max_bytes, self.max_flops, self.mode = max_bytes, max_flops, mode
         self.node_flops: dict[int, tuple[int, int]] = {}
         self.value_bytes: dict[int, int] = {}
-        self.peak = self.saved_bytes = self._current = self._flops = 0
-        self._values: dict[int, Any] = {}
-        self._shapes = {name: spec for name, spec in (*parameters.items(), *buffers.items())}
-        self._state: dict[str, Tensor] = {}
-        self._parameters = parameters
+        self.peak = self.saved_bytes = self._current = self._flops = self._index = 0
+        self._state = {**placeholders.parameters, **placeholders.buffers}
+        self._values: dict[int, Any] = dict(zip(graph.inputs, placeholders.inputs, strict=True))
         self._holders: dict[int, int] = {}
         self._saved: dict[int, Tensor] = {}
-        self._index = 0
         self._frees: dict[int, list[int]] = {}
         for value, index in graph.last_uses().items():
             self._frees.setdefault(index, []).append(value)
-        for value, slot in zip(graph.inputs, inputs.slots, strict=True):
-            if slot.type == "tensor":
-                shape = [batch if size == -1 else size for size in slot.shape]
-                tensor = torch.empty(shape, dtype=DTYPES[slot.dtype], device="meta")
-                self._values[value] = tensor.requires_grad_(slot.requires_grad and tensor.is_floating_point())
+        for value, entering in self._values.items():
+            for tensor in flops.tensors_in(entering):
+                self._hold(tensor.untyped_storage())
                 self.value_bytes[value] = _num_bytes(tensor)
-            else:
-                self._values[value] = batch
 
     def save(self, tensor: Tensor) -> Tensor:
-        """Called by autograd for what it keeps; parameters and buffers are held anyway."""
+        """Called by autograd for what it keeps; parameters are held anyway."""
         storage = tensor.untyped_storage()
-        if not isinstance(tensor, torch.nn.Parameter) and storage._cdata not in self._saved and not _is_state(tensor):
+        if storage._cdata not in self._saved and not _is_parameter(tensor):
             self._saved[storage._cdata] = tensor.detach()
             self.saved_bytes += storage.nbytes()
             self._hold(storage)
@@ -199,19 +181,13 @@ class _Meter:
         if isinstance(arg, tuple):
             return [self._resolve(item) for item in arg]
         if isinstance(arg, Parameter | Buffer):
-            if arg.name not in self._state:
-                spec = self._shapes[arg.name]
-                tensor = torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device="meta")
-                wanted = isinstance(spec, ParameterSpec) and spec.requires_grad and tensor.is_floating_point()
-                self._state[arg.name] = tensor.requires_grad_(wanted)
             return self._state[arg.name]
         return arg
 
 
-def _is_state(tensor: Tensor) -> bool:
-    """Whether the tensor is a parameter or a view of one: a leaf that needs a gradient owns its memory."""
-    owner = tensor._base if tensor._base is not None else tensor
-    return owner.is_leaf and owner.requires_grad
+def _is_parameter(tensor: Tensor) -> bool:
+    """Whether the tensor is a parameter or a view of one."""
+    return isinstance(tensor if tensor._base is None else tensor._base, torch.nn.Parameter)
 
 
 def _num_bytes(tensor: Tensor) -> int:

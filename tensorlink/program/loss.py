@@ -21,7 +21,7 @@ from tensorlink.program.lowering import lower
 from tensorlink.program.state import ModuleState
 from tensorlink.program.validate import MAX_CONSTANT_BYTES
 from tensorlink.program.values import DTYPE_NAMES, DTYPES
-from tensorlink.program.weights import tensor_bytes
+from tensorlink.program.weights import tensor_bytes, writable_bytes
 from tensorlink.records import Cut, Slot
 
 
@@ -105,7 +105,7 @@ def constants_of(program: LossProgram, device: torch.device | str = "cpu") -> di
         if len(constant.data) != flat.numel() * flat.element_size():
             raise TensorError(f"constant {name!r:.60} has {len(constant.data)} bytes, {flat.nbytes} are needed")
         if constant.data:
-            memoryview(flat.reshape(-1).view(torch.uint8).numpy())[:] = constant.data
+            writable_bytes(flat)[:] = constant.data
         tensors[name] = flat.to(device)
     return tensors
 

@@ -173,7 +173,8 @@ class Lowering:
             enabled, graph, inputs = self.grad, node.args[4], list(node.args[5:])
         else:
             raise self.refused(
-                f"{kind}, a region that a stage program cannot hold yet; compute it without autocast, cond or nested functions"
+                f"{kind}, a region that a stage program cannot hold yet; compute it without autocast, cond or nested "
+                "functions"
             )
         outer, self.grad = self.grad, self.grad and bool(enabled)
         results = self._graph(env[graph], [self._arg(item, env) for item in inputs])  # type: ignore[index]
@@ -184,7 +185,8 @@ class Lowering:
 
     def _arg(self, item: Any, env: dict[fx.Node, Any]) -> Arg:
         if isinstance(item, fx.Node):
-            return self.mutations.latest(env[item])
+            current: Arg = self.mutations.latest(env[item])
+            return current
         if item is None or isinstance(item, bool | int | float | str):
             return item
         if isinstance(item, list | tuple):
@@ -213,7 +215,8 @@ class Lowering:
             raise self.refused(f"the op {name}, which is not on the allowlist of tensorlink.program.allowlist")
         if name in RECURRENT and is_random(name, args):
             raise self.refused(
-                "dropout inside a recurrent layer, whose mask cannot be reproduced; use layers of one each with nn.Dropout between"
+                "dropout inside a recurrent layer, whose mask cannot be reproduced; use layers of one each with "
+                "nn.Dropout between"
             )
 
     def as_value(self, arg: Arg) -> int:

@@ -105,7 +105,8 @@ class Mutations:
                 f"the model needs the in-place op {name} at {line_of(node)}; use the form without underscore"
             )
         self._store(args[0], new, node)
-        return self.latest(args[0])
+        current: Arg = self.latest(args[0])
+        return current
 
     def _copied(self, target: Arg, source: Arg, node: fx.Node) -> Value:
         """What `target.copy_(source)` leaves: the source in the shape and dtype of the target. `aten.copy` has no
@@ -117,7 +118,8 @@ class Mutations:
     def _store(self, target: Arg, new: Value, node: fx.Node) -> None:
         if isinstance(target, Parameter):
             raise TraceError(
-                f"the model writes into its parameter {target.name!r} at {line_of(node)}; make it a buffer, or compute without writing"
+                f"the model writes into its parameter {target.name!r} at {line_of(node)}; make it a buffer, or "
+                "compute without writing"
             )
         if isinstance(target, Value) and target.id in self._views:
             view = self._views[target.id]
@@ -138,11 +140,12 @@ class Mutations:
         if view.op in _NOTHING:
             return new
         raise TraceError(
-            f"the model writes in place through {view.op} at {line_of(node)}; compute a new tensor instead, or write to a slice"
+            f"the model writes in place through {view.op} at {line_of(node)}; compute a new tensor instead, or "
+            "write to a slice"
         )
 
 
 def _share_memory(source: Any, result: Any) -> bool:
     if not isinstance(source, Tensor) or not isinstance(result, Tensor):
         return False
-    return source.untyped_storage()._cdata == result.untyped_storage()._cdata
+    return bool(source.untyped_storage()._cdata == result.untyped_storage()._cdata)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from blake3 import blake3
 from torch import Tensor, nn
 
 from tensorlink.errors import TraceError
 from tensorlink.program.alignment import aligned
 from tensorlink.program.graph import BufferSpec, ParameterSpec
 from tensorlink.program.values import DTYPE_NAMES
-from tensorlink.program.weights import tensor_bytes
-
-CONSTANT_PREFIX = "constant."
+from tensorlink.program.weights import CONSTANT_PREFIX, constant_digest
 
 
 @dataclass
@@ -83,9 +80,3 @@ class ModuleState:
         for name, tensor in self.constants.items():
             specs[name] = BufferSpec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), persistent=False, constant=True)
         return specs
-
-
-def constant_digest(tensor: Tensor) -> str:
-    """32 hexadecimal characters that bind a constant's dtype, shape and bytes."""
-    head = f"{DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)} ".encode()
-    return blake3(head + bytes(tensor_bytes(tensor))).hexdigest()[:32]

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from tensorlink.errors import ProgramError, TraceError
 from tensorlink.program import structure
 from tensorlink.program.capture import capture
-from tensorlink.program.dryrun import dry_run
+from tensorlink.program.dryrun import Placeholders, dry_run
 from tensorlink.program.graph import BufferSpec, Graph, Node, ParameterSpec, StageProgram
 from tensorlink.program.inputs import Binding, bind_example
 from tensorlink.program.loss import trace_loss
@@ -146,14 +146,15 @@ def _checked_run(
         fits = len(sizes) == len(info.shape) and all(a in (-1, b) for a, b in zip(info.shape, sizes, strict=True))
         if info.type == "tensor" and (dtype != info.dtype or not fits):
             raise TraceError(
-                f"{node} gives {dtype} {list(sizes)} where the module computed {info.dtype} {list(info.shape)} at {info.line}; "
+                f"{node} gives {dtype} {list(sizes)} where the module computed {info.dtype} {list(info.shape)} at "
+                f"{info.line}; "
                 "if the line writes in place, compute a new tensor instead"
             )
         if result.requires_grad:
             found.add(node.id)
 
     try:
-        dry_run(lowered.graph, parameters, buffers, inputs, batch, observe)
+        dry_run(lowered.graph, Placeholders.of(parameters, buffers, inputs, batch), inputs, observe)
     except ProgramError as error:
         raise TraceError(f"the traced program does not run: {error}") from error
     return frozenset(found)
@@ -165,7 +166,8 @@ def _outputs(train: Lowered, evaluation: Lowered, gradients: frozenset[int]) -> 
         info, eval_info = train.info[value], evaluation.info[other]
         if (info.type, info.dtype, info.shape) != (eval_info.type, eval_info.dtype, eval_info.shape):
             raise TraceError(
-                f"output {at} is {info.dtype} {list(info.shape)} in training and {eval_info.dtype} {list(eval_info.shape)} in "
+                f"output {at} is {info.dtype} {list(info.shape)} in training and {eval_info.dtype} "
+                f"{list(eval_info.shape)} in "
                 "evaluation mode; return the same in both"
             )
         slots.append(_slot(f"output.{at}", info, value in gradients))

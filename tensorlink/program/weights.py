@@ -14,12 +14,15 @@ from math import prod
 from typing import Any
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from tensorlink.errors import TensorError
 from tensorlink.program.values import DTYPE_NAMES, DTYPES
 
 MAX_HEADER_BYTES = 16 << 20
+#: A constant is named by a digest of its content, so that the program which names it binds it.
+CONSTANT_PREFIX = "constant."
 
 _FILE_NAMES = {
     "bool": "BOOL",
@@ -41,8 +44,21 @@ Expected = Mapping[str, tuple[str, tuple[int, ...]]]
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The contiguous bytes of a CPU tensor, without a copy where it is contiguous already."""
-    plain = tensor.detach().cpu().contiguous()
-    return memoryview(plain.reshape(-1).view(torch.uint8).numpy()) if plain.numel() else memoryview(b"")
+    return writable_bytes(tensor.detach().cpu().contiguous())
+
+
+def writable_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor as bytes; what is written there is written into the tensor."""
+    if not tensor.numel():
+        return memoryview(b"")
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def constant_digest(tensor: Tensor) -> str:
+    """32 hexadecimal characters that bind a constant's dtype, shape and bytes."""
+    head = f"{DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)} ".encode()
+    return blake3(head + bytes(tensor_bytes(tensor))).hexdigest()[:32]
 
 
 def dump(state: Mapping[str, Tensor]) -> bytes:
@@ -78,8 +94,13 @@ def load(data: bytes | bytearray | memoryview, expected: Expected | None = None)
     for name, (dtype, shape, begin, end) in entries.items():
         tensor = torch.empty(shape, dtype=DTYPES[dtype])
         if end > begin:
-            target = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-            target[:] = view[start + begin : start + end]
+            writable_bytes(tensor)[:] = view[start + begin : start + end]
+        if (
+            expected is not None
+            and name.startswith(CONSTANT_PREFIX)
+            and name != CONSTANT_PREFIX + constant_digest(tensor)
+        ):
+            raise TensorError(f"{name!r} does not hold the constant that its name binds")
         loaded[name] = tensor
     return loaded
 

@@ -169,7 +169,8 @@ def _buffers(
         holders = [stage for stage, names in enumerate(used) if name in names] or [0]
         if len(holders) > 1 and name in cuts.written:
             raise PartitionError(
-                f"buffer {name!r} changes and would be in stages {holders}; use fewer stages, or one module for each place it is used"
+                f"buffer {name!r} changes and would be in stages {holders}; use fewer stages, or one module for each "
+                "place it is used"
             )
         for stage in holders:
             specs[stage][name] = spec

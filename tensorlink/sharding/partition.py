@@ -109,7 +109,8 @@ def _too_many(candidates: Sequence[Candidate], refusals: Counter[str], num_stage
     possible = most_stages(candidates)
     layers = candidates[-1].layers_before
     text = (
-        f"{num_stages} stages were asked for; the model has {layers} layers with parameters and {len(candidates) - 2} places to cut, "
+        f"{num_stages} stages were asked for; the model has {layers} layers with parameters and "
+        f"{len(candidates) - 2} places to cut, "
         f"enough for {possible} stages: set stages to at most {possible}, or use a deeper model"
     )
     if refusals and possible < min(num_stages, layers):

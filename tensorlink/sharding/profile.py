@@ -22,7 +22,7 @@ from tensorlink.program.interpreter import Interpreter
 from tensorlink.program.limits import measure
 from tensorlink.program.trace import TracedModel
 
-#: Nominal speeds of the derived profile; only their ratio to each other has an effect, on where elementwise work counts.
+#: Nominal speeds of the derived profile; only their ratios have an effect: how much elementwise work counts.
 NOMINAL_FLOPS_PER_S = 5e10
 NOMINAL_BYTES_PER_S = 1e10
 NOMINAL_CALL_S = 2e-6

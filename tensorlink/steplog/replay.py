@@ -137,7 +137,7 @@ def computing(variant: Variant) -> Iterator[None]:
     if variant.num_threads:
         torch.set_num_threads(variant.num_threads)
     try:
-        with torch.backends.mkldnn.flags(enabled=variant.onednn):  # type: ignore[no-untyped-call]
+        with torch.backends.mkldnn.flags(enabled=variant.onednn):
             yield
     finally:
         if variant.num_threads:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,7 +16,7 @@ from smartnodes_core.identity import Identity, check_binding, make_binding, veri
 from smartnodes_core.records import Announcement, Binding, Receipt, SignedBinding
 
 ACCOUNT_KEY = b"\x05" * 32
-HERE = {"chain_id": 5, "registry": b"\x22" * 20, "network_id": 3}
+HERE: dict[str, Any] = {"chain_id": 5, "registry": b"\x22" * 20, "network_id": 3}
 
 
 def announcement(identity: Identity) -> Announcement:
@@ -125,7 +126,7 @@ def test_a_binding_ties_node_key_account_and_role() -> None:
 )
 def test_a_binding_for_elsewhere_or_expired_is_refused(change: dict[str, object], complaint: str) -> None:
     with pytest.raises(AuthorityError, match=complaint):
-        check_binding(signed_binding(Identity.create()), **{"now_s": 1, **HERE, **change})  # type: ignore[arg-type]
+        check_binding(signed_binding(Identity.create()), **{"now_s": 1, **HERE, **change})
 
 
 def test_a_binding_needs_both_signatures() -> None:

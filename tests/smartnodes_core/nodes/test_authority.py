@@ -158,6 +158,6 @@ def test_a_live_peer_is_dropped_when_the_chain_blacklists_it(party: Any, chain: 
 def test_an_unregistered_peer_never_gets_to_call(party: Any, watched: ChainAuthority) -> None:
     a: Node = party.node("validator", watched)
     b: Node = party.node("worker")
-    with pytest.raises(AuthorityError, match="refused us: .*not registered"):
+    with pytest.raises(AuthorityError, match=r"refused us: .*not registered"):
         b.connect(a.endpoint)
     assert a.peers() == []

@@ -51,7 +51,8 @@ def test_simultaneous_dials_end_in_one_connection_and_no_failed_call(party: Any)
         a, b = serving(party), serving(party)
         a.add_address(b.node_key, b.endpoint)
         b.add_address(a.node_key, a.endpoint)
-        barrier, results = threading.Barrier(6), []
+        barrier = threading.Barrier(6)
+        results: list[bytes] = []
 
         def call(caller: Node, callee: Node, barrier: threading.Barrier, results: list[Any]) -> None:
             barrier.wait()

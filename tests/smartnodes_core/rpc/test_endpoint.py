@@ -191,7 +191,7 @@ def test_notifications_are_handled_in_the_order_in_which_they_were_sent(
 def test_our_errors_cross_as_the_same_class_and_name_who_raised_them(
     near: Node, far: Node, how: str, kind: type[SmartnodesError]
 ) -> None:
-    with pytest.raises(kind, match="worker .*: stage 2 is gone") as caught:
+    with pytest.raises(kind, match=r"worker .*: stage 2 is gone") as caught:
         near.call(far.node_key, "fail", {"how": how, "message": "stage 2 is gone"})
     assert raised_by(caught.value) == far.node_key
     assert raised_by(kind("here")) is None

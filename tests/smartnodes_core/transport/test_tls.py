@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from OpenSSL import SSL
 
 from smartnodes_core.errors import ConfigError, DeadlineError, SmartnodesError
@@ -19,6 +21,7 @@ from smartnodes_core.rpc import RpcEndpoint
 from smartnodes_core.transport.base import Peer, split_endpoint
 from smartnodes_core.transport.certificate import make_certificate
 from smartnodes_core.transport.tls import TlsListener, TlsTransport, _make_context
+from smartnodes_core.wire import encode_prefix_and_header
 
 WAIT_S = 10.0
 
@@ -103,11 +106,19 @@ def dial_raw(server: Server, context: SSL.Context) -> tuple[SSL.Connection, sock
     return tls, tcp
 
 
+def read_until_ended(tls: SSL.Connection) -> bytes:
+    """What the server says until it ends the connection with an alert, a goodbye or a reset."""
+    told = b""
+    try:
+        while True:
+            told += tls.recv(4096)
+    except (SSL.Error, OSError):
+        return told
+
+
 def test_without_a_certificate_nobody_gets_in(server: Server) -> None:
     tls, tcp = dial_raw(server, SSL.Context(SSL.TLS_METHOD))
-    with pytest.raises(SSL.Error):
-        while True:
-            tls.recv(4096)
+    read_until_ended(tls)
     tcp.close()
     assert not server.opened.acquire(timeout=0.1)
 
@@ -123,9 +134,6 @@ def test_a_stolen_certificate_is_useless_without_its_key(server: Server) -> None
 
 def test_an_extension_copied_onto_another_key_proves_nothing(server: Server) -> None:
     """The man in the middle: a certificate of the attacker's own key with the extension of somebody's certificate."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes
-
     _, genuine = make_certificate(server.identity, server.binding)
     key, template = make_certificate(Identity.create(), None)
     forged = (
@@ -143,10 +151,7 @@ def test_an_extension_copied_onto_another_key_proves_nothing(server: Server) -> 
     context.use_privatekey(key)
     context.use_certificate(forged)
     tls, tcp = dial_raw(server, context)
-    told = b""
-    with pytest.raises((SSL.Error, OSError)):
-        while True:
-            told += tls.recv(4096)
+    told = read_until_ended(tls)
     tcp.close()
     assert b"signature" in told
     assert not server.opened.acquire(timeout=0.1)
@@ -157,12 +162,8 @@ def test_frames_sent_before_being_admitted_end_the_connection(server: Server) ->
     identity = Identity.create()
     context = _make_context(identity, None)
     tls, tcp = dial_raw(server, context)
-    from smartnodes_core.wire import encode_prefix_and_header
-
     tls.send(encode_prefix_and_header({"kind": "call", "id": 1, "method": "x", "params": {}}, 0))
-    with pytest.raises((SSL.Error, OSError)):
-        while True:
-            tls.recv(4096)
+    read_until_ended(tls)
     tcp.close()
     assert not server.opened.acquire(timeout=0.1)
 

@@ -1,0 +1,63 @@
+"""`tensorlink devnet`, `deploy` and `claim`: run an embedded chain, put the contracts on one, take what was earned."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from smartnodes_core.chain.settings import SNO, ChainSettings
+from smartnodes_core.config import UserConfig, load
+
+
+def add_commands(commands: Any) -> None:
+    """Register the commands."""
+    devnet = commands.add_parser("devnet", help="run the embedded chain for development")
+    devnet.add_argument("--port", type=int, default=8545)
+    devnet.add_argument("--journal", type=Path, help="file that survives a kill")
+    devnet.set_defaults(run=run_devnet)
+
+    deploy = commands.add_parser("deploy", help="put the contracts on a chain, and write the addresses file")
+    deploy.add_argument("settings", type=Path, help="TOML file with a table [chain]")
+    deploy.add_argument("--rpc-url", required=True)
+    deploy.add_argument("--account", type=Path, required=True, help="key file of the account that pays")
+    deploy.add_argument(
+        "--addresses", type=Path, default=Path("addresses.json"), help="file to write (default: %(default)s)"
+    )
+    deploy.set_defaults(run=run_deploy)
+
+    claim = commands.add_parser("claim", help="claim the SNO that an account has earned")
+    claim.add_argument("--config", type=Path, required=True, help="TOML file with the node's settings")
+    claim.set_defaults(run=run_claim)
+
+
+def run_devnet(options: argparse.Namespace) -> int:
+    """Run the chain until it is told to end."""
+    from smartnodes_core.chain.devnet.__main__ import main
+
+    journal = ["--journal", str(options.journal)] if options.journal else []
+    return main(["--port", str(options.port), *journal])
+
+
+def run_deploy(options: argparse.Namespace) -> int:
+    """Deploy and write the addresses file."""
+    from smartnodes_core.chain.account import load_account_key
+    from smartnodes_core.chain.deploy import deploy
+
+    addresses = deploy(options.rpc_url, load_account_key(options.account), ChainSettings.from_toml(options.settings))
+    addresses.write(options.addresses)
+    sys.stdout.write(f"deployed; addresses in {options.addresses}\n")
+    return 0
+
+
+def run_claim(options: argparse.Namespace) -> int:
+    """Claim for the account in the settings."""
+    from smartnodes_core.nodes.rewards import claim
+    from tensorlink.network import connect
+
+    with connect(load(UserConfig, options.config)) as network:
+        station = network.station
+        paid = claim(station.node, station.chain, network.network_id, network.validators(), station.chain.account)
+    sys.stdout.write(f"claimed {paid / SNO:.6f} SNO\n")
+    return 0

@@ -1,0 +1,95 @@
+"""A computing process whose stages cheat as argv[1] says; the product has no such thing. `CHEATS` serves tests in one
+process too."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from tensorlink.pipeline.stage import Stage
+
+
+class ScaledInputGradient(Stage):
+    """Sends back 0.99 of the gradient."""
+
+    def _compute_backward(self, passed, gradients, retain):
+        of_inputs, of_parameters = super()._compute_backward(passed, gradients, retain)
+        return {slot: tensor * 0.99 for slot, tensor in of_inputs.items()}, of_parameters
+
+
+class SkippedWeightGradient(Stage):
+    """Right activation gradients, and weight gradients of the first micro-batch only."""
+
+    def _compute_backward(self, passed, gradients, retain):
+        of_inputs, of_parameters = super()._compute_backward(passed, gradients, retain)
+        return of_inputs, {} if self.num_units else of_parameters
+
+
+class Noise(Stage):
+    """Weight gradients with one per cent of noise."""
+
+    def _compute_backward(self, passed, gradients, retain):
+        of_inputs, of_parameters = super()._compute_backward(passed, gradients, retain)
+        generator = torch.Generator().manual_seed(self.num_units)
+        noisy = {
+            name: g + 0.01 * g.norm() / g.numel() ** 0.5 * torch.randn(g.shape, generator=generator)
+            for name, g in of_parameters.items()
+        }
+        return of_inputs, noisy
+
+
+class AlteredLearningRate(Stage):
+    """Steps with one per cent more than was ordered."""
+
+    def _update(self, record, options):
+        options = [{**group, "lr": (float.fromhex(group["lr"]) * 1.01).hex()} for group in options]
+        super()._update(record, options)
+
+
+class StaleWeights(Stage):
+    """Never updates, and commits to what it holds."""
+
+    def _update(self, record, options):
+        self.optimizer.step(
+            {name: g * 0 for name, g in record.gradient.items()}, [{**o, "lr": "0x0p+0"} for o in options]
+        )
+
+
+class LowPrecision(Stage):
+    """Computes forwards with weights rounded to bfloat16."""
+
+    def _compute_forward(self, call, micro_batch, inputs, targets):
+        kept = {name: parameter.data for name, parameter in self.parameters.items()}
+        for parameter in self.parameters.values():
+            parameter.data = parameter.data.bfloat16().float()
+        try:
+            return super()._compute_forward(call, micro_batch, inputs, targets)
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data = kept[name]
+
+
+CHEATS = {
+    "scaled-gx": ScaledInputGradient,
+    "skipped-weight-gradient": SkippedWeightGradient,
+    "noise": Noise,
+    "altered-learning-rate": AlteredLearningRate,
+    "stale-weights": StaleWeights,
+    "low-precision": LowPrecision,
+}
+
+
+def _make_stages(channel):
+    from tensorlink.compute_stages import Stages
+
+    class CheatingStages(Stages):
+        make_stage = CHEATS[sys.argv[1]]
+
+    return CheatingStages(channel)
+
+
+if __name__ == "__main__":
+    from tensorlink.compute import main
+
+    main(_make_stages)
