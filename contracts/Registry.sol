@@ -134,9 +134,7 @@ contract Registry is IRegistry {
         uint256 offset = 0;
         while (offset < updates.length) {
             (uint256 word, uint256 mask, uint256 next) = ReputationUpdates.read(updates, offset);
-            if (next == 0 || word * 32 + ReputationUpdates.highestLane(mask) >= total) {
-                revert BadReputationUpdate(offset);
-            }
+            if (next == 0 || !ReputationUpdates.within(word, mask, total)) revert BadReputationUpdate(offset);
             (uint256 lanes, uint256 zeroed) = ReputationUpdates.merge(network.reputations[word], updates, next, mask);
             network.reputations[word] = lanes;
             if (zeroed != 0) _cutOff(networkId, network, word, zeroed);

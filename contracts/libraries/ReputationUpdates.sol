@@ -49,14 +49,10 @@ library ReputationUpdates {
         }
     }
 
-    /// @notice The highest lane in a mask that is not empty.
-    function highestLane(uint256 mask) internal pure returns (uint256 lane) {
-        while (mask > 1) {
-            mask >>= 1;
-            unchecked {
-                ++lane;
-            }
-        }
+    /// @notice Whether every lane of `mask` in `word` belongs to one of `total` members.
+    function within(uint256 word, uint256 mask, uint256 total) internal pure returns (bool) {
+        uint256 first = word * 32;
+        return total > first && (total - first >= 32 || mask >> (total - first) == 0);
     }
 
     /// @notice The position of the only set bit of `bit`, below 32.

@@ -78,7 +78,13 @@ class AuditedJob:
     confirmed: set[bytes] = field(default_factory=set)  # fraudulent verdicts that this validator re-ran itself
     link_faults: list[str] = field(default_factory=list)
     latest_step: dict[tuple[int, int], int] = field(default_factory=dict)
+    num_open: int = 0  # cases that wait for this validator's verdict
     closed: bool = False
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether every commitment has been drawn for."""
+        return len(self.drawn) == len(self.commitments)
 
     def of_stage(self, stage: int, replica: int) -> str:
         return f"{self.job.id.hex()}/{replica}/{stage}"
@@ -120,6 +126,7 @@ class AuditDesk:
         self._reveal_timeout_s = reveal_timeout_s
         self._challenge_timeout_s = challenge_timeout_s
         self._next_reveal = 1 + journal.count(f"list/{chain.tip.hex()}/")
+        self._drained = threading.Condition(self.lock)
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._cases: queue.Queue[tuple[AuditedJob, bytes, Selection] | None] = queue.Queue()
@@ -149,6 +156,14 @@ class AuditDesk:
                 self.jobs[job.id] = AuditedJob(job, assigned_validators(job.id, job.plan.validators))
             elif job.plan.version > self.jobs[job.id].job.plan.version:
                 self.jobs[job.id].job = job
+
+    def close(self, job_id: bytes, timeout_s: float) -> None:
+        """The job ended: returns when everything of it is drawn and examined here, or after `timeout_s`."""
+        with self._drained:
+            audited = self.jobs.get(job_id)
+            if audited is not None:
+                self._drained.wait_for(lambda: audited.num_open == 0 and audited.is_drawn, timeout_s)
+                audited.closed = True
 
     # -- commitments --------------------------------------------------------------------------------------------------
 
@@ -344,7 +359,9 @@ class AuditDesk:
                 audited.drawn[digest] = chosen
                 for selection in chosen:
                     if selection.auditor == self._node.node_key:
+                        audited.num_open += 1
                         self._cases.put((audited, digest, selection))
+            self._drained.notify_all()
 
     def _reveals_for(self, audited: AuditedJob, digest: bytes) -> dict[NodeKey, tuple[Reveal, bytes]]:
         """By validator, the preimage it spent on its first list that holds `digest`."""
@@ -358,6 +375,9 @@ class AuditDesk:
                 self._examine(*case)
             except Exception:
                 logger.exception("an audit was given up")
+            with self._drained:
+                case[0].num_open -= 1
+                self._drained.notify_all()
 
     def _examine(self, audited: AuditedJob, digest: bytes, selection: Selection) -> None:
         with self.lock:

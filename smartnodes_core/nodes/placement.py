@@ -128,10 +128,13 @@ class JobDesk:
         return {}
 
     def close(self, job: Job, reason: str) -> None:
-        """Close a job here, at the other validators and at its workers."""
+        """Close a job here and at the other validators; each releases the workers when its audits are through."""
         self._finish(job, reason)
         for validator in job.plan.validators:
             self._quietly(validator, "close_job", {"job": job.id, "reason": reason})
+
+    def release_workers(self, job: Job, reason: str) -> None:
+        """Tell the job's workers that this validator needs their stages no more."""
         for worker in dict.fromkeys(item.worker for item in job.plan.assignments):
             self._quietly(worker, "release", {"job": job.id, "reason": reason})
 

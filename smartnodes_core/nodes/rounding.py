@@ -185,7 +185,13 @@ class RoundDesk:
             logger.warning("round %s: %d of %d signatures", content.round, len(signatures), needed)
             return
         self._chain.execute_round(content, [signatures[account] for account in sorted(signatures)])
-        logger.info("round %s executed with %d signatures", content.round, len(signatures))
+        logger.info(
+            "round %s executed: %d signatures, %d verdicts, %d commitments settled",
+            content.round,
+            len(signatures),
+            len(proposal.verdicts),
+            len(proposal.settled),
+        )
 
     def _own_proposal(self, state: RoundState, view: int) -> tuple[Proposal, RoundProposal, bytes] | None:
         """What this validator proposed before in this view: a second, different proposal would be equivocation."""

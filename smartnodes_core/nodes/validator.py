@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,9 @@ from smartnodes_core.nodes.evidence import EvidenceDesk
 from smartnodes_core.nodes.membership import Membership
 from smartnodes_core.nodes.placement import JobDesk
 from smartnodes_core.nodes.rounding import RoundDesk
+
+#: How long a closed job's audits may take before its workers are released all the same.
+DRAIN_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,10 @@ class ValidatorNode:
         self.audits.stop()
 
     def _close(self, job: Job) -> None:
-        with self.audits.lock:
-            audited = self.audits.jobs.get(job.id)
-            if audited is not None:
-                audited.closed = True
+        """Let the audits under way end, then release the job's workers; beside everything else."""
+
+        def finish() -> None:
+            self.audits.close(job.id, DRAIN_TIMEOUT_S)
+            self.jobs.release_workers(job, "completed")
+
+        threading.Thread(target=finish, name="close-job", daemon=True).start()

@@ -36,6 +36,8 @@ STREAM = "job"
 MAX_STATE_BYTES = 8 << 30
 #: Commitments kept beyond the audit window, for challenges that are under way.
 SPARE_COMMITMENTS = 16
+#: How long a stage of a job that ended is kept for audits that some validator still has.
+RELEASE_TIMEOUT_S = 30.0
 
 
 class WorkerNode:
@@ -52,6 +54,7 @@ class WorkerNode:
         tip: Callable[[NodeKey], bytes | None],
         journal: Journal,
         num_slots: int = 1,
+        learn_addresses: Callable[[], None] = lambda: None,
     ):
         self.node = node
         self.handler = handler
@@ -60,6 +63,7 @@ class WorkerNode:
         self._trackers: dict[tuple[NodeKey, bytes], TipTracker] = {}
         self._journal = journal
         self._num_slots = num_slots
+        self._learn_addresses = learn_addresses
         self._lock = threading.RLock()
         self._stages: dict[str, StageOfJob] = {}
         self._ledgers: dict[str, _Ledger] = {}
@@ -95,28 +99,47 @@ class WorkerNode:
                 self.handler.assign(stage)
                 self._stages[stage.key] = stage
                 self._ledgers[stage.key] = _Ledger(stage)
+        self._learn_addresses()  # of the validators, which get commitments
         for item in job.plan.assignments:
             if item.worker != self.node.node_key:
                 self.node.add_address(item.worker, item.endpoint)
         self.on_slots_changed()
         return {"stages": [stage.stage for stage in stages]}
 
-    @allow(roles=("validator", "user"), max_body_bytes=0)
+    @allow(roles=("validator",), max_body_bytes=0)
     def rpc_release(self, caller: Peer, params: dict[str, Any], body: memoryview) -> dict[str, Any]:
-        """The job ended: its author, or a validator of its plan, says so."""
-        job_id, reason = bytes(params["job"]), str(params.get("reason", ""))[:200]
-        for stage in self._stages_of(job_id):
-            if caller.node_key != stage.author and caller.node_key not in stage.job.plan.validators:
-                raise AuthorityError("only the author or a validator of the job releases its stages")
-            self._drop(stage, reason)
+        """The job ended and this validator has no more audits of it. The stage goes when all its validators said so."""
+        reason = str(params.get("reason", ""))[:200]
+        for stage in self._stages_of(bytes(params["job"])):
+            self._only_validators_of(stage, caller)
+            with self._lock:
+                ledger = self._ledgers.get(stage.key)
+                if ledger is None:
+                    continue
+                ledger.released_by.add(caller.node_key)
+                complete = ledger.released_by >= set(stage.job.plan.validators)
+            if complete:
+                self._drop(stage, reason)
+            else:
+                self._retire(stage, reason)
         return {}
 
     def release_jobs_of(self, author: NodeKey, reason: str) -> None:
-        """The author is gone: its stages are freed, since nobody else may drive them."""
+        """The author is gone: its stages are freed, since nobody else may drive them, when their audits are through."""
         with self._lock:
             stages = [stage for stage in self._stages.values() if stage.author == author]
         for stage in stages:
-            self._drop(stage, reason)
+            self._retire(stage, reason)
+
+    def _retire(self, stage: StageOfJob, reason: str) -> None:
+        """Drop the stage after a while, whatever its validators say."""
+        with self._lock:
+            ledger = self._ledgers.get(stage.key)
+            if ledger is None or ledger.timer is not None:
+                return
+            ledger.timer = threading.Timer(RELEASE_TIMEOUT_S, self._drop, (stage, reason))
+            ledger.timer.daemon = True
+            ledger.timer.start()
 
     def drain(self, reason: str) -> None:
         """Give up every stage, telling their authors why."""
@@ -130,7 +153,9 @@ class WorkerNode:
         with self._lock:
             if self._stages.pop(stage.key, None) is None:
                 return
-            self._ledgers.pop(stage.key, None)
+            ledger = self._ledgers.pop(stage.key)
+        if ledger.timer is not None:
+            ledger.timer.cancel()
         self.handler.release(stage, reason)
         self.on_slots_changed()
         logger.info("released stage %s: %s", stage.stage, reason)
@@ -268,6 +293,8 @@ class _Ledger:
         self._tip = stage.job.id
         self._limit = stage.job.record.audit.window_steps + SPARE_COMMITMENTS
         self.commitments: dict[bytes, Commitment] = {}
+        self.released_by: set[NodeKey] = set()
+        self.timer: threading.Timer | None = None
 
     def chain(self, worker: NodeKey, content: dict[str, Any]) -> Commitment:
         stage = self._stage

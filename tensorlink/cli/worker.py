@@ -62,7 +62,13 @@ def _run(config: RigConfig, life: Life) -> None:
         try:
             journal = Journal(config.data_dir / "signed.journal")
             worker = WorkerNode(
-                station.node, station.identity, handler, station.membership.tip_of, journal, config.num_slots
+                station.node,
+                station.identity,
+                handler,
+                station.membership.tip_of,
+                journal,
+                config.num_slots,
+                station.learn_validators,
             )
             worker.on_slots_changed = station.update_announcement
             station.node.on_peer_lost(

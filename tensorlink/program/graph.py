@@ -59,7 +59,7 @@ class Graph:
     """One mode of a program. `inputs` and `outputs` are value ids in the order of the cut's slots.
 
     `mutations` are pairs of buffer name and the id of the value that the buffer holds after a run. BatchNorm in
-    training updates its statistics besides; `ops.WRITES` says which arguments those are.
+    training updates its statistics besides; `ops.MUTABLE_BUFFERS` says which arguments those are.
     """
 
     inputs: tuple[int, ...]

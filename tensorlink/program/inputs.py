@@ -95,7 +95,7 @@ def _doubled(tensor: Tensor) -> Tensor:
 
 def _name(arguments: tuple[str, ...], path: Any) -> str:
     first, *rest = path
-    inner = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in rest]
+    inner = [str(key).strip("[].'\"") for key in rest]
     return ".".join([arguments[first.idx], *inner])
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from tensorlink.errors import TraceError
 from tensorlink.program.capture import PREFIX, Captured
@@ -204,6 +205,10 @@ class Lowering:
     def _emit(
         self, op: str, args: tuple[Arg, ...], kwargs: tuple[tuple[str, Arg], ...], node: fx.Node, like: Any = None
     ) -> Value:
+        if free_unbacked_symbols(node.meta.get("val")):
+            raise self.refused(
+                f"{op} whose result has a size that depends on the values of its data; use torch.where or a mask instead"
+            )
         value = Value(self.next_id)
         self.next_id += 1
         self.nodes.append(Node(op, args, kwargs, value.id, self.grad))

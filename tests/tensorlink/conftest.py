@@ -91,8 +91,30 @@ def loss_fn(output, target):
 MODELS = {"mlp": mlp, "gpt": gpt, "dropout": dropout}
 
 
+_traced = {}
+
+
 def stage_programs(modules, x):
-    """A program per module, as the partition would give them."""
+    """A program per module, as the partition would give them; the trace of a model is made once."""
+    key = repr(modules)
+    if key not in _traced:
+        _traced[key] = _trace_stages(modules, x)
+    programs, _ = _traced[key]
+    return programs, [
+        {
+            name: tensor.detach().clone()
+            for name, tensor in {**dict(m.named_parameters()), **dict(m.named_buffers()), **_constants(key, i)}.items()
+        }
+        for i, m in enumerate(modules)
+    ]
+
+
+def _constants(key, index):
+    programs, states = _traced[key]
+    return {name: states[index][name] for name, spec in programs[index].buffers.items() if spec.constant}
+
+
+def _trace_stages(modules, x):
     programs, states, value = [], [], x
     for index, module in enumerate(modules):
         traced = trace(module, (value,))
