@@ -107,6 +107,8 @@ class Stages:
         """A stage cannot go on: tells the node and fails what waits for it."""
         one = self._hosted.get(key)
         if one is not None:
+            if one.failed is not None:
+                return  # the node knows
             one.failed = error
             for call_id, _, _ in one.prepares:
                 self._channel.fail(call_id, error)
@@ -218,7 +220,7 @@ class Stages:
     def _unload(self, params: dict[str, Any]) -> dict[str, Any]:
         one = self._hosted.pop(str(params["key"]), None)
         if one is not None:
-            one.pool.shutdown(wait=True, cancel_futures=True)
+            one.pool.shutdown(wait=True)  # the last step's commitment goes out
         return {}
 
     def _set_loss(self, params: dict[str, Any]) -> dict[str, Any]:
@@ -306,12 +308,7 @@ class Stages:
             held = one.stage.log.steps()
             raise AuditError(f"step {step} is not held (any more): the window holds {held[:1]} to {held[-1:]}")
         one.wait_for_hashing()
-        after = one.stage.log.committed(step + 1)
-        state = (after.before.weights, after.before.optimizer) if after and after.before else None
-        if state is None:
-            optimizer = one.stage.optimizer
-            state = (one.stage.parameters, optimizer.state_tensors() if optimizer else {})
-        opened = opening(record, int(params["tier"]), int(params["unit"]), *state)
+        opened = opening(record, int(params["tier"]), int(params["unit"]), *one.stage.state_after(record))
         return {"items": opened.items, **put_opened(self._channel, opened, OPEN_TIMEOUT_S)}
 
     def _of(self, params: dict[str, Any]) -> Hosted:

@@ -190,7 +190,7 @@ class Stage:
             call.held += 1
         if call.grad or call.training:
             record = ForwardRecord(
-                call.call, m, call.training, call.type, slots(arrived), slots(passed.outputs), before
+                call.call, m, call.training, call.type, slots(arrived), self._kept(passed.outputs), before
             )
             if with_loss and passed.loss is not None:
                 record.target, record.loss = slots(targets), slots([passed.loss])
@@ -202,6 +202,14 @@ class Stage:
             self._send_outputs(delivery, passed)
         if not call.grad:
             passed.free()
+
+    def _kept(self, outputs: Sequence[Value]) -> dict[str, Tensor]:
+        """Outputs for the log: those that are views of parameters are copied, for the optimizer writes into those."""
+        own = {parameter.untyped_storage().data_ptr() for parameter in self.parameters.values()}
+        return {
+            slot: tensor.clone() if tensor.untyped_storage().data_ptr() in own else tensor
+            for slot, tensor in slots(outputs).items()
+        }
 
     def _compute_forward(
         self, call: CallState, micro_batch: int, inputs: Sequence[Value], targets: Mapping[int, Tensor] | None
@@ -277,7 +285,26 @@ class Stage:
 
     def set_optimizer(self, name: str, groups: Sequence[Mapping[str, Any]]) -> None:
         """The optimizer of this stage's parameters, with fresh state. Raises OptimizerError."""
-        self.optimizer = StageOptimizer(name, groups, self.parameters)
+        optimizer = StageOptimizer(name, groups, self.parameters)
+        self._keep_state_after()
+        self.optimizer = optimizer
+
+    def _keep_state_after(self) -> None:
+        """The state is about to change other than by a step: the last step's audit needs it as it is."""
+        record = self.log.last()
+        if record is not None and record.after is None:
+            state = self.optimizer.state_tensors() if self.optimizer else {}
+            record.after = snapshots.take(self.parameters, record.buffers_after, state)
+
+    def state_after(self, record: StepRecord) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """Weights and optimizer state as a committed step left them; not to be written to."""
+        kept = record.after
+        if kept is None:
+            following = self.log.following(record.step)
+            kept = following.before if following is not None else None
+        if kept is not None:
+            return kept.weights, kept.optimizer
+        return self.parameters, self.optimizer.state_tensors() if self.optimizer else {}
 
     @property
     def num_units(self) -> int:
@@ -319,8 +346,8 @@ class Stage:
 
     def abort(self, step: int) -> None:
         """Drops gradients, log and calls of the open step; buffers are again what they were when it began."""
-        self.zero_grad(step)
         self.buffers.update(self._buffers_at_start)
+        self.zero_grad(step)
 
     def zero_grad(self, step: int) -> None:
         """Drops the gradients added since the last step, and the calls they came from; buffers keep what forwards
@@ -334,6 +361,7 @@ class Stage:
     def set_state(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         """Replaces parameters and buffers by values of the same names and shapes. Nobody may be reading them
         meanwhile."""
+        self._keep_state_after()
         with torch.no_grad():
             for name, tensor in parameters.items():
                 self.parameters[name].copy_(tensor)

@@ -59,6 +59,7 @@ class StepRecord:
     forwards: dict[tuple[int, int], ForwardRecord] = field(default_factory=dict)
     units: list[UnitRecord] = field(default_factory=list)
     before: Snapshot | None = None
+    after: Snapshot | None = None  # only where the state then changed other than by the next step
     buffers_after: dict[str, Tensor] = field(default_factory=dict)
     gradient: dict[str, Tensor] = field(default_factory=dict)
     squared_norm: float = 0.0
@@ -108,6 +109,14 @@ class StepLog:
     def committed(self, step: int) -> StepRecord | None:
         """A step within the window, or None."""
         return self._committed.get(step)
+
+    def last(self) -> StepRecord | None:
+        """The newest committed step, or None."""
+        return next(reversed(self._committed.values()), None)
+
+    def following(self, step: int) -> StepRecord | None:
+        """The step committed after `step`, or None."""
+        return next((record for number, record in self._committed.items() if number > step), None)
 
     def steps(self) -> list[int]:
         """The committed steps held, oldest first."""

@@ -70,24 +70,25 @@ SAMPLES = [
     ),
     Unit(call=0, backward_pass=-1, micro_batch=3, roots={"x": d(1), "y": d(2)}),
     Commitment(
-        job=d(1), plan_version=0, replica=0, stage=1, step=42, worker=d(2), numeric_class="torch 2.13 cpu", previous=d(3),
-        roots={"weights_before": d(4), "gradient": d(5)},
+        job=d(1), plan_version=0, replica=0, stage=1, step=42, worker=d(2), numeric_class="torch 2.13 cpu",
+        previous=d(3), roots={"weights_before": d(4), "gradient": d(5)},
         units=[Unit(call=0, backward_pass=0, micro_batch=0, roots={"gx": d(6)})], shared_roots={}, order=d(7),
         squared_norm=(0.5).hex(), clip_coefficient=(1.0).hex(), work_units=12345,
     ),
-    Receipt(job=d(1), plan_version=0, replica=0, step=1, sender=d(2), receiver=d(3), signer=d(2), items_root=d(4), num_items=8),
+    Receipt(job=d(1), plan_version=0, replica=0, step=1, sender=d(2), receiver=d(3), signer=d(2), items_root=d(4),
+        num_items=8),
     ReceivedList(job=d(1), validator=d(2), reveal=1, commitments=[d(3), d(4)]),
     Reveal(job=d(1), validator=d(2), reveal=1, received_list=d(3), preimage=d(4)),
     Challenge(job=d(1), commitment=d(2), tier=2, unit=-1, seed=d(3), reveals=[d(4)], auditor=d(5), deadline_s=99),
     OpeningItem(label="unit/0/x/0", meta=b"meta", num_bytes=64),
     Opening(challenge=d(1), commitment=d(2), items=[OpeningItem(label="a", meta=b"", num_bytes=0)]),
     Verdict(
-        job=d(1), plan_version=0, replica=0, stage=1, step=2, challenge=d(2), commitment=d(3), tier=1, unit=5, worker=d(4),
-        auditor=d(5), finding="fraudulent", reason="gx/0", evidence=d(6), work_units=10, decided_at_s=100,
+        job=d(1), plan_version=0, replica=0, stage=1, step=2, challenge=d(2), commitment=d(3), tier=1, unit=5,
+        worker=d(4), auditor=d(5), finding="fraudulent", reason="gx/0", evidence=d(6), work_units=10, decided_at_s=100,
     ),
     Evidence(
-        job=b"j", spec=b"s", commitment=b"c", previous=b"p", order=b"o", challenge=b"ch", opening=b"op", body_digest=d(1),
-        body_bytes=10,
+        job=b"j", spec=b"s", commitment=b"c", previous=b"p", order=b"o", challenge=b"ch", opening=b"op",
+        body_digest=d(1), body_bytes=10,
     ),
     Proposal(
         network_id=1, round=2, view=0, previous=d(1), proposer=d(2, 20), content=b"abi", verdicts=[d(3)], settled=[d(4)]

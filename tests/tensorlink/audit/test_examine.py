@@ -99,13 +99,7 @@ class Training:
         """The parameters of `examine` and the body."""
         stage, commitment = self.pipe.stages[index], self.committed[(index, step)]
         record = stage.log.committed(step)
-        after = stage.log.committed(step + 1)
-        state = (
-            (after.before.weights, after.before.optimizer)
-            if after
-            else (stage.parameters, stage.optimizer.state_tensors())
-        )
-        opened = opening(record, tier, unit, *state)
+        opened = opening(record, tier, unit, *stage.state_after(record))
         body = bytearray(opened.num_bytes)
         opened.write(memoryview(body))
         challenge = Challenge(
