@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from smartnodes_core.errors import ProtocolError
+from tensorlink.errors import TensorError
 from tensorlink.pipeline.inbox import Delivery
 from tensorlink.program.loss import trace_loss
 from tensorlink.stage_optimizer import encode_options
@@ -58,7 +60,7 @@ def plain_step(rig, module, optimizer, x, y, n=4):
     for xm, ym in zip(torch.tensor_split(x, n), torch.tensor_split(y, n), strict=True):
         loss = rig.loss_fn(module(xm), ym)
         (loss * (1 / n)).backward()
-        losses.append(float(loss))
+        losses.append(loss.item())
     optimizer.step()
     return losses
 
@@ -107,7 +109,7 @@ def held(pipe):
 def test_the_drop_in_loop_with_several_forwards_before_one_backward_is_bitwise_the_plain_loop(rig, name):
     modules, pipe = prepare(rig, name)
     module = nn.Sequential(*modules)
-    (x0, y0), (x1, y1) = rig.batch(name, 0), rig.batch(name, 1, rows=7)
+    (x0, y0), (x1, y1) = rig.batch(name, 0), rig.batch(name, 1, rows=9)
     first, second = forward_call(pipe, x0, 0), forward_call(pipe, x1, 1)
     backward_call(rig, pipe, first, y0, 0)
     backward_call(rig, pipe, second, y1, 1)
