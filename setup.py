@@ -22,6 +22,9 @@ setup(
         "web3>=8,<9",
         "py-evm>=0.12.1b1",
         "coincurve>=21",
+        "pycryptodome>=3.20",
+        "requests>=2.31",
+        "eth-abi>=5",
         "pynacl>=1.6",
         "pyOpenSSL>=26",
         "cryptography>=47",
@@ -33,7 +36,7 @@ setup(
         "matplotlib>=3.9",
     ],
     extras_require={
-        "dev": ["pytest>=9", "pytest-cov", "pytest-timeout", "hypothesis>=6.150", "ruff", "mypy", "types-tqdm"],
+        "dev": ["pytest>=9", "pytest-cov", "pytest-timeout", "hypothesis>=6.150", "ruff", "mypy", "types-tqdm", "types-requests", "psutil"],
     },
     entry_points={
         "console_scripts": [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from smartnodes_core.chain.signing import address_of, checksum
-from smartnodes_core.errors import IdentityError
+from smartnodes_core.errors import ConfigError, IdentityError
 from smartnodes_core.keyfile import read_key_file, write_key_file
 
 
@@ -20,7 +20,7 @@ def load_account_key(path: str | os.PathLike[str]) -> bytes:
     try:
         key = bytes.fromhex(str(fields["private_key"]))
         account = checksum(address_of(key))
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, ConfigError) as error:
         raise IdentityError(f"{path} is not the key file of an account: {error}") from None
     if fields.get("account") != account:
         raise IdentityError(f"{path} names another account than its key gives: the file is damaged")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import queue
+import signal
 import sys
 import threading
 
@@ -10,7 +13,9 @@ import pytest
 import torch
 from torch import nn
 
+from smartnodes_core.errors import AuditError, ProtocolError, SandboxError
 from smartnodes_core.sandbox import Limits, Sandbox
+from tensorlink.errors import OptimizerError, ProgramError, TensorError
 from tensorlink.program.loss import trace_loss
 from tensorlink.program.values import DTYPES
 from tensorlink.program.weights import dump, load, tensor_bytes
@@ -179,3 +184,154 @@ def test_three_processes_train_bitwise_like_the_plain_loop(rig, nodes):
         state = node.state()
         for name, parameter in part.named_parameters():
             assert torch.equal(state[name], parameter), name
+
+
+@pytest.fixture
+def gpt(rig):
+    """The first stage of the GPT: program and state."""
+    modules = rig.MODELS["gpt"]()
+    x, _ = rig.batch("gpt")
+    programs, states = rig.stage_programs(modules, x[:2])
+    return programs, states, x
+
+
+def only(program):
+    return dataclasses.replace(program, stage_index=0, num_stages=1)
+
+
+def test_a_rig_measures_itself_in_no_time(nodes):
+    measured = nodes(limits=Limits(memory_bytes=4 << 30)).call("measure")
+    assert measured["flops_per_s"] > 1e8
+    assert measured["memory_bytes"] == 4 << 30
+    assert measured["num_threads"] == 1
+    assert "threads 1" in measured["numeric_class"]
+
+
+def test_shared_memory_comes_back_when_its_last_reader_is_done(nodes, gpt, rig):
+    programs, states, x = gpt
+    node = nodes()
+    node.load(only(programs[0]), states[0], rig.JOB)
+    assert node.released.acquire(timeout=10)  # the weights
+    node.post("begin", **begin(n=2, type="forward", schedule="gpipe", training=False, grad=False))
+    for m in range(2):
+        node.tensor(x[:3], micro_batch=m)
+    for _ in range(2):
+        assert node.released.acquire(timeout=10)
+    assert node.wait("done")["type"] == "forward"
+    assert len(node.tensors) == 2
+    assert node.sandbox.inbound._pieces.free_bytes == node.sandbox.inbound.num_bytes
+
+
+def test_state_goes_out_and_in(nodes, gpt, rig):
+    programs, states, _ = gpt
+    node = nodes()
+    node.load(only(programs[0]), states[0], rig.JOB)
+    found = node.state()
+    assert all(torch.equal(found[name], tensor) for name, tensor in states[0].items())
+    changed = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in states[0].items()}
+    node.call("set_state", weights=node.put(dump(changed)))
+    found = node.state()
+    assert all(torch.equal(found[name], tensor) for name, tensor in changed.items())
+
+
+def test_hostile_messages_are_answered_with_errors_and_nothing_breaks(nodes, gpt, rig):
+    programs, states, _ = gpt
+    node = nodes()
+    program = only(programs[0])
+    with pytest.raises(ProgramError):
+        node.load(program, states[0], rig.JOB, program=b'{"kind": "stage"}')
+    with pytest.raises(ProgramError):
+        node.load(program, states[0], rig.JOB, limits={"max_bytes": 1000})
+    with pytest.raises(TensorError):
+        node.load(program, {**states[0], "more": torch.ones(1)}, rig.JOB)
+    with pytest.raises(ProtocolError):
+        node.load(program, states[0], rig.JOB, weights={"offset": 1 << 40, "num_bytes": 8})
+    with pytest.raises(ProtocolError, match="it was sent for"):
+        node.load(program, states[0], rig.JOB, num_stages=2)
+    with pytest.raises(ProtocolError, match="no method '__class__'"):
+        node.call("__class__")
+    with pytest.raises(ProtocolError, match="malformed message: KeyError"):
+        node.call("load")
+    with pytest.raises(ProtocolError, match="no stage 'k' is loaded"):
+        node.call("state")
+    node.load(program, states[0], rig.JOB)
+    with pytest.raises(ProtocolError, match="loaded already"):
+        node.load(program, states[0], rig.JOB)
+    with pytest.raises(OptimizerError, match="allowed are"):
+        node.call("set_optimizer", optimizer={"name": "LBFGS", "groups": []})
+    with pytest.raises(OptimizerError, match="no option 'foreach'"):
+        wrong = [{"parameters": list(program.parameters), "foreach": True}]
+        node.call("set_optimizer", optimizer={"name": "AdamW", "groups": wrong})
+    with pytest.raises(AuditError, match="not held"):
+        node.call("open", step=5, unit=0, tier=1)
+    with pytest.raises(ProtocolError):
+        node.call("decide", step=0, decision="perhaps", clip_coefficient="0x1p+0", options=[])
+    assert node.state().keys() == states[0].keys()
+
+
+HOSTILE = [
+    {"dtype": "object"}, {"shape": [3, 7]}, {"shape": [-3, -6]}, {"shape": "ab"}, {"slot": 5}, {"micro_batch": -1},
+    {"type": "output"}, {"step": "x"}, {"offset": 8}, {"offset": -64}, {"shape": [1] * 40},
+]  # fmt: skip
+
+
+def test_a_hostile_tensor_fails_its_stage_and_not_the_process(nodes, gpt, rig):
+    programs, states, x = gpt
+    node = nodes()
+    for change in HOSTILE:
+        node.load(only(programs[0]), states[0], rig.JOB)
+        node.tensor(x[:3], **change)
+        failed = node.wait("failed")
+        assert failed["key"] == "k"
+        assert failed["code"] in ("tensor", "protocol"), change
+        node.call("unload")
+    assert node.call("measure")["num_threads"] == 1
+
+
+def test_a_gradient_that_is_not_finite_is_named(nodes, gpt, rig):
+    programs, states, x = gpt
+    node = nodes()
+    program = only(programs[0])
+    node.load(program, states[0], rig.JOB)
+    node.post("begin", **begin(n=1, type="forward", schedule="gpipe"))
+    node.tensor(x[:3])
+    node.wait("done")
+    node.post("backward", step=0, call=0, backward_pass=0, num_micro_batches=1, retain=False)
+    node.tensor(torch.full((3, 6, 16), float("nan")), type="activation_gradient")
+    assert node.call("prepare", step=0, num_units=1)["non_finite"] in program.parameters
+    node.call("set_optimizer", optimizer={"name": "SGD", "groups": group(program)})
+    node.call("decide", step=0, decision="abort", clip_coefficient=(1.0).hex(), options=[])
+    found = node.state()
+    assert all(torch.equal(found[name], tensor) for name, tensor in states[0].items())
+
+
+def test_a_killed_computing_process_fails_waiting_calls_at_once(nodes, gpt, rig):
+    programs, states, _ = gpt
+    node = nodes()
+    node.load(only(programs[0]), states[0], rig.JOB)
+    errors = queue.Queue()
+
+    def prepare():
+        try:
+            node.call("prepare", step=0, num_units=4)  # waits for micro-batches that never come
+        except SandboxError as error:
+            errors.put(str(error))
+
+    threading.Thread(target=prepare, daemon=True).start()
+    node.call("zero_grad", step=0)
+    os.kill(node.sandbox.pid, signal.SIGKILL)
+    assert "SIGKILL" in errors.get(timeout=5)
+    assert "SIGKILL" in node.exits.get(timeout=5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA bounds mapped memory on Linux only")
+def test_out_of_memory_names_the_setting_and_leaves_the_process_alive(nodes, gpt, rig):
+    programs, states, x = gpt
+    node = nodes(limits=Limits(memory_bytes=700 << 20))
+    node.load(only(programs[0]), states[0], rig.JOB)
+    node.post("begin", **begin(n=1, type="forward", schedule="gpipe"))
+    node.tensor(x[:1].expand(60_000, -1).contiguous())
+    failed = node.wait("failed")
+    assert failed["code"] == "sandbox"
+    assert "raise memory_bytes" in failed["message"]
+    assert node.call("measure")["memory_bytes"] == 700 << 20

@@ -269,9 +269,16 @@ def test_what_does_not_fit_the_cut_is_refused(rig, type, slot, tensor):
 def test_what_comes_out_of_turn_is_a_fault(rig):
     _, pipe = prepare(rig, "gpt")
     first = pipe.stages[0]
-    for change in ({"n": 0}, {"n": 1 << 20}, {"type": "other"}, {"schedule": "none"}, {"step": -1}):
+    wrong = [
+        ("num_micro_batches", 0),
+        ("num_micro_batches", 1 << 20),
+        ("type", "other"),
+        ("schedule", "no"),
+        ("step", -1),
+    ]
+    for name, value in wrong:
         with pytest.raises(ProtocolError):
-            first.begin(begin(**change) | {"weights": []})
+            first.begin({**begin(), name: value})
     with pytest.raises(ProtocolError, match="no such graph"):
         first.begin_backward({"step": 0, "call": 3, "backward_pass": 0})
     first.begin(begin(type="forward"))

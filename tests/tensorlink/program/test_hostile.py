@@ -1,4 +1,4 @@
-"""What a hostile peer may send as a program: refused with a ProgramError that names the node, before anything is allocated."""
+"""What a hostile peer may send as a program: refused with an error that names the node, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_malformed_program_is_refused_and_the_place_is_named(name: str) -> Non
 
 def test_arguments_nested_beyond_any_reason_are_refused() -> None:
     deep = b'["l",' * 100_000 + b"0" + b"]" * 100_000
-    with pytest.raises(ProgramError, match="JSON|deep"):
+    with pytest.raises(ProgramError, match=r"JSON|deep"):
         StageProgram.from_json(GOOD.to_json().replace(b'["v",0]', deep, 1))
 
 
@@ -171,7 +171,7 @@ BOMBS: dict[str, tuple[Node, ...]] = {
 def test_a_bomb_is_refused_before_anything_large_is_allocated(name: str) -> None:
     tracemalloc.start()
     try:
-        with pytest.raises(ProgramError, match="node [0-9]+ "):
+        with pytest.raises(ProgramError, match=r"node [0-9]+ "):
             _checked(*BOMBS[name])
         assert tracemalloc.get_traced_memory()[1] < 256 << 20
     finally:

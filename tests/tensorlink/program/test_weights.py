@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -95,10 +96,8 @@ def test_mutated_files_never_raise_anything_but_a_tensor_error(data: st.DataObje
     mutated = bytearray(dump(STATE))
     for _ in range(data.draw(st.integers(1, 3))):
         mutated[data.draw(st.integers(0, len(mutated) - 1))] = data.draw(st.integers(0, 255))
-    try:
+    with contextlib.suppress(TensorError):
         load(bytes(mutated), EXPECTED)
-    except TensorError:
-        pass
 
 
 class Shifted(nn.Module):
