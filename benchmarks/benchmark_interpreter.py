@@ -10,7 +10,6 @@ import argparse
 import platform
 import statistics
 import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +37,8 @@ class Block(nn.Module):
         )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, length, width)
         x = x + self.out(y)
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        mixed: Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return mixed
 
 
 def models() -> dict[str, tuple[nn.Module, Tensor]]:
@@ -58,9 +58,10 @@ def models() -> dict[str, tuple[nn.Module, Tensor]]:
     }
 
 
-def _seconds(forward: Callable[[Tensor], Tensor], x: Tensor, parameters: list[Tensor]) -> float:
+def _seconds(runs: nn.Module | Interpreter, x: Tensor, parameters: list[Tensor]) -> float:
     started = time.perf_counter()
-    torch.autograd.grad(forward(x).sum(), parameters)
+    output = runs.run([x])[0] if isinstance(runs, Interpreter) else runs(x)
+    torch.autograd.grad(output.sum(), parameters)
     return time.perf_counter() - started
 
 
@@ -84,7 +85,7 @@ def main() -> None:
         eager, ours = [], []
         for _ in range(rounds):
             eager.append(_seconds(module, x, parameters))
-            ours.append(_seconds(lambda x, run=interpreter.run: run([x])[0], x, parameters))
+            ours.append(_seconds(interpreter, x, parameters))
         ratios = statistics.quantiles([b / a for a, b in zip(eager, ours, strict=True)], n=4)
         print(
             f"{name:26}{len(program.train.nodes):>6}{statistics.median(eager) * 1e6:>12.1f}"

@@ -141,6 +141,10 @@ class Node:
         self._addresses.add(connection.peer.node_key, endpoint)
         return connection.peer
 
+    def reach(self, node_key: bytes, timeout_s: float = DIAL_TIMEOUT_S) -> Peer:
+        """Connects to a peer unless it is connected, so that it can call a node that does not listen."""
+        return self._connection(node_key, timeout_s).peer
+
     def add_address(self, node_key: bytes, endpoint: str) -> None:
         """Remembers where a peer is reached, from a signed announcement or the user's settings."""
         self._addresses.add(node_key, endpoint)

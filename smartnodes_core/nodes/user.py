@@ -19,6 +19,9 @@ from smartnodes_core.transport.base import Peer
 
 logger = logging.getLogger(__name__)
 
+#: Closed jobs whose last verdicts are still heard.
+MAX_CLOSED = 16
+
 
 class JobListener:
     """What a user hears of its job; subclass what you need. Methods run on network threads and must not wait."""
@@ -51,6 +54,7 @@ class UserNode:
         self._identity = identity
         self._lock = threading.Lock()
         self._jobs: dict[bytes, tuple[Job, JobListener]] = {}
+        self._closed: dict[bytes, tuple[Job, JobListener]] = {}
         node.serve(self)
         node.on_stream(STREAM, self._allocate, self._receive)
         node.on_peer_lost(self._peer_lost)
@@ -76,6 +80,7 @@ class UserNode:
         for validator in plan.validators:
             try:
                 self.node.call(validator, "open_job", params, timeout_s=timeout_s)
+                self._reach_all(plan.validators)
                 return job
             except Unavailable as error:
                 lost = error
@@ -85,9 +90,22 @@ class UserNode:
         self._forget(job)
         raise lost
 
+    def _reach_all(self, validators: Sequence[NodeKey]) -> None:
+        """Connect to all validators of a job: a user does not listen, and each of them has verdicts to tell."""
+        for validator in validators:
+            try:
+                self.node.reach(validator)
+            except SmartnodesError as error:
+                logger.info("verdicts of a validator will not be heard: %s", error)
+
     def close_job(self, job: Job, reason: str = "completed", timeout_s: float = 10.0) -> None:
-        """Tell a validator that the job is done; it releases the workers."""
-        self._forget(job)
+        """Tell a validator that the job is done; it releases the workers. Verdicts are heard on."""
+        with self._lock:
+            known = self._jobs.pop(job.id, None)
+            if known is not None:
+                self._closed[job.id] = known
+                while len(self._closed) > MAX_CLOSED:
+                    del self._closed[next(iter(self._closed))]
         for validator in job.plan.validators:
             try:
                 self.node.call(validator, "close_job", {"job": job.id, "reason": reason}, timeout_s=timeout_s)
@@ -142,7 +160,7 @@ class UserNode:
         signed = Signed.decode(body)
         commitment = verify(signed, Commitment)
         with self._lock:
-            known = self._jobs.get(commitment.job)
+            known = self._jobs.get(commitment.job) or self._closed.get(commitment.job)
         if known is not None and signed.signer == commitment.worker == caller.node_key:
             known[1].on_commitment(commitment)
 
@@ -152,7 +170,7 @@ class UserNode:
         signed = Signed.decode(params["verdict"])
         verdict = verify(signed, Verdict)
         with self._lock:
-            known = self._jobs.get(verdict.job)
+            known = self._jobs.get(verdict.job) or self._closed.get(verdict.job)
         if known is not None and signed.signer == verdict.auditor and signed.signer in known[0].plan.validators:
             known[1].on_verdict(verdict)
 

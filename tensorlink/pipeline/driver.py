@@ -1,17 +1,15 @@
 """The user's end of the pipeline: sends micro-batches in, takes outputs and gradients back, waits with a deadline.
 
-One `Driver` per job. It knows stages, calls and micro-batches; `tensorlink/model.py` knows modules and autograd.
-Everything that arrives is checked against what was asked for before it is stored, and every wait ends with a result,
-an error, or a
-`DeadlineError` that says what was waited for.
+One `Driver` per job. It knows stages, calls and micro-batches; `tensorlink/calls.py` knows autograd, `progress.py`
+how long to be patient. Everything that arrives is checked against what was asked for before it is stored, and every
+wait ends with a result, an error, or a `DeadlineError` that says what was waited for.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +19,7 @@ from smartnodes_core.errors import (
     ConnectionLostError,
     DeadlineError,
     JobError,
+    PeerUnreachableError,
     ProtocolError,
     SmartnodesError,
     WorkerLostError,
@@ -30,16 +29,13 @@ from smartnodes_core.nodes.user import JobListener, UserNode
 from smartnodes_core.records import Commitment, Verdict
 from smartnodes_core.remote_errors import from_wire
 from smartnodes_core.rpc import Reply
-from tensorlink.pipeline.frames import FrameTensor, dtype_name, tensor_bytes
-from tensorlink.records import Cut
-
-#: A wait ends after this many times the longest step seen so far (and never before `Driver.timeout_s`).
-PATIENCE = 20.0
-#: Progress of any kind (a frame, a loss) within this long shows that the pipeline is alive.
-MAX_WAIT_S = 3600.0
+from tensorlink.pipeline.frames import FrameTensor, dtype_name, field_of, tensor_bytes
+from tensorlink.pipeline.progress import Progress
+from tensorlink.pipeline.tally import Tally
+from tensorlink.records import Cut, Slot
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
     """One forward through the pipeline and the backwards through it."""
 
@@ -51,29 +47,29 @@ class Call:
     losses: dict[int, float] = field(default_factory=dict)
     done: set[tuple[str, int, int]] = field(default_factory=set)  # (type, backward pass, stage)
     num_backwards: int = 0
+    freed: bool = False  # its graph is gone from the stages
 
     @property
     def num_micro_batches(self) -> int:
         return len(self.samples)
+
+    def is_done(self, type: str, backward_pass: int, num_stages: int) -> bool:
+        """Whether every stage has finished this forward, backward or training step."""
+        return all((type, backward_pass, stage) in self.done for stage in range(num_stages))
 
 
 class Driver(JobListener):
     """Drives the stages of one job. `inputs` and `outputs` are the cuts at the two ends."""
 
     def __init__(self, user: UserNode, inputs: Cut, outputs: Cut, timeout_s: float):
-        self.timeout_s = timeout_s
-        self.verdicts: list[Verdict] = []
-        self.commitments: dict[tuple[int, int], Commitment] = {}
-        self.busy_s: dict[int, float] = {}
+        self.tally = Tally()
+        self._progress = Progress(timeout_s)
         self._user = user
         self._inputs, self._outputs = inputs, outputs
         self._stages: list[StageOfJob] = []
         self._ready = threading.Condition()
         self._calls: dict[tuple[int, int], Call] = {}
         self._error: SmartnodesError | None = None
-        self._longest_s = 0.0
-        self._last_progress = time.monotonic()
-        self._pool = ThreadPoolExecutor(thread_name_prefix="driver")
 
     def attach(self, job: Job) -> None:
         """The job is open: these are its stages."""
@@ -82,11 +78,15 @@ class Driver(JobListener):
     def close(self) -> None:
         """Fail every wait and every later use: the job is closed."""
         self._fail(JobError("the job is closed: make a new DistributedModel"))
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
     @property
     def num_stages(self) -> int:
         return len(self._stages)
+
+    @property
+    def patience_s(self) -> float:
+        """How long the pipeline may be silent before that is an error."""
+        return self._progress.patience_s
 
     # -- calls to stages ----------------------------------------------------------------------------------------------
 
@@ -95,26 +95,27 @@ class Driver(JobListener):
     ) -> Reply:
         """Call one stage. What the connection's end hides, the loss of its worker, is raised instead."""
         self.check()
+        timeout_s = self._progress.transfer_s(sum(len(part) for part in body) + max_body_bytes)
         try:
             return self._user.call(
-                self._stages[stage], method, params, body, timeout_s=self.patience_s, max_body_bytes=max_body_bytes
+                self._stages[stage], method, params, body, timeout_s=timeout_s, max_body_bytes=max_body_bytes
             )
-        except ConnectionLostError as error:
-            raise WorkerLostError(f"the worker of stage {stage} is gone: {error}") from error
+        except (ConnectionLostError, PeerUnreachableError) as error:
+            raise self._lost(stage, error) from error
 
-    def call_all(self, method: str, params: Callable[[int], dict[str, Any]], body: Sequence[Any] = ()) -> list[Reply]:
+    def call_all(
+        self,
+        method: str,
+        params: Callable[[int], dict[str, Any]],
+        body: Callable[[int], Sequence[Any]] = lambda stage: (),
+        max_body_bytes: Callable[[int], int] = lambda stage: 0,
+    ) -> list[Reply]:
         """Call every stage at once; the answers by stage. The first error is raised when all have ended."""
-        futures = self.start_all(method, params, body)
-        return self.gather(futures)
 
-    def start_all(
-        self, method: str, params: Callable[[int], dict[str, Any]], body: Sequence[Any] = ()
-    ) -> list[Future[Reply]]:
-        """Begin a call to every stage; `gather` waits for the answers."""
-        return [self._pool.submit(self.call, stage, method, params(stage), body) for stage in range(self.num_stages)]
+        def one(stage: int) -> Reply:
+            return self.call(stage, method, params(stage), body(stage), max_body_bytes=max_body_bytes(stage))
 
-    def gather(self, futures: list[Future[Reply]]) -> list[Reply]:
-        """The answers of `start_all`, by stage."""
+        futures = [_beside(one, stage) for stage in range(self.num_stages)]
         errors = [error for future in futures if (error := future.exception()) is not None]
         if errors:
             self.check()
@@ -127,8 +128,15 @@ class Driver(JobListener):
         for stage in self._stages:
             try:
                 self._user.notify(stage, method, params)
-            except ConnectionLostError as error:
-                raise WorkerLostError(f"the worker of stage {stage.stage} is gone: {error}") from error
+            except (ConnectionLostError, PeerUnreachableError) as error:
+                raise self._lost(stage.stage, error) from error
+
+    def _lost(self, stage: int, error: SmartnodesError) -> SmartnodesError:
+        """What ended the job, where that is known; else that the worker of `stage` is gone."""
+        lost = WorkerLostError(f"the worker of stage {stage} is gone: {error}")
+        self._fail(lost)
+        with self._ready:
+            return self._error or lost
 
     # -- one call through the pipeline --------------------------------------------------------------------------------
 
@@ -136,15 +144,9 @@ class Driver(JobListener):
         """Announce a forward (or a whole training step) to every stage; `options` as in `compute.py`'s `begin`."""
         with self._ready:
             self._calls[(call.step, call.index)] = call
+        place = {"step": call.step, "call": call.index}
         self.tell_all(
-            "begin",
-            {
-                "step": call.step,
-                "call": call.index,
-                "num_micro_batches": call.num_micro_batches,
-                "samples": call.samples,
-                **options,
-            },
+            "begin", {**place, "num_micro_batches": call.num_micro_batches, "samples": call.samples, **options}
         )
 
     def send(self, stage: int, call: Call, micro_batch: int, slot: int, tensor: torch.Tensor, **place: Any) -> None:
@@ -160,11 +162,15 @@ class Driver(JobListener):
             "backward_pass": 0,
             **place,
         }
-        data = tensor_bytes(tensor)
         try:
-            self._user.stream(self._stages[stage], header, data, lambda keep=tensor: None)  # type: ignore[misc]
-        except ConnectionLostError as error:
-            raise WorkerLostError(f"the worker of stage {stage} is gone: {error}") from error
+            self._user.stream(
+                self._stages[stage],
+                header,
+                tensor_bytes(tensor),
+                lambda keep=tensor: None,  # type: ignore[misc]
+            )
+        except (ConnectionLostError, PeerUnreachableError) as error:
+            raise self._lost(stage, error) from error
 
     def forget(self, call: Call) -> None:
         """Nothing more is expected for this call."""
@@ -173,27 +179,22 @@ class Driver(JobListener):
 
     # -- waiting ------------------------------------------------------------------------------------------------------
 
-    @property
-    def patience_s(self) -> float:
-        """How long a wait may see no progress: the configured time, or many times the longest step seen."""
-        return min(MAX_WAIT_S, max(self.timeout_s, PATIENCE * self._longest_s))
-
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
-        """Wait until `condition` holds. Raises what went wrong, or DeadlineError when nothing moves for
+        """Wait until `condition` holds. Raises what ended the job, or DeadlineError when nothing moves for
         `patience_s`.
         """
-        began = self._last_progress = time.monotonic()
         with self._ready:
+            self._progress.begin()
             while not condition():
                 self._raise_error()
-                left = self._last_progress + self.patience_s - time.monotonic()
+                left = self._progress.left_s
                 if left <= 0:
                     raise DeadlineError(
-                        f"waited for {what}, and no stage has sent anything for {self.patience_s:.0f} s: raise timeout_s "
-                        "if a single micro-batch takes longer than that"
+                        f"waited for {what}, and no stage has sent anything for {self.patience_s:.0f} s: raise "
+                        "timeout_s if a single micro-batch takes longer than that"
                     )
                 self._ready.wait(left)
-        self._longest_s = max(self._longest_s, time.monotonic() - began)
+            self._progress.end()
 
     def check(self) -> None:
         """Raise what ended the job, if anything did."""
@@ -217,26 +218,33 @@ class Driver(JobListener):
             self._fail(from_wire(params, f"stage {stage}", self._stages[stage].job.worker_of(stage)))
             return
         with self._ready:
-            call = self._calls.get((params["step"], params["call"]))
+            call = self._calls.get((field_of(params, "step"), field_of(params, "call")))
             if call is None:
                 return
             if event == "loss" and stage == self.num_stages - 1:
-                call.losses[int(params["micro_batch"])] = float.fromhex(params["value"])
+                call.losses[field_of(params, "micro_batch")] = _seconds(params, "value")
             elif event == "done":
-                call.done.add((str(params["type"]), int(params["backward_pass"]), stage))
-                self.busy_s[stage] = self.busy_s.get(stage, 0.0) + float.fromhex(params["busy_s"])
-            self._progress()
+                call.done.add((str(params.get("type")), field_of(params, "backward_pass"), stage))
+                self.tally.busy(stage, _seconds(params, "busy_s"))
+            self._moved()
 
     def allocate(self, stage: int, header: dict[str, Any], num_bytes: int) -> memoryview:
-        output = header.get("type") == "output"
-        cut = self._outputs if output else self._inputs
-        if stage != (self.num_stages - 1 if output else 0) or not 0 <= int(header["slot"]) < len(cut.slots):
-            raise ProtocolError(f"stage {stage} sent a tensor that nobody asked for")
+        slot = self._slot(stage, header)
         with self._ready:
-            call = self._calls.get((header["step"], header["call"]))
-        if call is None or not 0 <= int(header["micro_batch"]) < call.num_micro_batches:
-            raise ProtocolError(f"stage {stage} sent a tensor of a call that is not under way")
-        return FrameTensor.allocate(cut.slots[header["slot"]], header, num_bytes)
+            call = self._calls.get((field_of(header, "step"), field_of(header, "call")))
+        if call is None or field_of(header, "micro_batch") >= call.num_micro_batches:
+            # not the peer's fault: a call that was given up may still have tensors under way
+            raise JobError(f"stage {stage} sent a tensor of a call that is not under way")
+        return FrameTensor.allocate(slot, header, num_bytes, max_batch=max(call.samples))
+
+    def _slot(self, stage: int, header: dict[str, Any]) -> Slot:
+        output, slot = header.get("type") == "output", field_of(header, "slot")
+        cut = self._outputs if output else self._inputs
+        if not output and header.get("type") != "activation_gradient":
+            raise ProtocolError(f"stage {stage} sent a tensor of type {header.get('type')!r:.40}")
+        if stage != (self.num_stages - 1 if output else 0) or slot >= len(cut.slots):
+            raise ProtocolError(f"stage {stage} sent a tensor that nobody asked for")
+        return cut.slots[slot]
 
     def on_frame(self, stage: int, header: dict[str, Any], body: memoryview) -> None:
         tensor = FrameTensor.wrap(header, body)
@@ -244,22 +252,43 @@ class Driver(JobListener):
             call = self._calls.get((header["step"], header["call"]))
             if call is None:
                 return
-            place = (int(header["micro_batch"]), int(header["slot"]))
+            place = (header["micro_batch"], header["slot"])
             if header["type"] == "output":
                 call.outputs.setdefault(place, tensor)
-            else:
-                call.input_gradients.setdefault((int(header["backward_pass"]), *place), tensor)
-            self._progress()
+            elif (backward_pass := field_of(header, "backward_pass")) < call.num_backwards:
+                call.input_gradients.setdefault((backward_pass, *place), tensor)
+            self._moved()
 
     def on_commitment(self, commitment: Commitment) -> None:
-        self.commitments[(commitment.stage, commitment.step)] = commitment
+        self.tally.commitment(commitment)
 
     def on_verdict(self, verdict: Verdict) -> None:
-        self.verdicts.append(verdict)
+        self.tally.verdict(verdict)
 
     def on_lost(self, stage: int, error: WorkerLostError) -> None:
         self._fail(error)
 
-    def _progress(self) -> None:
-        self._last_progress = time.monotonic()
+    def _moved(self) -> None:
+        self._progress.moved()
         self._ready.notify_all()
+
+
+def _beside(function: Callable[[int], Reply], stage: int) -> Future[Reply]:
+    """Run `function(stage)` on a thread of its own, which keeps no script from ending."""
+    future: Future[Reply] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(stage))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=f"call-stage-{stage}", daemon=True).start()
+    return future
+
+
+def _seconds(params: dict[str, Any], name: str) -> float:
+    try:
+        return float.fromhex(params[name])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise ProtocolError(f"{name} is not a number in float.hex() form") from None

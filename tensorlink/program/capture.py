@@ -8,7 +8,9 @@ The module is wrapped so that export sees a flat list of tensors in and out; wha
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -142,8 +144,11 @@ def _quiet() -> Iterator[None]:
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
+        printed = io.StringIO()
         try:
-            yield
+            with contextlib.redirect_stderr(printed):
+                yield
+            sys.stderr.write(printed.getvalue())  # after an error it is export's half-made graph: our message says more
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)

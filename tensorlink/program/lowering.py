@@ -207,7 +207,8 @@ class Lowering:
     ) -> Value:
         if free_unbacked_symbols(node.meta.get("val")):
             raise self.refused(
-                f"{op} whose result has a size that depends on the values of its data; use torch.where or a mask instead"
+                f"{op}, whose result has a size that depends on the values of its data; "
+                "use torch.where or a mask instead"
             )
         value = Value(self.next_id)
         self.next_id += 1

@@ -19,8 +19,9 @@ def _foreign(filename: str) -> bool:
 
 
 def line_of(node: fx.Node) -> str:
-    """`file:line (function)` of the innermost frame outside torch that made the node, "" if it is not known."""
-    frames = [frame for frame in _FRAME.findall(node.meta.get("stack_trace") or "") if not _foreign(frame[0])]
+    """`file:line (function)` of the innermost frame that made the node, outside torch if one is, "" if unknown."""
+    known = _FRAME.findall(node.meta.get("stack_trace") or "")
+    frames = [frame for frame in known if not _foreign(frame[0])] or known
     return f"{frames[-1][0]}:{frames[-1][1]} ({frames[-1][2]})" if frames else ""
 
 

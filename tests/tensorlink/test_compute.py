@@ -8,17 +8,21 @@ import queue
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from smartnodes_core.errors import AuditError, ProtocolError, SandboxError
+from smartnodes_core.records import Challenge, Commitment, Opening, OpeningItem, Unit
 from smartnodes_core.sandbox import Limits, Sandbox
 from tensorlink.errors import OptimizerError, ProgramError, TensorError
+from tensorlink.measure import numeric_class
 from tensorlink.program.loss import trace_loss
 from tensorlink.program.values import DTYPES
 from tensorlink.program.weights import dump, load, tensor_bytes
+from tensorlink.records import StepOrder
 from tensorlink.stage_optimizer import encode_options
 
 COMMAND = [sys.executable, "-m", "tensorlink.compute"]
@@ -54,7 +58,7 @@ class Node:
         piece.view[: len(data)] = data
         return {"offset": piece.offset, "num_bytes": len(data)}
 
-    def load(self, program, state, job, **changes):
+    def load(self, program, state, job, /, **changes):
         params = {
             "job": job, "plan_version": 0, "replica": 0, "stage": self.index, "num_stages": self.num_stages,
             "program": program.to_json(), "loss_program": b"", "weights": self.put(dump(state)), "optimizer": {},
@@ -259,8 +263,8 @@ def test_hostile_messages_are_answered_with_errors_and_nothing_breaks(nodes, gpt
         node.load(program, states[0], rig.JOB)
     with pytest.raises(OptimizerError, match="allowed are"):
         node.call("set_optimizer", optimizer={"name": "LBFGS", "groups": []})
+    wrong = [{"parameters": list(program.parameters), "foreach": True}]
     with pytest.raises(OptimizerError, match="no option 'foreach'"):
-        wrong = [{"parameters": list(program.parameters), "foreach": True}]
         node.call("set_optimizer", optimizer={"name": "AdamW", "groups": wrong})
     with pytest.raises(AuditError, match="not held"):
         node.call("open", step=5, unit=0, tier=1)
@@ -330,8 +334,59 @@ def test_out_of_memory_names_the_setting_and_leaves_the_process_alive(nodes, gpt
     node = nodes(limits=Limits(memory_bytes=700 << 20))
     node.load(only(programs[0]), states[0], rig.JOB)
     node.post("begin", **begin(n=1, type="forward", schedule="gpipe"))
-    node.tensor(x[:1].expand(60_000, -1).contiguous())
+    node.tensor(x[:1].expand(400_000, -1).contiguous())
     failed = node.wait("failed")
     assert failed["code"] == "sandbox"
     assert "raise memory_bytes" in failed["message"]
     assert node.call("measure")["memory_bytes"] == 700 << 20
+
+
+CHEATING = str(Path(__file__).with_name("audit") / "cheating_compute.py")
+
+
+@pytest.mark.parametrize("cheat", ["", "noise", "altered-learning-rate"])
+def test_an_auditor_in_a_process_of_its_own_finds_a_cheat_in_another(nodes, gpt, rig, cheat):
+    programs, states, x = gpt
+    program = only(programs[0])
+    worker, auditor = nodes(command=[sys.executable, CHEATING, cheat] if cheat else None), nodes()
+    worker.load(program, states[0], rig.JOB)
+    worker.call("set_optimizer", optimizer={"name": "AdamW", "groups": group(program)})
+    order = StepOrder(
+        job=rig.JOB, plan_version=0, step=0, input_root=bytes(32), target_root=bytes(32), loss=bytes(32), loss_weights=[],
+        loss_scale="", clip_norm="", optimizer="AdamW", options=group(program),
+    )  # fmt: skip
+    worker.post("begin", **begin(n=2, type="forward", schedule="gpipe"))
+    worker.post("backward", step=0, call=0, backward_pass=0, num_micro_batches=2, retain=False)
+    for m in range(2):
+        worker.tensor(x[3 * m : 3 * m + 3], micro_batch=m)
+        worker.tensor(torch.randn(3, 6, 16), micro_batch=m, type="activation_gradient")
+    worker.call("prepare", step=0, num_units=2)
+    decide = {"step": 0, "decision": "commit", "clip_coefficient": (1.0).hex(), "options": order.options}
+    worker.call("decide", **decide, order=order.digest())
+    content = worker.wait("commitment")
+    del content["key"]
+    units = [Unit(**unit) for unit in content.pop("units")]
+    commitment = Commitment(
+        job=rig.JOB, plan_version=0, replica=0, stage=0, worker=bytes(32), numeric_class=numeric_class(),
+        previous=bytes(32), units=units, **content,
+    )  # fmt: skip
+    challenge = Challenge(
+        job=rig.JOB,
+        commitment=commitment.digest(),
+        tier=2,
+        unit=-1,
+        seed=bytes(32),
+        reveals=[],
+        auditor=bytes(32),
+        deadline_s=0,
+    )
+    opened = worker.call("open", step=0, unit=-1, tier=2)
+    body = bytes(worker.sandbox.outbound.view(opened["offset"], opened["num_bytes"]))
+    items = [OpeningItem(**item) for item in opened["items"]]
+    opening = Opening(challenge=challenge.digest(), commitment=commitment.digest(), items=items)
+    found = auditor.call(
+        "examine", program=program.to_json(), loss_program=b"", optimizer={}, seed=7, commitment=commitment.encode(),
+        challenge=challenge.encode(), order=order.encode(), opening=opening.encode(), numeric_class=numeric_class(),
+        **auditor.put(body),
+    )  # fmt: skip
+    assert found["finding"] == ("fraudulent" if cheat else "honest"), found

@@ -1,4 +1,4 @@
-"""What a hostile peer may send as a program: refused with an error that names the node, before anything is allocated."""
+"""What a hostile peer may send as a program: refused, naming the node, before anything is allocated."""
 
 from __future__ import annotations
 
