@@ -6,12 +6,14 @@ the next preimage of its hash chain. The seed of a commitment is the hash over t
 worker can foresee it, no single validator can steer it, and anyone checks afterwards that it selects exactly the unit
 that was challenged.
 
-Pure: no clock, no socket, no tensor. `nodes/validator.py` moves the messages, `nodes/worker.py` answers challenges, and
-the network built on this layer compares what was opened (`Auditor`).
+Pure: no clock, no socket, no tensor. `nodes/drawing.py` and `nodes/challenging.py` move the messages,
+`nodes/worker.py` answers challenges, and the network built on this layer compares what was opened (`Auditor`).
 """
 
 from __future__ import annotations
 
+import bisect
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,7 +21,17 @@ from typing import Protocol
 from blake3 import blake3
 
 from smartnodes_core.errors import AuditError
-from smartnodes_core.records import AuditTerms, Challenge, Commitment, Finding, JobRecord, ReceivedList, Reveal
+from smartnodes_core.records import (
+    AuditTerms,
+    Challenge,
+    Commitment,
+    Digest,
+    Finding,
+    JobRecord,
+    ReceivedList,
+    Record,
+    Reveal,
+)
 
 NUM_ASSIGNED = 3
 CHAIN_LENGTH = 1 << 16
@@ -43,6 +55,17 @@ class Case:
     challenge: Challenge
     order: bytes
     opening: bytes
+
+
+class Opened(Record, frozen=True, kw_only=True, tag="Opened/1"):
+    """What a worker signs when it opens: the `Opening` and the digest of its body.
+
+    Without the body under the worker's signature, an auditor could put other bytes beside an honest opening and
+    accuse with them.
+    """
+
+    opening: bytes
+    body_digest: Digest
 
 
 @dataclass(frozen=True)
@@ -83,26 +106,33 @@ class HashChain:
 
 
 class TipTracker:
-    """Checks revealed preimages of one validator against its tip, at the cost of the hashes between two reveals."""
+    """Checks revealed preimages of one validator against its tip, at the cost of the hashes between two reveals.
+
+    Thread-safe.
+    """
 
     def __init__(self, tip: bytes):
+        self._lock = threading.Lock()
         self._known = {0: tip}
-        self._last = 0
+        self._indexes = [0]  # ascending
 
     def check(self, index: int, preimage: bytes) -> bool:
         """Whether `preimage` is number `index` behind the tip."""
-        if index in self._known:
-            return self._known[index] == preimage
         if not 0 < index <= CHAIN_LENGTH:
             return False
-        anchor = max(known for known in self._known if known < index)
-        value = preimage
-        for _ in range(index - anchor):
-            value = hash_link(value)
-        if value != self._known[anchor]:
-            return False
-        self._known[index] = preimage
-        return True
+        with self._lock:
+            if index in self._known:
+                return self._known[index] == preimage
+            place = bisect.bisect_left(self._indexes, index)
+            anchor = self._indexes[place - 1]
+            value = preimage
+            for _ in range(index - anchor):
+                value = hash_link(value)
+            if value != self._known[anchor]:
+                return False
+            self._known[index] = preimage
+            self._indexes.insert(place, index)
+            return True
 
 
 # -- drawing ----------------------------------------------------------------------------------------------------------
@@ -186,7 +216,7 @@ def link_disagreements(before: Commitment, after: Commitment) -> list[str]:
     found = []
     upstream = {(unit.call, unit.micro_batch, unit.backward_pass): unit.roots for unit in before.units}
     for unit in after.units:
-        roots = upstream.get((unit.call, unit.micro_batch, unit.backward_pass))
+        roots = upstream.pop((unit.call, unit.micro_batch, unit.backward_pass), None)
         if roots is None:
             found.append(f"micro-batch {unit.micro_batch} of call {unit.call} is committed by stage {after.stage} only")
             continue
@@ -195,4 +225,8 @@ def link_disagreements(before: Commitment, after: Commitment) -> list[str]:
                 found.append(
                     f"micro-batch {unit.micro_batch}: {ours} of stage {before.stage} is not {theirs} of {after.stage}"
                 )
+    found += [
+        f"micro-batch {micro_batch} of call {call} is committed by stage {before.stage} only"
+        for call, micro_batch, _ in upstream
+    ]
     return found

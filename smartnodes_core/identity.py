@@ -6,11 +6,8 @@ is signed by both keys: the node vouches for the account, and the account (EIP-1
 
 from __future__ import annotations
 
-import json
 import os
-import stat
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import nacl.exceptions
@@ -21,9 +18,9 @@ import nacl.utils
 
 from smartnodes_core.chain import signing
 from smartnodes_core.errors import AuthorityError, IdentityError, SignatureError
+from smartnodes_core.keyfile import read_key_file, write_key_file
 from smartnodes_core.records import Binding, Record, Role, Signed, SignedBinding, digest_of
 
-MAX_KEY_FILE_BYTES = 4096
 _OPSLIMIT = nacl.pwhash.argon2id.OPSLIMIT_INTERACTIVE
 _MEMLIMIT = nacl.pwhash.argon2id.MEMLIMIT_INTERACTIVE
 _RECORD_DOMAIN = "signed record"
@@ -71,28 +68,19 @@ class Identity:
         Never overwrites: IdentityError.
         """
         seed = bytes(self._key)
-        fields: dict[str, int | str] = {"version": 1, "node_key": self.node_key.hex()}
+        fields: dict[str, str] = {"node_key": self.node_key.hex()}
         if passphrase is None:
             fields["seed"] = seed.hex()
         else:
             salt = nacl.utils.random(nacl.pwhash.argon2id.SALTBYTES)
             box = nacl.secret.SecretBox(_stretch(passphrase, salt))
             fields |= {"kdf": "argon2id-interactive", "salt": salt.hex(), "sealed": bytes(box.encrypt(seed)).hex()}
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            raise IdentityError(f"{path} exists already: a key file is never overwritten, move it away first") from None
-        except OSError as error:
-            raise IdentityError(f"the key file {path} cannot be written: {error.strerror}") from None
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(fields, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        write_key_file(path, fields)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], passphrase: str | None = None) -> Identity:
         """The identity in the key file at `path`. Raises IdentityError, also when others than its owner may read it."""
-        fields = _read_key_file(Path(path))
+        fields = read_key_file(path)
         try:
             if "sealed" in fields:
                 if passphrase is None:
@@ -109,27 +97,6 @@ class Identity:
         if fields.get("node_key") != identity.node_key.hex():
             raise IdentityError(f"{path} names another node key than its seed gives: the file is damaged")
         return identity
-
-
-def _read_key_file(path: Path) -> dict[str, object]:
-    try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            data = file.read(MAX_KEY_FILE_BYTES + 1)
-    except OSError as error:
-        raise IdentityError(f"the key file {path} cannot be read: {error.strerror}") from None
-    loose = stat.S_IMODE(status.st_mode) & 0o077
-    if os.name == "posix" and loose:
-        raise IdentityError(
-            f"{path} can be read by others (mode {stat.S_IMODE(status.st_mode):o}): run chmod 600 {path}"
-        )
-    try:
-        fields = json.loads(data)
-    except ValueError:
-        fields = None
-    if len(data) > MAX_KEY_FILE_BYTES or not isinstance(fields, dict) or fields.get("version") != 1:
-        raise IdentityError(f"{path} is not a key file of version 1")
-    return fields
 
 
 def _stretch(passphrase: str, salt: bytes) -> bytes:

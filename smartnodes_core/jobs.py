@@ -11,11 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from smartnodes_core.errors import JobError, RecordError
+from smartnodes_core.errors import ConfigError, JobError, RecordError
 from smartnodes_core.identity import verify
 from smartnodes_core.records import Commitment, JobRecord, NodeKey, OpeningItem, Plan, Signed, digest_of
+from smartnodes_core.transport.base import split_endpoint
 
 Buffer = bytes | bytearray | memoryview
+
+#: Workers and validators keep commitments this far back at most.
+MAX_WINDOW_STEPS = 1 << 14
 
 
 def spec_digest(spec: bytes) -> bytes:
@@ -47,15 +51,29 @@ class Job:
         return job
 
     def _check(self, plan_signer: NodeKey) -> None:
+        """Sizes first: a plan's author decides how long each of these takes."""
         record, plan = self.record, self.plan
         if plan.job != self.id or plan_signer != record.author:
             raise RecordError("the plan is of another job, or not signed by the job's author")
+        num_needed = record.num_replicas * record.num_stages
+        if len(plan.assignments) != num_needed:
+            raise RecordError(f"the plan assigns {len(plan.assignments)} stages, needed {num_needed}, each once")
         stages = {(item.replica, item.stage) for item in plan.assignments}
-        wanted = {(r, s) for r in range(record.num_replicas) for s in range(record.num_stages)}
-        if stages != wanted or len(stages) != len(plan.assignments):
-            raise RecordError(f"the plan assigns {len(stages)} stages, needed {len(wanted)}, each once")
+        if len(stages) != num_needed or any(
+            item.replica >= record.num_replicas or item.stage >= record.num_stages for item in plan.assignments
+        ):
+            raise RecordError(f"the plan assigns {len(stages)} stages, needed {num_needed}, each once")
+        if not plan.validators or len(set(plan.validators)) != len(plan.validators):
+            raise RecordError(f"the plan names {len(plan.validators)} validators: at least one, each once, is needed")
+        if record.audit.window_steps > MAX_WINDOW_STEPS:
+            raise RecordError(f"an audit window of {record.audit.window_steps} steps: at most {MAX_WINDOW_STEPS}")
         if not len(record.specs) == len(record.initial_roots) == len(record.work_units) == record.num_stages:
             raise RecordError(f"specs, roots and work units of a job of {record.num_stages} stages must be that many")
+        for item in plan.assignments:
+            try:
+                split_endpoint(item.endpoint)
+            except ConfigError as error:  # ours to say of our settings, here it is the author's record
+                raise RecordError(f"the plan's endpoint of stage {item.stage}: {error}") from None
 
     def worker_of(self, stage: int, replica: int = 0) -> NodeKey:
         """The worker that runs `stage`. Raises JobError where there is none."""

@@ -1,7 +1,8 @@
 """What this node signed, durable before it is sent: a restart never signs a second version of anything.
 
-One append-only file of `u32 length | u32 crc32 | key | digest` entries, fsynced before `once` returns. A torn tail
-(the machine died while writing) is cut off at start; what it held was never sent.
+One append-only file of `u32 length | u32 crc32 | scope | 0 | digest` entries, each on disk before `once` returns. A
+torn tail (the machine died while writing) is cut off at start; what it held was never sent. Damage anywhere else would
+make a node forget what it signed, so a journal with it is refused.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import os
 import struct
 import threading
 import zlib
+from io import FileIO
 from pathlib import Path
 
 from smartnodes_core.errors import LocalError
 
 _HEAD = struct.Struct(">II")
+_DIGEST_BYTES = 32
+_MIN_ENTRY_BYTES = 1 + _DIGEST_BYTES
 _MAX_ENTRY_BYTES = 4096
 
 
@@ -25,25 +29,29 @@ class EquivocationError(LocalError):
 
 
 class Journal:
-    """Remembers, per `scope` (such as "commitment/<job>/<step>"), the one digest that was signed.
+    """Remembers, per `scope` (such as "commitment/<job>/<step>"), the one digest (32 bytes) that was signed.
 
-    `path` None keeps it in memory only, for tests.
+    `path` None keeps it in memory only, for tests. Raises LocalError where the file cannot be used: another process
+    has it open, or it is damaged.
     """
 
     def __init__(self, path: Path | None):
         self._lock = threading.Lock()
         self._signed: dict[str, bytes] = {}
-        self._file = None
+        self._file: FileIO | None = None
+        self._size = 0
         if path is not None:
-            good = self._replay(path)
-            self._file = open(path, "ab")  # noqa: SIM115 - lives as long as the journal
-            self._file.truncate(good)
+            self._open(path)
 
     def once(self, scope: str, digest: bytes) -> None:
         """Record that `digest` is signed for `scope`; the same digest again is fine.
 
-        Raises EquivocationError where another one was signed before.
+        Raises EquivocationError where another one was signed before, LocalError where it cannot be written: then it
+        is not signed.
         """
+        entry = scope.encode() + b"\0" + digest
+        if len(digest) != _DIGEST_BYTES or len(entry) > _MAX_ENTRY_BYTES:
+            raise LocalError(f"the journal takes digests of 32 bytes and short scopes, not {len(digest)}, {len(scope)}")
         with self._lock:
             before = self._signed.get(scope)
             if before == digest:
@@ -51,10 +59,7 @@ class Journal:
             if before is not None:
                 raise EquivocationError(f"{scope}: {before.hex()[:16]} was signed before, not {digest.hex()[:16]}")
             if self._file is not None:
-                entry = scope.encode() + b"\0" + digest
-                self._file.write(_HEAD.pack(len(entry), zlib.crc32(entry)) + entry)
-                self._file.flush()
-                os.fsync(self._file.fileno())
+                self._append(self._file, _HEAD.pack(len(entry), zlib.crc32(entry)) + entry)
             self._signed[scope] = digest
 
     def signed(self, scope: str) -> bytes | None:
@@ -68,20 +73,84 @@ class Journal:
             return sum(scope.startswith(prefix) for scope in self._signed)
 
     def close(self) -> None:
+        """Gives the file back. What is recorded after is kept in memory only, so sign no more. Harmless twice."""
         with self._lock:
             if self._file is not None:
                 self._file.close()
                 self._file = None
 
-    def _replay(self, path: Path) -> int:
-        """Read every whole entry; returns the bytes they take."""
-        data = path.read_bytes() if path.exists() else b""
+    def _open(self, path: Path) -> None:
+        file: FileIO | None = None
+        try:
+            file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+")
+            _lock_file(file, path)
+            self._size = self._replay(path.read_bytes(), path)
+            file.truncate(self._size)
+            file.seek(self._size)
+            os.fsync(file.fileno())
+            _sync_directory(path.parent)
+        except BaseException as error:
+            if file is not None:
+                file.close()
+            if isinstance(error, OSError):
+                raise LocalError(f"the journal {path} cannot be used: {error.strerror}") from None
+            raise
+        self._file = file
+
+    def _append(self, file: FileIO, data: bytes) -> None:
+        """All of `data` on disk, or none: a half-written entry would hide every one that follows it."""
+        try:
+            if file.write(data) != len(data):
+                raise OSError(0, "no room")
+            os.fsync(file.fileno())
+        except OSError as error:
+            file.truncate(self._size)
+            file.seek(self._size)
+            raise LocalError(f"the journal cannot be written ({error.strerror}): nothing more is signed") from None
+        self._size += len(data)
+
+    def _replay(self, data: bytes, path: Path) -> int:
+        """Read every whole entry; returns the bytes they take. Raises LocalError where one follows a damaged one."""
         at = 0
-        while at + _HEAD.size <= len(data):
-            length, crc = _HEAD.unpack_from(data, at)
-            entry = data[at + _HEAD.size : at + _HEAD.size + length]
-            if length > _MAX_ENTRY_BYTES or len(entry) < length or zlib.crc32(entry) != crc:
-                break
-            self._signed[entry[:-33].decode()] = entry[-32:]
-            at += _HEAD.size + length
+        while (entry := _entry_at(data, at)) is not None:
+            self._signed[entry[: -_DIGEST_BYTES - 1].decode(errors="surrogateescape")] = entry[-_DIGEST_BYTES:]
+            at += _HEAD.size + len(entry)
+        tail = data[at:]
+        whole_later = any(_entry_at(tail, offset) is not None for offset in range(1, len(tail)))
+        if len(tail) > _HEAD.size + _MAX_ENTRY_BYTES or whole_later:
+            raise LocalError(
+                f"the journal {path} is damaged at byte {at}: restore it from a backup; without it this node could "
+                "sign a second version of what it has signed, so it would need a new identity"
+            )
         return at
+
+
+def _entry_at(data: bytes, at: int) -> bytes | None:
+    """The whole, undamaged entry that begins at `at`."""
+    if at + _HEAD.size > len(data):
+        return None
+    length, crc = _HEAD.unpack_from(data, at)
+    entry = data[at + _HEAD.size : at + _HEAD.size + length]
+    good = _MIN_ENTRY_BYTES <= length <= _MAX_ENTRY_BYTES and len(entry) == length and zlib.crc32(entry) == crc
+    return entry if good else None
+
+
+def _lock_file(file: FileIO, path: Path) -> None:
+    """Two processes with one journal would each sign a version of their own. Raises LocalError."""
+    try:
+        import fcntl  # not on every platform
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise LocalError(f"the journal {path} is in use: another node runs with this data directory") from None
+
+
+def _sync_directory(path: Path) -> None:
+    """Makes a new file's name durable too."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -45,3 +45,9 @@ class TensorError(PeerFault):
     """A tensor whose dtype, shape, size or digest is not what was agreed."""
 
     code = "tensor"
+
+
+class InputError(LocalError, ValueError):
+    """What was passed does not fit what was traced: another structure, dtype or shape; the message names the input."""
+
+    code = "input"

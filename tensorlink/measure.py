@@ -38,5 +38,5 @@ def memory_bytes(limit_bytes: int) -> int:
 def numeric_class() -> str:
     """What decides the last bits: torch's build, the instruction set its kernels use, the number of threads."""
     isa = torch.backends.cpu.get_cpu_capability()
-    onednn = "onednn" if torch.backends.mkldnn.is_available() else "plain"  # type: ignore[no-untyped-call]
+    onednn = "onednn" if torch.backends.mkldnn.is_available() else "plain"
     return f"torch {torch.__version__} cpu {isa} {onednn} threads {torch.get_num_threads()}"

@@ -48,11 +48,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.model = model
         self.optimizer_name = name
         super().__init__(_by_pattern(model, groups), defaults)
-        model._set_optimizer(self)
+        model._steps.set_optimizer(self)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients that were accumulated since the last `step()`; a committed step leaves none."""
-        self.model._drop_gradients()
+        self.model._steps.drop_gradients()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -65,7 +65,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.model._step(self)
+        self.model._steps.step(self)
         return loss
 
     def wire_options(self) -> list[dict[str, Any]]:

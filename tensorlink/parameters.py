@@ -13,25 +13,29 @@ import torch
 from tensorlink.errors import RemoteParameterError
 
 _REMEDY = (
-    "this parameter lives on the worker of stage {stage}: use tensorlink.DistributedOptimizer for updates, "
-    "model.clip_grad_norm_() for clipping, model.state_dict() for values"
+    "use tensorlink.DistributedOptimizer for updates, model.zero_grad() and model.clip_grad_norm_() for gradients, "
+    "model.state_dict() for values"
 )
+#: The stage of a parameter that no stage computes with.
+UNUSED = -1
 #: What looks at a parameter without touching values.
 _HARMLESS = {
     "__repr__",
     "numel",
     "size",
     "dim",
+    "ndimension",
     "is_floating_point",
     "is_complex",
     "element_size",
     "stride",
     "__hash__",
+    "__len__",
 }
 
 
 class RemoteParameter(torch.nn.Parameter):
-    """A stand-in on the meta device for a parameter that a worker holds; `stage` says which stage."""
+    """A stand-in on the meta device for a parameter that a worker holds; `stage` says which stage (UNUSED: none)."""
 
     remote_name: str
     stage: int
@@ -46,21 +50,28 @@ class RemoteParameter(torch.nn.Parameter):
 
     @property
     def grad(self) -> torch.Tensor:  # type: ignore[override]
-        raise RemoteParameterError(f"{self.remote_name}.grad: " + _REMEDY.format(stage=self.stage))
+        raise _refusal("grad", self)
 
     @grad.setter
     def grad(self, value: object) -> None:
-        raise RemoteParameterError(f"{self.remote_name}.grad: " + _REMEDY.format(stage=self.stage))
+        raise _refusal("grad", self)
 
     def __repr__(self, *_: object) -> str:  # type: ignore[override]
-        return f"RemoteParameter({self.remote_name}: {self.dtype}, {list(self.shape)}, stage {self.stage})"
+        return f"RemoteParameter({self.remote_name}: {self.dtype}, {list(self.shape)}, {_where(self)})"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name == "__get__" or name == "__set__" or name in _HARMLESS:
             return super().__torch_function__(func, types, args, kwargs or {})
-        found = next((arg for arg in args if isinstance(arg, RemoteParameter)), None)
-        label = found.remote_name if found is not None else "a parameter"
-        stage = found.stage if found is not None else "?"
-        raise RemoteParameterError(f"{name}({label}): " + _REMEDY.format(stage=stage))
+        raise _refusal(name, next((arg for arg in args if isinstance(arg, RemoteParameter)), None))
+
+
+def _refusal(what: str, parameter: RemoteParameter | None) -> RemoteParameterError:
+    if parameter is None:
+        return RemoteParameterError(f"{what} of parameters that live on workers: {_REMEDY}")
+    return RemoteParameterError(f"{what} of {parameter.remote_name}, which lives on {_where(parameter)}: {_REMEDY}")
+
+
+def _where(parameter: RemoteParameter) -> str:
+    return "no worker, for no stage uses it" if parameter.stage == UNUSED else f"the worker of stage {parameter.stage}"

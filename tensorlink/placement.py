@@ -6,28 +6,27 @@ Read `place` from top to bottom: it is the first story of the architecture up to
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
-from smartnodes_core.errors import JobError
 from smartnodes_core.jobs import Job, spec_digest
 from smartnodes_core.records import NO_DIGEST, Announcement, Assignment, AuditTerms, JobRecord, Plan, Record
 from tensorlink.audit.commitments import initial_root
-from tensorlink.parameters import RemoteParameter
+from tensorlink.errors import PartitionError, TraceError
 from tensorlink.pipeline.batching import micro_batches as split_into
 from tensorlink.pipeline.driver import Driver
-from tensorlink.program.graph import LossProgram, StageProgram
+from tensorlink.program.graph import StageProgram
 from tensorlink.program.inputs import flatten_inputs
 from tensorlink.program.limits import Estimate, check
 from tensorlink.program.trace import TracedModel, trace
-from tensorlink.program.values import DTYPES
 from tensorlink.program.weights import dump
 from tensorlink.records import set_root
+from tensorlink.remote_state import RemoteState
+from tensorlink.reporting import report
 from tensorlink.sharding.partition import partition
 from tensorlink.sharding.plan import PlacementPlan, StageNeed, plan
 from tensorlink.sharding.profile import profile
@@ -36,7 +35,6 @@ from tensorlink.worker import JOB_TYPE
 if TYPE_CHECKING:
     from tensorlink.network import Network
 
-MAX_STATE_BYTES = 8 << 30
 #: Caps under which the user's side estimates a stage; a worker checks it again under its own.
 MAX_STAGE_BYTES = 1 << 40
 MAX_STAGE_FLOPS = 1 << 60
@@ -53,13 +51,9 @@ class Placement:
     driver: Driver
     job: Job
     table: PlacementPlan
-    module_names: list[str]
-    aliases: dict[str, str]
+    state: RemoteState
     set_up_s: float = 0.0
     closed: bool = False
-    step_times_s: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
-
-    # -- signing, and roots for the step's order ----------------------------------------------------------------------
 
     def sign(self, record: Record) -> bytes:
         """The record signed by the user's node key."""
@@ -70,97 +64,12 @@ class Placement:
         """The root over all inputs of a step, by "call.micro_batch"."""
         return set_root(dict(roots)) if roots else NO_DIGEST
 
-    # -- state --------------------------------------------------------------------------------------------------------
-
-    def remote_parameters(self) -> OrderedDict[str, RemoteParameter]:
-        """Stand-ins in the order of the wrapped module's `named_parameters()`."""
-        places = {
-            name: (program.stage_index, spec)
-            for program in reversed(self.programs)
-            for name, spec in program.parameters.items()
-        }
-        made: OrderedDict[str, RemoteParameter] = OrderedDict()
-        for name in self.module_names:
-            if name in places:
-                stage, spec = places[name]
-                made[name] = RemoteParameter.make(name, stage, spec.shape, DTYPES[spec.dtype], spec.requires_grad)
-        return made
-
-    def in_module_order(self, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """`found` under every name the wrapped module's state_dict has, aliases of tied weights included."""
-        ordered: OrderedDict[str, torch.Tensor] = OrderedDict()
-        for name in self.module_names:
-            ordered[name] = found[self.aliases.get(name, name)]
-        return ordered
-
-    def send_state(self, state: Mapping[str, Any], strict: bool) -> None:
-        """Send weights to the stages. Raises JobError naming what is missing, too much or of another shape."""
-        missing = [name for name in self.module_names if name not in state]
-        unexpected = [name for name in state if name not in self.module_names]
-        if strict and (missing or unexpected):
-            raise JobError(
-                f"load_state_dict: missing {missing[:5]}, unexpected {unexpected[:5]}: pass strict=False to skip"
-            )
-        for program in self.programs:
-            expected = program.expected_state()
-            piece = {}
-            for name, (dtype, shape) in expected.items():
-                if name in state:
-                    if tuple(state[name].shape) != tuple(shape):
-                        raise JobError(f"{name}: found shape {list(state[name].shape)}, needed {list(shape)}")
-                    piece[name] = state[name].detach().to("cpu", DTYPES[dtype])
-            if piece:
-                self.driver.call(program.stage_index, "set_state", {}, [dump(piece)])
-
-    def send_loss(self, program: LossProgram) -> bytes:
-        """Give the last stage its loss; returns its digest, which every step's order names."""
-        self.driver.call(self.driver.num_stages - 1, "set_loss", {}, [program.to_json()])
-        return program.digest
-
-    # -- telling and ending -------------------------------------------------------------------------------------------
-
     def report(self, num_steps: int) -> dict[str, Any]:
-        """Plain data: plan, timings, audits and reputation per stage."""
-        verdicts, commitments = list(self.driver.verdicts), dict(self.driver.commitments)
-        stages = []
-        for placed in self.table.stages:
-            worker = placed.worker.node_key
-            own = [verdict for verdict in verdicts if verdict.worker == worker]
-            stages.append(
-                {
-                    "stage": placed.stage,
-                    "worker": worker.hex(),
-                    "endpoint": placed.worker.endpoints[0],
-                    "parameters": list(self.programs[placed.stage].parameters),
-                    "predicted_micro_batch_s": placed.micro_batch_s,
-                    "work_units": sum(c.work_units for (s, _), c in commitments.items() if s == placed.stage),
-                    "busy_s": self.driver.busy_s.get(placed.stage, 0.0),
-                    "audits_passed": sum(verdict.finding == "honest" for verdict in own),
-                    "audits_failed": sum(verdict.finding == "fraudulent" for verdict in own),
-                    "audits_inconclusive": sum(verdict.finding == "inconclusive" for verdict in own),
-                    "reputation": self.network.reputation_of(worker),
-                }
-            )
-        return {
-            "job": self.job.id.hex(),
-            "num_steps": num_steps,
-            "set_up_s": self.set_up_s,
-            "predicted_step_s": self.table.step_s,
-            "stages": stages,
-            "num_spares": len(self.table.spares),
-        }
-
-    def audits(self) -> dict[str, int]:
-        """Verdicts so far, counted by finding."""
-        findings = [verdict.finding for verdict in self.driver.verdicts]
-        return {
-            "passed": findings.count("honest"),
-            "failed": findings.count("fraudulent"),
-            "inconclusive": findings.count("inconclusive"),
-        }
+        """See `reporting.report`."""
+        return report(self, num_steps)
 
     def close(self) -> None:
-        """End the job: a validator is told, workers are released."""
+        """End the job: a validator is told, workers are released. Idempotent."""
         if not self.closed:
             self.closed = True
             self.driver.close()
@@ -195,6 +104,7 @@ def place(
         bar.set_description("partition")
         programs = partition(traced, profile(traced, example_inputs), num_stages)
         samples = _samples(traced, example_inputs, micro_batches)
+        _check_supported(traced, programs)
         estimates = [
             check(program, batch=samples, max_bytes=MAX_STAGE_BYTES, max_flops=MAX_STAGE_FLOPS) for program in programs
         ]
@@ -207,9 +117,8 @@ def place(
         record = _record(network, programs, estimates, states, {"seed": seed, "samples": samples}, audit_rates)
         job = network.user.open_job(record, _plan(network, record, table), driver)
         driver.attach(job)
-        placement = Placement(
-            network, traced, programs, driver, job, table, list(traced.state_names), dict(traced.aliases)
-        )
+        state = RemoteState(traced, programs, driver)
+        placement = Placement(network, traced, programs, driver, job, table, state)
         try:
             bar.update()
             bar.set_description("send weights")
@@ -293,6 +202,26 @@ def _key(worker: Announcement) -> bytes:
 
 
 def _load_stages(driver: Driver, programs: list[StageProgram], states: list[dict[str, torch.Tensor]]) -> None:
-    for program, state in zip(programs, states, strict=True):
-        data = program.to_json()
-        driver.call(program.stage_index, "load", {"program_bytes": len(data)}, [data, dump(state)])
+    """All at once; each stage's weights are written out while those of others are on their way."""
+    specs = [program.to_json() for program in programs]
+    driver.call_all(
+        "load",
+        lambda stage: {"program_bytes": len(specs[stage])},
+        lambda stage: [specs[stage], dump(states[stage])],
+    )
+
+
+def _check_supported(traced: TracedModel, programs: list[StageProgram]) -> None:
+    """Raises what would otherwise train something else than the module."""
+    for name, spec in [item for program in programs for item in program.parameters.items()]:
+        if spec.shared:
+            raise PartitionError(
+                f"parameter {name!r} is tied across a cut into {len(programs)} stages, and stages do not add up each "
+                "other's gradients yet: use fewer stages, or untie it"
+            )
+    for slot in traced.outputs.slots:
+        if slot.type != "tensor" or not slot.shape or slot.shape[0] != -1:
+            raise TraceError(
+                f"{slot.name} has shape {list(slot.shape)}, needed a tensor with the batch first: return what the loss "
+                "is computed from, and pass the loss as train_step's loss_fn or compute it outside"
+            )

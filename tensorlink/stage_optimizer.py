@@ -7,6 +7,7 @@ auditor recomputes the update and wants one order of operations.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -85,6 +86,12 @@ class StageOptimizer:
         self._torch: torch.optim.Optimizer | None = None
         if made:
             try:
+                for group in made:  # torch checks values only where they are given as defaults
+                    arguments = inspect.signature(ALLOWED[name]).parameters  # AdamW has a default that is none of them
+                    ALLOWED[name](
+                        [torch.zeros(1)],
+                        **{key: value for key, value in group.items() if key in arguments and key != "params"},
+                    )
                 accepted: dict[str, Any] = {key: value for key, value in _OURS.items() if key in _defaults(name)}
                 self._torch = ALLOWED[name](made, **accepted)
             except (TypeError, ValueError) as error:

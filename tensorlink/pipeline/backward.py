@@ -120,9 +120,11 @@ class GradientSum:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._own: set[str] = set()
+        self._norm: tuple[float, str] | None = None
 
     def add(self, gradients: Mapping[str, Tensor]) -> None:
         """Adds one micro-batch."""
+        self._norm = None
         for name, gradient in gradients.items():
             if name not in self._sums:
                 self._sums[name] = gradient
@@ -135,18 +137,21 @@ class GradientSum:
     def take(self) -> dict[str, Tensor]:
         """The sums, contiguous; empties this."""
         found = {name: tensor.contiguous() for name, tensor in sorted(self._sums.items())}
-        self._sums, self._own = {}, set()
+        self._sums, self._own, self._norm = {}, set(), None
         return found
 
     def squared_norm(self) -> tuple[float, str]:
         """Sum of squares over all gradients, and the name of the first that is not finite ("" for none)."""
+        if self._norm is not None:
+            return self._norm
         total, bad = 0.0, ""
         for name, tensor in sorted(self._sums.items()):
             norm = float(torch.linalg.vector_norm(tensor, dtype=_NORM_DTYPES.get(tensor.dtype, tensor.dtype)))
             if not bad and not norm < float("inf"):
                 bad = name
             total += norm * norm
-        return total, bad
+        self._norm = (total, bad)
+        return self._norm
 
     def __len__(self) -> int:
         return len(self._sums)

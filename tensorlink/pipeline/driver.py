@@ -29,7 +29,8 @@ from smartnodes_core.nodes.user import JobListener, UserNode
 from smartnodes_core.records import Commitment, Verdict
 from smartnodes_core.remote_errors import from_wire
 from smartnodes_core.rpc import Reply
-from tensorlink.pipeline.frames import FrameTensor, dtype_name, field_of, tensor_bytes
+from tensorlink.pipeline.frames import FrameTensor, dtype_name, tensor_bytes
+from tensorlink.pipeline.headers import field_of
 from tensorlink.pipeline.progress import Progress
 from tensorlink.pipeline.tally import Tally
 from tensorlink.records import Cut, Slot
@@ -46,6 +47,7 @@ class Call:
     input_gradients: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
     losses: dict[int, float] = field(default_factory=dict)
     done: set[tuple[str, int, int]] = field(default_factory=set)  # (type, backward pass, stage)
+    sizes: list[list[int]] = field(default_factory=list)  # per output slot, the length of each micro-batch's piece
     num_backwards: int = 0
     freed: bool = False  # its graph is gone from the stages
 
@@ -235,7 +237,7 @@ class Driver(JobListener):
         if call is None or field_of(header, "micro_batch") >= call.num_micro_batches:
             # not the peer's fault: a call that was given up may still have tensors under way
             raise JobError(f"stage {stage} sent a tensor of a call that is not under way")
-        return FrameTensor.allocate(slot, header, num_bytes, max_batch=max(call.samples))
+        return FrameTensor.allocate(slot, header, num_bytes)
 
     def _slot(self, stage: int, header: dict[str, Any]) -> Slot:
         output, slot = header.get("type") == "output", field_of(header, "slot")

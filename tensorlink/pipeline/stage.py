@@ -17,21 +17,18 @@ from torch import Tensor
 
 from smartnodes_core.errors import ProtocolError
 from tensorlink.errors import TensorError
-from tensorlink.pipeline.backward import ForwardPass, GradientSum, Value, backward, forward
+from tensorlink.pipeline.arrivals import check_fits, values
+from tensorlink.pipeline.backward import ForwardPass, Value, backward, forward
 from tensorlink.pipeline.executor import BackwardState, CallState, Executor, Ready
 from tensorlink.pipeline.inbox import Delivery, Inbox
 from tensorlink.pipeline.seeds import seed_for
+from tensorlink.pipeline.state import StageState
 from tensorlink.program.graph import LossProgram, StageProgram
 from tensorlink.program.interpreter import Interpreter
 from tensorlink.program.loss import constants_of
-from tensorlink.program.values import DTYPE_NAMES
 from tensorlink.records import Slot
-from tensorlink.stage_optimizer import StageOptimizer
-from tensorlink.steplog import snapshots
 from tensorlink.steplog.digests import as_tensor, digests, slots
-from tensorlink.steplog.log import ForwardRecord, StepLog, StepRecord, UnitRecord
-
-MAX_SIZE = 1 << 48
+from tensorlink.steplog.log import ForwardRecord, UnitRecord
 
 
 class Port(Protocol):
@@ -59,7 +56,7 @@ class Place:
     seed: int
 
 
-class Stage:
+class Stage(StageState):
     """A stage that computes.
 
     `parameters` and `buffers` are the stage's own from now on. `pool` has one thread and computes digests. All
@@ -78,12 +75,8 @@ class Stage:
         window_steps: int,
         shared_bytes: int = 1 << 62,
     ) -> None:
-        self.place, self.program = place, program
-        self.parameters, self.buffers = parameters, buffers
-        self.step = 0
-        self.optimizer: StageOptimizer | None = None
-        self.gradients = GradientSum()
-        self.log = StepLog(window_steps, shared_bytes)
+        super().__init__(program, parameters, buffers, window_steps, shared_bytes)
+        self.place = place
         self._port, self._pool = port, pool
         self._inbox = Inbox()
         self._executor = Executor(place.stage, place.num_stages, self._has)
@@ -91,10 +84,11 @@ class Stage:
             training: Interpreter(program.graph(training), parameters, buffers) for training in (True, False)
         }
         self._loss: tuple[LossProgram, Interpreter] | None = None
-        self._buffers_at_start = dict(buffers)
         inputs, outputs = program.inputs.slots, program.outputs.slots
         self._input_slots = range(len(inputs))
         self._gradient_slots = [i for i, slot in enumerate(outputs) if slot.requires_grad]
+        # the optimizer writes into these
+        self._own = {parameter.untyped_storage().data_ptr() for parameter in parameters.values()}
         self._upstream_slots = [i for i, slot in enumerate(inputs) if slot.requires_grad]
 
     @property
@@ -130,7 +124,7 @@ class Stage:
         expected = self._expected(delivery.type, slot)
         if expected is None:
             return False
-        _check_fits(expected, delivery, tensor)
+        check_fits(expected, delivery, tensor)
         return self._inbox.put(delivery, slot, tensor)
 
     def _expected(self, type: str, slot: int) -> Slot | None:
@@ -157,6 +151,10 @@ class Stage:
         loss = self._loss
         return loss is not None and self._inbox.has(delivery, range(len(loss[0].inputs.slots) - loss[0].num_outputs))
 
+    def _end_calls(self, step: int) -> None:
+        self._executor.drop(step)
+        self._inbox.forget(step)
+
     # -- what is computed ---------------------------------------------------------------------------------------------
 
     def run_next(self) -> bool:
@@ -179,7 +177,7 @@ class Stage:
         call, m = ready.call, ready.micro_batch
         delivery = Delivery(call.step, call.call, m, "activation", 0)
         arrived = self._inbox.take(delivery)
-        inputs = _values(self.program.inputs.slots, arrived)
+        inputs = values(self.program.inputs.slots, arrived)
         with_loss = call.type == "train_step" and self.is_last
         targets = self._inbox.take(delivery._replace(type="target")) if with_loss else {}
         before = dict(self.buffers)
@@ -205,9 +203,8 @@ class Stage:
 
     def _kept(self, outputs: Sequence[Value]) -> dict[str, Tensor]:
         """Outputs for the log: those that are views of parameters are copied, for the optimizer writes into those."""
-        own = {parameter.untyped_storage().data_ptr() for parameter in self.parameters.values()}
         return {
-            slot: tensor.clone() if tensor.untyped_storage().data_ptr() in own else tensor
+            slot: tensor.clone() if tensor.untyped_storage().data_ptr() in self._own else tensor
             for slot, tensor in slots(outputs).items()
         }
 
@@ -218,7 +215,7 @@ class Stage:
         loss = None
         if targets is not None and self._loss is not None:
             program, interpreter = self._loss
-            loss = (interpreter, _values(program.inputs.slots[program.num_outputs :], targets))
+            loss = (interpreter, values(program.inputs.slots[program.num_outputs :], targets))
         return forward(self._interpreters[call.training], self.program.inputs, inputs, seeds, call.grad, loss)
 
     def _send_outputs(self, delivery: Delivery, passed: ForwardPass) -> None:
@@ -281,122 +278,6 @@ class Stage:
             self._inbox.remember(delivery, "gy", unit.digests)
         self.log.settle(unit)
 
-    # -- the step -----------------------------------------------------------------------------------------------------
-
-    def set_optimizer(self, name: str, groups: Sequence[Mapping[str, Any]]) -> None:
-        """The optimizer of this stage's parameters, with fresh state. Raises OptimizerError."""
-        optimizer = StageOptimizer(name, groups, self.parameters)
-        self._keep_state_after()
-        self.optimizer = optimizer
-
-    def _keep_state_after(self) -> None:
-        """The state is about to change other than by a step: the last step's audit needs it as it is."""
-        record = self.log.last()
-        if record is not None and record.after is None:
-            state = self.optimizer.state_tensors() if self.optimizer else {}
-            record.after = snapshots.take(self.parameters, record.buffers_after, state)
-
-    def state_after(self, record: StepRecord) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """Weights and optimizer state as a committed step left them; not to be written to."""
-        kept = record.after
-        if kept is None:
-            following = self.log.following(record.step)
-            kept = following.before if following is not None else None
-        if kept is not None:
-            return kept.weights, kept.optimizer
-        return self.parameters, self.optimizer.state_tensors() if self.optimizer else {}
-
-    @property
-    def num_units(self) -> int:
-        """Backwards of single micro-batches that are in this step's gradient."""
-        return len(self.log.open.units)
-
-    def commit(
-        self, step: int, clip_coefficient: float, options: Sequence[Mapping[str, Any]], order: bytes
-    ) -> StepRecord:
-        """Updates the parameters with this step's gradients; what an audit of it needs stays in the log.
-
-        Nobody may be reading parameters or optimizer state (hashing) meanwhile. Raises ProtocolError for another step
-        than the open one, OptimizerError before anything is changed.
-        """
-        if step < self.step or self.optimizer is None:
-            raise ProtocolError(
-                f"step {step} cannot be committed: the open step is {self.step}, the optimizer "
-                f"{'is set' if self.optimizer else 'is not set'}"
-            )
-        record = self.log.open
-        record.step = step
-        record.squared_norm, _ = self.gradients.squared_norm()
-        state = self.optimizer.state_tensors()
-        record.before = snapshots.take(self.parameters, self._buffers_at_start, state, self.log.make_room())
-        record.gradient = self.gradients.take()
-        record.clip_coefficient, record.order, record.options = clip_coefficient, order, [dict(o) for o in options]
-        record.buffers_after = dict(self.buffers)
-        self._update(record, options)
-        self.log.commit(step + 1)
-        self._executor.drop(step)
-        self._inbox.forget(step)
-        self._buffers_at_start = dict(self.buffers)
-        self.step = step + 1
-        return record
-
-    def _update(self, record: StepRecord, options: Sequence[Mapping[str, Any]]) -> None:
-        if self.optimizer is not None:
-            self.optimizer.step(clipped(record.gradient, record.clip_coefficient), options)
-
-    def abort(self, step: int) -> None:
-        """Drops gradients, log and calls of the open step; buffers are again what they were when it began."""
-        self.buffers.update(self._buffers_at_start)
-        self.zero_grad(step)
-
-    def zero_grad(self, step: int) -> None:
-        """Drops the gradients added since the last step, and the calls they came from; buffers keep what forwards
-        did."""
-        self.gradients.take()
-        self._executor.drop(step)
-        self._inbox.forget(step)
-        self.log.begin(max(step, self.step))
-        self._buffers_at_start = dict(self.buffers)
-
-    def set_state(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-        """Replaces parameters and buffers by values of the same names and shapes. Nobody may be reading them
-        meanwhile."""
-        self._keep_state_after()
-        with torch.no_grad():
-            for name, tensor in parameters.items():
-                self.parameters[name].copy_(tensor)
-        self.buffers.update(buffers)
-        self._buffers_at_start = dict(self.buffers)
-
-
-def clipped(gradient: Mapping[str, Tensor], coefficient: float) -> dict[str, Tensor]:
-    """Gradients times the clip coefficient; the very same tensors where it is 1."""
-    if coefficient == 1.0:
-        return dict(gradient)
-    return {name: tensor * coefficient for name, tensor in gradient.items()}
-
 
 def _group_digests(groups: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, bytes]]:
     return {name: digests(group) for name, group in groups.items()}
-
-
-def _values(expected: Sequence[Slot], arrived: Mapping[int, Tensor]) -> list[Value]:
-    return [_size(arrived[i]) if slot.type == "symint" else arrived[i] for i, slot in enumerate(expected)]
-
-
-def _size(tensor: Tensor) -> int:
-    size = int(tensor)
-    if not 0 <= size < MAX_SIZE:
-        raise TensorError(f"a size of {size}: sizes are 0 to {MAX_SIZE}")
-    return size
-
-
-def _check_fits(slot: Slot, delivery: Delivery, tensor: Tensor) -> None:
-    shape, dtype = list(tensor.shape), DTYPE_NAMES[tensor.dtype]
-    wanted_dtype, wanted = ("int64", []) if slot.type == "symint" else (slot.dtype, list(slot.shape))
-    fits = len(shape) == len(wanted) and all(want in (-1, size) for want, size in zip(wanted, shape, strict=True))
-    if dtype != wanted_dtype or not fits:
-        raise TensorError(
-            f"{delivery.type} of micro-batch {delivery.micro_batch}, slot {slot.name!r}: found {dtype} {shape}, needed "
-            f"{wanted_dtype} {wanted} (-1 is the batch)"
-        )

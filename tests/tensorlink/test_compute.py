@@ -352,7 +352,8 @@ def test_an_auditor_in_a_process_of_its_own_finds_a_cheat_in_another(nodes, gpt,
     worker.load(program, states[0], rig.JOB)
     worker.call("set_optimizer", optimizer={"name": "AdamW", "groups": group(program)})
     order = StepOrder(
-        job=rig.JOB, plan_version=0, step=0, input_root=bytes(32), target_root=bytes(32), loss=bytes(32), loss_weights=[],
+        job=rig.JOB, plan_version=0, step=0, input_root=bytes(32), target_root=bytes(32), loss=bytes(32),
+        loss_weights=[],
         loss_scale="", clip_norm="", optimizer="AdamW", options=group(program),
     )  # fmt: skip
     worker.post("begin", **begin(n=2, type="forward", schedule="gpipe"))

@@ -1,0 +1,258 @@
+"""What a validator holds of the jobs it audits: commitments, lists, reveals, draws and verdicts, each within a cap.
+
+No message is moved here. `auditing.py`, `drawing.py` and `challenging.py` fill these books, rounds read them
+(`round_books.py`) and have them forgotten when they are settled.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from bisect import bisect_right, insort
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from smartnodes_core.audit import CHAIN_LENGTH, Selection, link_disagreements
+from smartnodes_core.errors import AuthorityError, BusyError, RecordError
+from smartnodes_core.jobs import Job
+from smartnodes_core.records import Commitment, NodeKey, ReceivedList, Reveal, Verdict
+
+#: Commitments in one list: three lists and their preimages fit the header of a challenge.
+MAX_LIST = 256
+#: Of one validator and job: lists that wait for their preimage, and listed digests of which nobody has the commitment.
+MAX_UNREVEALED, MAX_UNKNOWN = 1024, 1024
+#: Signed commitments of one stage that wait to be settled.
+MAX_STAGE_BYTES = 64 << 20
+MAX_LINK_FAULTS = 256
+#: How long a settled commitment waits for verdicts that a validator withholds.
+KEEP_SETTLED_S = 3600.0
+
+Place = tuple[int, int, int, int]
+StagePlace = tuple[int, int]
+
+
+class SecondVersionError(RecordError):
+    """Two signed commitments for one step, or two lists for one preimage: a proof of equivocation by themselves."""
+
+    code = "second-version"
+
+
+@dataclass(eq=False)
+class AuditedJob:
+    """One job's audits. Guarded by the lock of its `AuditBooks`."""
+
+    job: Job
+    assigned: list[NodeKey]
+    commitments: dict[bytes, Commitment] = field(default_factory=dict)
+    signed: dict[bytes, bytes] = field(default_factory=dict)
+    by_place: dict[Place, bytes] = field(default_factory=dict)
+    void: set[Place] = field(default_factory=set)  # two commitments were signed: neither is paid
+    steps: dict[StagePlace, list[int]] = field(default_factory=dict)  # ascending
+    settled_step: dict[StagePlace, int] = field(default_factory=dict)
+    num_bytes: dict[StagePlace, int] = field(default_factory=dict)
+    unlisted: list[bytes] = field(default_factory=list)
+    lists: dict[tuple[NodeKey, int], tuple[ReceivedList, bytes]] = field(default_factory=dict)
+    listed_by: dict[bytes, dict[NodeKey, int]] = field(default_factory=dict)
+    unknown: dict[NodeKey, set[bytes]] = field(default_factory=dict)  # listed, but of no commitment that is held
+    reveals: dict[tuple[NodeKey, int], tuple[Reveal, bytes]] = field(default_factory=dict)
+    pending: list[tuple[int, float]] = field(default_factory=list)  # own lists not revealed, and when they were fixed
+    drawn: dict[bytes, list[Selection]] = field(default_factory=dict)
+    specs: dict[int, bytes] = field(default_factory=dict)
+    verdicts: dict[bytes, tuple[Verdict, bytes]] = field(default_factory=dict)
+    by_unit: dict[tuple[bytes, int, int], bytes] = field(default_factory=dict)
+    confirmed: dict[bytes, float] = field(default_factory=dict)  # frauds that were re-run here, and when
+    settled_at_s: dict[bytes, float] = field(default_factory=dict)
+    link_faults: deque[str] = field(default_factory=lambda: deque(maxlen=MAX_LINK_FAULTS))
+    num_open: int = 0  # cases that wait for this validator's verdict
+    closed: bool = False
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether every commitment has been drawn for."""
+        return len(self.drawn) == len(self.commitments)
+
+    def of_stage(self, stage: int, replica: int) -> str:
+        """The name under which the worker keeps a stage (`StageOfJob.key`)."""
+        return f"{self.job.id.hex()}/{replica}/{stage}"
+
+    # -- commitments --------------------------------------------------------------------------------------------------
+
+    def take(self, commitment: Commitment, signer: NodeKey, data: bytes) -> bool:
+        """Keep a commitment; False where it is held already.
+
+        Raises AuthorityError for a stage that the signer does not run, SecondVersionError for another one of the same
+        step, RecordError for a claim that the job does not allow, BusyError over the stage's cap.
+        """
+        digest = commitment.digest()
+        if digest in self.commitments:
+            return False
+        self._check_claim(commitment, signer)
+        stage = (commitment.stage, commitment.replica)
+        if commitment.step <= self.settled_step.get(stage, -1):
+            raise RecordError(f"step {commitment.step} of stage {commitment.stage} was settled before")
+        if self.by_place.get(place_of(commitment), digest) != digest:
+            raise SecondVersionError(f"two commitments for step {commitment.step} of stage {commitment.stage}")
+        if self.closed and digest not in self.listed_by:
+            raise RecordError("the job has ended, and no validator listed this commitment while it ran")
+        num_bytes = self.num_bytes.get(stage, 0) + len(data)
+        if num_bytes > MAX_STAGE_BYTES:
+            raise BusyError(f"{num_bytes} bytes of commitments of stage {commitment.stage} wait to be settled")
+        self.num_bytes[stage] = num_bytes
+        self.by_place[place_of(commitment)] = digest
+        self.commitments[digest], self.signed[digest] = commitment, data
+        insort(self.steps.setdefault(stage, []), commitment.step)
+        self.unlisted.append(digest)
+        for listed in self.unknown.values():
+            listed.discard(digest)
+        return True
+
+    def _check_claim(self, commitment: Commitment, signer: NodeKey) -> None:
+        job = self.job
+        if signer != commitment.worker or job.worker_of(commitment.stage, commitment.replica) != signer:
+            raise AuthorityError(f"stage {commitment.stage} is not run by the signer of this commitment")
+        if commitment.plan_version != job.plan.version:
+            raise RecordError(f"work under plan {commitment.plan_version}, the plan in force is {job.plan.version}")
+        units = {(unit.call, unit.micro_batch, unit.backward_pass) for unit in commitment.units}
+        if len(units) != len(commitment.units):
+            raise RecordError("a commitment names each of its units once")
+        num_units = sum(backward_pass >= 0 for _, _, backward_pass in units)
+        if commitment.work_units != job.record.work_units[commitment.stage] * num_units:
+            raise RecordError("the work claimed is not the units times what the job says each is worth")
+
+    def compare_links(self, commitment: Commitment) -> list[str]:
+        """T0: where the stages beside this one say something else of the links between them."""
+
+        def beside(stage: int) -> Commitment | None:
+            place = (commitment.plan_version, commitment.replica, stage, commitment.step)
+            return self.commitments.get(self.by_place.get(place, b""))
+
+        before, after = beside(commitment.stage - 1), beside(commitment.stage + 1)
+        faults = link_disagreements(before, commitment) if before else []
+        faults += link_disagreements(commitment, after) if after else []
+        self.link_faults.extend(f"step {commitment.step}: {fault}" for fault in faults)
+        return faults
+
+    def window_closed(self, commitment: Commitment) -> bool:
+        """Whether nothing of it will be challenged any more: the job has ended, or a window of later ones is held.
+
+        Held ones are counted, not step numbers: a worker that names a far step closes no window.
+        """
+        if place_of(commitment) in self.void:
+            return False
+        steps = self.steps.get((commitment.stage, commitment.replica), [])
+        return self.closed or len(steps) - bisect_right(steps, commitment.step) >= self.job.record.audit.window_steps
+
+    # -- lists and reveals --------------------------------------------------------------------------------------------
+
+    def store_list(self, received: ReceivedList, data: bytes) -> None:
+        """Keep the list behind a validator's preimage. Raises SecondVersionError, RecordError, BusyError."""
+        validator, digests = received.validator, received.commitments
+        before = self.lists.get((validator, received.reveal))
+        if before is not None:
+            if before[0] != received:
+                raise SecondVersionError(f"two lists for preimage {received.reveal} of one validator")
+            return
+        if not 0 < len(set(digests)) == len(digests) <= MAX_LIST or not 0 < received.reveal <= CHAIN_LENGTH:
+            raise RecordError(f"a list names 1 to {MAX_LIST} commitments, each once, and a preimage of the chain")
+        if self.closed:
+            raise RecordError("the job has ended")
+        unrevealed = sum(key == validator and (key, index) not in self.reveals for key, index in self.lists)
+        unknown = self.unknown.get(validator, set()).union(d for d in digests if d not in self.commitments)
+        if unrevealed >= MAX_UNREVEALED or len(unknown) > MAX_UNKNOWN:
+            raise BusyError(f"{unrevealed} lists wait for their preimages, {len(unknown)} commitments are not known")
+        self.unknown[validator] = unknown
+        self.lists[(validator, received.reveal)] = (received, data)
+        for digest in digests:
+            listed = self.listed_by.setdefault(digest, {})
+            listed[validator] = min(received.reveal, listed.get(validator, received.reveal))
+
+    def reveals_for(self, digest: bytes) -> dict[NodeKey, tuple[Reveal, bytes]]:
+        """By validator, the preimage it spent on its first list that holds `digest`."""
+        listed = self.listed_by.get(digest, {})
+        found = {key: self.reveals.get((key, index)) for key, index in listed.items()}
+        return {key: reveal for key, reveal in found.items() if reveal is not None}
+
+    # -- verdicts -----------------------------------------------------------------------------------------------------
+
+    def store_verdict(self, verdict: Verdict, data: bytes) -> bool:
+        """Keep a verdict; False where it is held already. Raises RecordError for one that speaks of another
+        commitment than it names, of one that is not held, or differs from an earlier one of the same unit."""
+        digest = verdict.digest()
+        if digest in self.verdicts:
+            return False
+        commitment = self.commitments.get(verdict.commitment)
+        if commitment is None:
+            raise RecordError("a verdict about a commitment that is not held here")
+        names = ("plan_version", "replica", "stage", "step", "worker", "work_units")
+        wrong = [name for name in names if getattr(verdict, name) != getattr(commitment, name)]
+        if wrong or (verdict.tier == 2) != (verdict.unit == -1) or verdict.unit >= len(commitment.units):
+            raise RecordError(f"a verdict that does not fit its commitment: {', '.join(wrong) or 'tier and unit'}")
+        if self.by_unit.setdefault((verdict.commitment, verdict.tier, verdict.unit), digest) != digest:
+            raise SecondVersionError("two verdicts about one unit")
+        self.verdicts[digest] = (verdict, data)
+        return True
+
+    def is_selected(self, verdict: Verdict) -> bool:
+        """Whether the seed selects the unit, and its auditor: only then does a verdict count."""
+        selection = Selection(verdict.tier, verdict.unit, verdict.auditor)
+        return selection in self.drawn.get(verdict.commitment, [])
+
+    # -- forgetting ---------------------------------------------------------------------------------------------------
+
+    def forget(self, settled: Collection[bytes]) -> None:
+        """Drop commitments among `settled` (digests of commitments and verdicts) for which nothing is awaited."""
+        now_s = time.monotonic()
+        for digest in self.commitments.keys() & settled:
+            at_s = self.settled_at_s.setdefault(digest, now_s)
+            units = [(digest, selection.tier, selection.unit) for selection in self.drawn.get(digest, [])]
+            complete = digest in self.drawn and all(self.by_unit.get(unit) in settled for unit in units)
+            if complete or now_s - at_s > KEEP_SETTLED_S:
+                self._drop(digest)
+        for place, (received, _) in list(self.lists.items()):
+            known = self.unknown.get(place[0], set())
+            if place in self.reveals and not any(d in self.commitments or d in known for d in received.commitments):
+                del self.lists[place], self.reveals[place]
+
+    def _drop(self, digest: bytes) -> None:
+        commitment = self.commitments.pop(digest)
+        stage = (commitment.stage, commitment.replica)
+        self.num_bytes[stage] -= len(self.signed.pop(digest))
+        self.settled_step[stage] = max(commitment.step, self.settled_step.get(stage, -1))
+        self.steps[stage].remove(commitment.step)
+        self.settled_at_s.pop(digest, None)
+        self.by_place.pop(place_of(commitment), None)
+        self.listed_by.pop(digest, None)
+        for selection in self.drawn.pop(digest, []):
+            verdict = self.by_unit.pop((digest, selection.tier, selection.unit), b"")
+            self.verdicts.pop(verdict, None)
+            self.confirmed.pop(verdict, None)
+
+
+class AuditBooks:
+    """All jobs that a validator audits, under one lock; `changed` tells of draws and verdicts."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
+        self.jobs: dict[bytes, AuditedJob] = {}
+
+    def job(self, job_id: bytes) -> AuditedJob:
+        """The job. Raises RecordError for one that this validator does not audit."""
+        audited = self.jobs.get(job_id)
+        if audited is None:
+            raise RecordError("a job this validator does not know")
+        return audited
+
+    def forget(self, settled: Collection[bytes]) -> None:
+        """Drop what rounds have settled, and jobs that ended and of which nothing is left."""
+        with self.lock:
+            for job_id, audited in list(self.jobs.items()):
+                audited.forget(settled)
+                if audited.closed and not audited.commitments and not audited.num_open:
+                    del self.jobs[job_id]
+
+
+def place_of(commitment: Commitment) -> Place:
+    """What a worker may sign one commitment for."""
+    return (commitment.plan_version, commitment.replica, commitment.stage, commitment.step)

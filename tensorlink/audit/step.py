@@ -1,0 +1,144 @@
+"""Tier 2: a whole step executed again: every unit, buffers, the accumulated gradient, clipping, the optimizer's update.
+
+Only this sees a worker that sends the right activation gradients and bends what no neighbour can see.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from smartnodes_core.errors import AuditError
+from smartnodes_core.records import NO_DIGEST, Unit
+from tensorlink.audit.compare import Deviation, deviation, update_deviation
+from tensorlink.audit.unit import Case, compare, compare_unit, unit_inputs
+from tensorlink.pipeline.backward import GradientSum
+from tensorlink.pipeline.state import clipped
+from tensorlink.stage_optimizer import StageOptimizer
+from tensorlink.steplog.digests import root
+from tensorlink.steplog.replay import UnitInputs, UnitResult, Variant
+
+#: The worker's own norm is summed in another order than ours.
+NORM_TOLERANCE = 1e-3
+
+
+def examine_step(case: Case) -> Deviation | None:
+    """Every unit, the chain of buffers, the accumulated gradient, clipping, and the optimizer's update."""
+    units = [unit_inputs(case, index) for index in range(len(case.commitment.units))]
+    _check_units(case, [unit for unit, _ in units])
+    after: dict[tuple[int, int], tuple[UnitInputs, UnitResult]] = {}
+    random, total = False, GradientSum()
+    for index, (unit, inputs) in enumerate(units):
+        native = case.replayer.unit(inputs)
+        found = compare_unit(case, index, unit, inputs, native)
+        if found is not None:
+            return found
+        random = random or native.random
+        total.add(native.gradient)
+        native.y, native.gx, native.gradient = {}, {}, {}
+        after.setdefault((unit.call, unit.micro_batch), (inputs, native))
+    return (
+        _buffers(case, [after[place] for place in sorted(after)])
+        or _gradient(case, [inputs for _, inputs in units], total.take(), random)
+        or _update(case)
+    )
+
+
+def _check_units(case: Case, units: Sequence[Unit]) -> None:
+    names = [(unit.call, unit.backward_pass, unit.micro_batch) for unit in units]
+    if len(set(names)) != len(names):
+        raise AuditError("a unit stands twice in the commitment")
+    if case.order.loss != NO_DIGEST and sorted(names) != [(0, 0, m) for m in range(len(case.order.loss_weights))]:
+        raise AuditError(
+            f"the author ordered {len(case.order.loss_weights)} micro-batches, committed were {names!r:.200}"
+        )
+
+
+def _buffers(case: Case, forwards: Sequence[tuple[UnitInputs, UnitResult]]) -> Deviation | None:
+    """Each forward begins with the buffers that the one before left."""
+    roots = case.commitment.roots
+    known: Mapping[str, Tensor] = case.data.checked("buffers_before", roots, "buffers_before")
+    steps = [(inputs.buffers, result.buffers) for inputs, result in forwards]
+    last = case.data.checked("buffers_after", roots, "buffers_after")
+    for begins, ends in [*steps, (last, last)]:
+        if set(begins) != set(known):
+            raise AuditError("buffers were opened under other names than the program's")
+        for name, tensor in begins.items():
+            found = deviation(f"buffer {name}", tensor, [known[name]], None)
+            if found is not None:
+                return found
+        known = ends
+    return None
+
+
+def _gradient(case: Case, units: Sequence[UnitInputs], native: Mapping[str, Tensor], random: bool) -> Deviation | None:
+    claimed = case.data.checked("gradient", case.commitment.roots, "gradient")
+    if set(claimed) != set(native):
+        raise AuditError(f"gradients of {sorted(set(claimed) ^ set(native))[:5]} are missing or too many")
+    named = {f"gradient {name}": tensor for name, tensor in native.items()}
+
+    def results(variant: Variant) -> Mapping[str, Tensor]:
+        return {f"gradient {name}": tensor for name, tensor in case.replayer.gradient(units, variant).items()}
+
+    renamed = {f"gradient {name}": tensor for name, tensor in claimed.items()}
+    found = compare(case, "", renamed, named, results, random)
+    return found or _norm(case, claimed)
+
+
+def _norm(case: Case, gradient: Mapping[str, Tensor]) -> Deviation | None:
+    """The norm that the worker reported, and a clip coefficient that the author's order allows."""
+    squared = sum(float(tensor.double().square().sum()) for tensor in gradient.values())
+    reported = float.fromhex(case.commitment.squared_norm)
+    if not math.isclose(reported, squared, rel_tol=NORM_TOLERANCE, abs_tol=1e-30):
+        return Deviation(
+            "squared norm", abs(reported - squared), NORM_TOLERANCE * squared, "is not that of the gradient"
+        )
+    coefficient = float.fromhex(case.commitment.clip_coefficient)
+    # other stages' norms are not known here: the global norm is at least this stage's
+    most = 1.0 if not case.order.clip_norm else float.fromhex(case.order.clip_norm) / max(math.sqrt(squared), 1e-30)
+    least = 0.0 if case.order.clip_norm else 1.0
+    if not least <= coefficient <= min(1.0, most * (1 + NORM_TOLERANCE)):
+        return Deviation(
+            "clip coefficient", coefficient, min(1.0, most), "is not what the order and the gradient allow"
+        )
+    return None
+
+
+def _update(case: Case) -> Deviation | None:
+    """The optimizer, run again from the committed gradient with the author's options."""
+    roots, data = case.commitment.roots, case.data
+    before = case.replayer.weights
+    optimizer_before = data.checked("optimizer", roots, "optimizer_before")
+    claimed = data.checked("weights_after", roots, "weights_after")
+    claimed_state = data.checked("optimizer_after", roots, "optimizer_after")
+    program = case.replayer.program
+    weights = {
+        name: tensor.clone().requires_grad_(program.parameters[name].requires_grad) for name, tensor in before.items()
+    }
+    optimizer = StageOptimizer(case.order.optimizer, case.order.options, weights)
+    if optimizer_before:
+        _check_state(optimizer_before, before)
+        optimizer.load_state_tensors(optimizer_before)
+    gradient = data.checked("gradient", roots, "gradient")
+    optimizer.step(clipped(gradient, float.fromhex(case.commitment.clip_coefficient)), case.order.options)
+    replayed = {name: tensor.detach() for name, tensor in weights.items()}
+    state = optimizer.state_tensors()
+    if set(claimed) != set(replayed) or set(claimed_state) != set(state):
+        raise AuditError("weights or optimizer state after the step have other names than they must")
+    if root(replayed) == roots["weights_after"] and root(state) == roots["optimizer_after"]:
+        return None
+    pairs: list[tuple[str, Tensor | None, Tensor, Tensor]] = [
+        (name, before[name], claimed[name], replayed[name]) for name in replayed
+    ]
+    pairs += [(name, optimizer_before.get(name), claimed_state[name], state[name]) for name in state]
+    return next((found for pair in pairs if (found := update_deviation(*pair)) is not None), None)
+
+
+def _check_state(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Optimizer state belongs to parameters, and each tensor of it has one element or the parameter's shape."""
+    for name, tensor in state.items():
+        parameter = weights.get(name.rpartition("/")[0])
+        if parameter is None or (tensor.numel() != 1 and tensor.shape != parameter.shape):
+            raise AuditError(f"optimizer state {name!r:.100} of shape {list(tensor.shape)} fits no parameter")

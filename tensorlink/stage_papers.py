@@ -1,0 +1,52 @@
+"""What the node of a rig keeps of a stage for its auditors: the program, the losses, the author's signed orders."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from smartnodes_core.errors import JobError
+from smartnodes_core.records import digest_of
+
+#: The domain of `LossProgram.digest`, said again here because that module loads torch; a test holds them together.
+LOSS_DOMAIN = "loss program 1"
+#: Losses of one stage that are kept; an order that names an older one cannot be audited any more.
+MAX_LOSSES = 16
+#: Orders kept beyond the audit window, for challenges that are under way.
+SPARE_ORDERS = 16
+
+
+@dataclass
+class StagePapers:
+    """Of one stage. `window_steps` is the job's audit window."""
+
+    window_steps: int
+    program: bytes | None = None
+    _losses: OrderedDict[bytes, bytes] = field(default_factory=OrderedDict)
+    _orders: OrderedDict[int, tuple[bytes, bytes]] = field(default_factory=OrderedDict)
+
+    def the_program(self) -> bytes:
+        """Raises JobError where none was loaded."""
+        if self.program is None:
+            raise JobError("the stage is not loaded yet")
+        return self.program
+
+    def add_loss(self, loss: bytes) -> None:
+        """The author gave the stage this loss program."""
+        digest = digest_of(LOSS_DOMAIN, loss)
+        self._losses[digest] = loss
+        self._losses.move_to_end(digest)
+        while len(self._losses) > MAX_LOSSES:
+            self._losses.popitem(last=False)
+
+    def add_order(self, step: int, signed: bytes, loss: bytes) -> None:
+        """The author ordered a step, whose loss has the digest `loss`."""
+        self._orders[step] = (signed, loss)
+        self._orders.move_to_end(step)
+        while len(self._orders) > self.window_steps + SPARE_ORDERS:
+            self._orders.popitem(last=False)
+
+    def of_step(self, step: int) -> tuple[bytes, bytes]:
+        """The signed order of a step and the loss program that it names; empty where they are not held."""
+        signed, loss = self._orders.get(step, (b"", b""))
+        return signed, self._losses.get(loss, b"")

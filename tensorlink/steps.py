@@ -1,0 +1,132 @@
+"""One optimizer step over all stages: every stage says whether it can, the user signs the order, all commit or none.
+
+Neighbours: `calls.py` counts what the step consists of, `optimizer.py` is the face, `train_step.py` a whole step in
+one call.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from smartnodes_core.errors import JobError
+from smartnodes_core.records import NO_DIGEST
+from smartnodes_core.rpc import Reply
+from tensorlink.calls import Calls
+from tensorlink.errors import NonFiniteError, OptimizerError
+from tensorlink.placement import Placement
+from tensorlink.records import Decide, Prepare, StepOrder
+
+if TYPE_CHECKING:
+    from tensorlink.optimizer import DistributedOptimizer
+
+
+class Steps:
+    """The steps of one job."""
+
+    def __init__(self, placement: Placement, calls: Calls):
+        self._placement, self._calls = placement, calls
+        self._driver = placement.driver
+        self._optimizer: DistributedOptimizer | None = None
+        self._clip_norm: float | None = None
+
+    def set_optimizer(self, optimizer: DistributedOptimizer) -> None:
+        """Every stage gets this optimizer with fresh state; gradients so far are dropped."""
+        self.drop_gradients()
+        content = {"name": optimizer.optimizer_name, "groups": optimizer.wire_options()}
+        data = json.dumps(content).encode()  # in the body: the names of a large model's parameters fill no header
+        self._driver.call_all("set_optimizer", lambda stage: {}, lambda stage: [data])
+        self._optimizer = optimizer
+
+    def check(self, optimizer: object) -> None:
+        """Raises OptimizerError unless this is the optimizer in force."""
+        if optimizer is not self._optimizer:
+            raise OptimizerError(
+                "the model follows another optimizer: use the DistributedOptimizer that was made last for this model"
+            )
+
+    def clip(self, max_norm: float) -> float:
+        """Clip at the next step; returns the norm over all gradients as they are now."""
+        if self._optimizer is None:
+            raise OptimizerError("clip_grad_norm_ needs a DistributedOptimizer for this model: make one first")
+        if not max_norm > 0:
+            raise JobError(f"found max_norm={max_norm}, needed more than 0")
+        norm = _norm(self.prepare(self._calls.num_units))
+        self._clip_norm = float(max_norm)
+        return norm
+
+    def step(self, optimizer: DistributedOptimizer) -> None:
+        """Commit what backwards have added up. Nothing to do, as with torch's optimizers, where there were none."""
+        self.check(optimizer)
+        self._calls.free_dropped()
+        num_units = self._calls.num_units
+        if num_units:
+            clip_norm, self._clip_norm = self._clip_norm, None
+            self.decide(optimizer, self.prepare(num_units), NO_DIGEST, [], clip_norm)
+
+    def drop_gradients(self) -> None:
+        """What `zero_grad` means: gradients since the last step are dropped on every stage."""
+        self._clip_norm = None
+        if self._calls.dirty:
+            self._driver.call_all("zero_grad", lambda stage: {"step": self._calls.step_index})
+            self._calls.end(committed=False)
+
+    def prepare(self, num_units: int) -> list[Reply]:
+        """Each stage's squared gradient norm, and the first of its gradients that is not finite."""
+        job = self._placement.job
+        record = Prepare(job=job.id, plan_version=job.plan.version, step=self._calls.step_index, num_units=num_units)
+        return self._driver.call_all("prepare", lambda stage: {"prepare": record.encode()})
+
+    def decide(
+        self,
+        optimizer: DistributedOptimizer,
+        prepared: Sequence[Reply],
+        loss: bytes,
+        weights: Sequence[float],
+        clip_norm: float | None,
+    ) -> None:
+        """Commit on every stage, or abort on every stage and raise NonFiniteError."""
+        order = self._order(optimizer, clip_norm, loss, weights)
+        found = [str(reply.params["non_finite"]) for reply in prepared]
+        bad = next(((stage, name) for stage, name in enumerate(found) if name), None)
+        # as torch.nn.utils.clip_grad_norm_: the coefficient is applied only where it shrinks
+        coefficient = 1.0 if clip_norm is None else min(1.0, clip_norm / (_norm(prepared) + 1e-6))
+        decide = Decide(
+            job=order.job,
+            plan_version=order.plan_version,
+            step=order.step,
+            decision="abort" if bad else "commit",
+            clip_coefficient=(1.0 if bad else coefficient).hex(),
+            order=order.digest(),
+        )
+        signed = self._placement.sign(order)
+        self._driver.call_all("decide", lambda stage: {"decide": decide.encode()}, lambda stage: [signed])
+        self._calls.end(committed=bad is None)
+        if bad is not None:
+            raise NonFiniteError(
+                f"the gradient of {bad[1]} (stage {bad[0]}) is not finite at step {order.step}: the step was dropped "
+                "on every stage and no parameter changed; lower the learning rate, clip gradients, or look at the batch"
+            )
+
+    def _order(
+        self, optimizer: DistributedOptimizer, clip_norm: float | None, loss: bytes, weights: Sequence[float]
+    ) -> StepOrder:
+        job = self._placement.job
+        return StepOrder(
+            job=job.id,
+            plan_version=job.plan.version,
+            step=self._calls.step_index,
+            input_root=self._placement.step_input_root(self._calls.input_roots),
+            target_root=NO_DIGEST,
+            loss=loss,
+            loss_weights=[weight.hex() for weight in weights],
+            loss_scale="",
+            clip_norm="" if clip_norm is None else clip_norm.hex(),
+            optimizer=optimizer.optimizer_name,
+            options=optimizer.wire_options(),
+        )
+
+
+def _norm(prepared: Sequence[Any]) -> float:
+    return sum(float.fromhex(reply.params["squared_norm"]) for reply in prepared) ** 0.5

@@ -1,0 +1,55 @@
+"""The tolerance: what honest noise looks like passes, what is just beyond it does not."""
+
+from __future__ import annotations
+
+import torch
+
+from tensorlink.audit.compare import deviation, update_deviation, usable_exact
+
+torch.manual_seed(0)
+EXACT = torch.randn(1000, dtype=torch.float64)
+REPLAYS = [EXACT.float(), (EXACT * (1 + 1e-7 * torch.randn(1000, dtype=torch.float64))).float()]
+
+
+def test_a_distance_of_the_noise_passes_and_ten_times_the_floor_does_not():
+    assert deviation("t", REPLAYS[1], REPLAYS, EXACT) is None
+    assert deviation("t", REPLAYS[0] * (1 + 9e-6), REPLAYS, EXACT) is None
+    found = deviation("t", REPLAYS[0] * (1 + 1e-4), REPLAYS, EXACT)
+    assert "outside" in str(found)
+
+
+def test_a_gradient_that_is_noise_itself_accuses_nobody():
+    noise = [1e-9 * torch.randn(100) for _ in range(3)]
+    assert deviation("bias", noise[0], noise[1:], torch.zeros(100, dtype=torch.float64)) is None
+
+
+def test_what_is_zero_in_every_replay_must_be_zero():
+    exact = EXACT.clone()
+    exact[5] = 0
+    replays = [exact.float(), exact.float()]
+    claimed = exact.float()
+    claimed[5] = 1e-9
+    assert "not zero" in str(deviation("t", claimed, replays, exact))
+
+
+def test_nan_shape_and_dtype_are_deviations():
+    assert deviation("t", REPLAYS[0] * float("nan"), REPLAYS, EXACT) is not None
+    assert deviation("t", REPLAYS[0][:5], REPLAYS, EXACT) is not None
+    assert deviation("t", REPLAYS[0].double(), REPLAYS, EXACT) is not None
+    assert deviation("t", torch.tensor([1]), [torch.tensor([2])], None) is not None
+
+
+def test_a_replay_with_other_masks_is_not_used_as_the_exact_one():
+    assert usable_exact({"t": EXACT}, {"t": REPLAYS[0]})
+    assert not usable_exact({"t": EXACT.flip(0)}, {"t": REPLAYS[0]})
+
+
+def test_an_update_may_differ_in_the_last_places_of_its_largest_term_only():
+    before = torch.randn(100)
+    after = before - 1e-3 * torch.randn(100)
+    ulp = torch.finfo(torch.float32).eps * torch.maximum(before.abs(), after.abs())
+    assert update_deviation("w", before, after + 15 * ulp, after) is None
+    assert "3 of 100 elements" in str(
+        update_deviation("w", before, after + torch.cat([20 * ulp[:3], torch.zeros(97)]), after)
+    )
+    assert update_deviation("w", before, after * float("nan"), after) is not None
