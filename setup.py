@@ -36,7 +36,17 @@ setup(
         "matplotlib>=3.9",
     ],
     extras_require={
-        "dev": ["pytest>=9", "pytest-cov", "pytest-timeout", "hypothesis>=6.150", "ruff", "mypy", "types-tqdm", "types-requests", "psutil"],
+        "dev": [
+            "pytest>=9",
+            "pytest-cov",
+            "pytest-timeout",
+            "hypothesis>=6.150",
+            "ruff",
+            "mypy",
+            "types-tqdm",
+            "types-requests",
+            "psutil",
+        ],
     },
     entry_points={
         "console_scripts": [

@@ -1,4 +1,4 @@
-"""What the demo's workers have to show at the end: audits and work as the user heard of them, reputation and SNO as on chain."""
+"""What the demo's workers have to show at the end: audits and work as the user heard of them, the rest as on chain."""
 
 from __future__ import annotations
 

@@ -23,14 +23,19 @@ TIE_TOLERANCE = 0.10
 
 
 def partition(
-    traced: TracedModel, profile: Profile, num_stages: int, *, speeds: Sequence[float] | None = None
+    traced: TracedModel,
+    profile: Profile,
+    num_stages: int,
+    *,
+    speeds: Sequence[float] | None = None,
+    allow_shared: bool = False,
 ) -> list[StageProgram]:
     """`num_stages` programs that compute, one after the other, what the traced model computes.
 
     Balances the profile's seconds divided by `speeds` (one figure a stage, in order) and then minimises the bytes
     that cross. Every stage has at least one parameter where the model has any. A parameter used on both sides of a
-    cut is in both programs under one name with `shared` set. Raises PartitionError with the number of stages that is
-    possible.
+    cut is in both programs under one name with `shared` set, if the caller `allow_shared`: it adds their gradients.
+    Raises PartitionError with the number of stages that is possible, or the name of a parameter that is tied.
     """
     if num_stages < 1:
         raise PartitionError(f"{num_stages} stages were asked for, at least 1 is needed")
@@ -52,7 +57,21 @@ def partition(
         limit = bottleneck(candidates, chosen, figures) * (1 + TIE_TOLERANCE)
         if bottleneck(kept, together, figures) <= limit:
             chosen = [untied[at] for at in together]
-    return assemble(traced, matching, [boundaries[candidates[at].position] for at in chosen])
+    programs = assemble(traced, matching, [boundaries[candidates[at].position] for at in chosen])
+    if not allow_shared:
+        _refuse_shared(programs)
+    return programs
+
+
+def _refuse_shared(programs: Sequence[StageProgram]) -> None:
+    for program in programs:
+        for name, spec in program.parameters.items():
+            if spec.shared:
+                stages = [other.stage_index for other in programs if name in other.parameters]
+                raise PartitionError(
+                    f"parameter {name!r} is tied and used in stages {stages}, whose gradients are not added across "
+                    "workers yet: use fewer stages, or give each use a parameter of its own"
+                )
 
 
 def _maps(traced: TracedModel) -> tuple[CutMap, CutMap]:

@@ -18,7 +18,7 @@ from tensorlink.sharding.profile import profile
 
 def _partition(module: nn.Module, x: Tensor, num_stages: int, **kwargs: object) -> list[StageProgram]:
     traced = trace(module, (x,))
-    return partition(traced, profile(traced, (x,), measured=False), num_stages, **kwargs)  # type: ignore[arg-type]
+    return partition(traced, profile(traced, (x,), measured=False), num_stages, **{"allow_shared": True, **kwargs})  # type: ignore[arg-type]
 
 
 def _deep(layers: int, width: int = 64) -> nn.Module:
@@ -157,3 +157,8 @@ def test_many_candidates_are_thinned_to_the_cheapest_of_each_stretch() -> None:
     assert len(kept) <= 402
     assert (kept[0], kept[-1]) == (candidates[0], candidates[-1])
     assert all(candidate.num_bytes <= 1 for candidate in kept[1:-1])
+
+
+def test_a_parameter_tied_over_a_cut_is_refused_by_name_unless_it_is_allowed() -> None:
+    with pytest.raises(PartitionError, match="is tied and used in stages"):
+        _partition(Tied(middle=3, repeat=1), torch.randn(4, 32), 2, allow_shared=False)
