@@ -121,9 +121,8 @@ def _cpu_s(pids: list[int]) -> float:
 
 
 def _print(samples: dict[str, list[dict[str, float]]]) -> None:
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, load {os.getloadavg()}"
-    )
+    machine = platform.processor() or platform.machine()
+    print(f"{machine}, {os.cpu_count()} cores, torch {torch.__version__}, load {os.getloadavg()}")
     print(f"{'mode':28} {'median ms':>9} {'min':>7} {'max':>7} {'CPU ms':>8} {'speed-up over 1 thread':>24}")
     base: list[dict[str, Any]] = samples["plain, 1 thread"]
     for name, rows in samples.items():

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tensorlink.model import DistributedModel
     from tensorlink.network import LocalNetwork, connect
     from tensorlink.optimizer import DistributedOptimizer
-    from tensorlink.reference import reference
+    from tensorlink.plain import reference
 
 __version__ = "0.1.0"
 
@@ -21,7 +21,7 @@ _HOMES = {
     "DistributedOptimizer": "tensorlink.optimizer",
     "LocalNetwork": "tensorlink.network",
     "connect": "tensorlink.network",
-    "reference": "tensorlink.reference",
+    "reference": "tensorlink.plain",
 }
 
 __all__ = ["DistributedModel", "DistributedOptimizer", "LocalNetwork", "connect", "reference"]

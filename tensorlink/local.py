@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+import atexit
 import os
-import queue
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +21,9 @@ from smartnodes_core.chain.devnet.launcher import DevnetProcess
 from smartnodes_core.chain.settings import SNO, ChainSettings
 from smartnodes_core.chain.signing import address_of
 from smartnodes_core.config import UserConfig
-from smartnodes_core.errors import ConfigError, LocalError
+from smartnodes_core.errors import ConfigError
 from smartnodes_core.identity import Identity
+from tensorlink.local_process import NodeProcess, children, resident_bytes
 
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 3.0
@@ -35,17 +33,23 @@ USER_SNO = 100_000
 
 @dataclass(frozen=True)
 class LocalSettings:
-    """Of a network on one machine. Times in seconds; `audit_rates` per micro-batch and per step."""
+    """Of a network on one machine. Times in seconds; `audit_rates` per micro-batch and per step.
+
+    `commands` puts another program in the place of a node's own, by the node's name ("worker-1"): the flags follow it.
+    It is how tests start nodes that cheat; nothing else uses it.
+    """
 
     workers: int = 2
     validators: int = 1
     threads_per_worker: int = 1
+    slots_per_worker: int = 1
     round_interval_s: int = 10
     claim_delay_s: int = 10
     audit_window_steps: int = 16
     audit_rates: tuple[float, float] = (0.01, 0.05)
     log_level: str = "INFO"
     say: Callable[[str], None] = lambda line: None
+    commands: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.workers < 1 or self.validators < 1:
@@ -62,8 +66,10 @@ class LocalProcesses:
         self.folder = Path(tempfile.mkdtemp(prefix="tensorlink-"))
         self.chain_url = ""
         self._devnet: DevnetProcess | None = None
-        self._nodes: list[_NodeProcess] = []
+        self._nodes: list[NodeProcess] = []
         self._num_keys = 1  # account 0 deploys
+        self._stopping = threading.Lock()
+        atexit.register(self.stop)  # for a script that ends without closing its network
 
     def start(self) -> None:
         """Bring everything up; returns when every node says that it is ready."""
@@ -110,35 +116,58 @@ class LocalProcesses:
         pids |= {node.name: node.process.pid for node in self._nodes}
         found = []
         for name, pid in pids.items():
-            found.append({"name": name, "pid": pid, "resident_bytes": _resident_bytes(pid)})
+            found.append({"name": name, "pid": pid, "resident_bytes": resident_bytes(pid)})
             if pid != os.getpid():
-                for child in _children(pid):
-                    row = {"name": f"{name} compute", "pid": child, "resident_bytes": _resident_bytes(child)}
+                for child in children(pid):
+                    row = {"name": f"{name} compute", "pid": child, "resident_bytes": resident_bytes(child)}
                     found.append(row)
         return found
 
     def kill(self, name: str) -> None:
         """End a node at once, as a power cut would: for tests of what the others make of it."""
-        node = next(node for node in self._nodes if node.name == name)
-        node.process.kill()
-        node.process.wait()
+        self._named(name).kill()
 
     def node_named(self, name: str) -> subprocess.Popen[bytes]:
         """The process of a node."""
-        return next(node for node in self._nodes if node.name == name).process
+        return self._named(name).process
+
+    def name_at(self, endpoint: str) -> str:
+        """The name of the node that listens there."""
+        return next(node.name for node in self._nodes if node.endpoint == endpoint)
+
+    def log_of(self, name: str) -> str:
+        """What a node has written so far."""
+        return self._named(name).log.read_text(errors="replace")
+
+    def _named(self, name: str) -> NodeProcess:
+        found = next((node for node in self._nodes if node.name == name), None)
+        if found is None:
+            raise ConfigError(f"found no node {name!r}, needed one of {[node.name for node in self._nodes]}")
+        return found
 
     def stop(self) -> None:
         """End every process, politely and then not, and remove the folder. Idempotent."""
+        with self._stopping:
+            try:
+                self._end_nodes()
+            finally:
+                if self._devnet is not None:
+                    self._devnet.stop()
+                    self._devnet = None
+                shutil.rmtree(self.folder, ignore_errors=True)
+                atexit.unregister(self.stop)
+
+    def _end_nodes(self) -> None:
         for node in self._nodes:
             node.terminate()
         deadline = time.monotonic() + STOP_TIMEOUT_S
-        for node in self._nodes:
-            node.finish(max(0.1, deadline - time.monotonic()))
-        self._nodes.clear()
-        if self._devnet is not None:
-            self._devnet.stop()
-            self._devnet = None
-        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            for node in self._nodes:
+                node.finish(max(0.0, deadline - time.monotonic()))
+        finally:  # a second Ctrl-C: no more patience
+            for node in self._nodes:
+                node.kill()
+            self._nodes.clear()
 
     # -- parts ------------------------------------------------------------------------------------------------------
 
@@ -163,7 +192,7 @@ class LocalProcesses:
         )
         deploy(self.chain_url, devnet_key(0), settings).write(self.folder / "addresses.json")
 
-    def _launch(self, name: str, role: str, bootstrap: list[str]) -> _NodeProcess:
+    def _launch(self, name: str, role: str, bootstrap: list[str]) -> NodeProcess:
         folder = self.folder / name
         flags = {
             "identity": folder / "identity.json",
@@ -179,88 +208,13 @@ class LocalProcesses:
             flags["round-interval-s"] = self.settings.round_interval_s
         else:
             flags["num-threads"] = self.settings.threads_per_worker
-        command = [sys.executable, "-m", f"tensorlink.cli.{role}", "--exit-with-parent"]
+            flags["num-slots"] = self.settings.slots_per_worker
+        program = self.settings.commands.get(name, (sys.executable, "-m", f"tensorlink.cli.{role}"))
+        command = [*program, "--exit-with-parent"]
         for key, value in flags.items():
             command += [f"--{key}", str(value)]
         for endpoint in bootstrap:
             command += ["--bootstrap", endpoint]
-        node = _NodeProcess(name, command, folder / "log")
+        node = NodeProcess(name, command, folder / "log")
         self._nodes.append(node)
         return node
-
-
-class _NodeProcess:
-    """One node: its log goes to a file, its first line on standard output says that it is ready."""
-
-    def __init__(self, name: str, command: list[str], log: Path):
-        self.name, self._log = name, log
-        with open(log, "wb") as stderr:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                start_new_session=True,  # Ctrl-C reaches the starter, which then ends its children in order
-            )
-        self._lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def wait_ready(self, timeout_s: float) -> str:
-        """The endpoint, once the node listens. Raises LocalError with the end of its log."""
-        try:
-            line = self._lines.get(timeout=timeout_s)
-        except queue.Empty:
-            line = ""
-        if not line:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(1.0)  # its output ends a moment before it does
-            code = self.process.poll()
-            what = f"was not ready within {timeout_s:.0f} s" if code is None else f"ended with code {code}"
-            raise LocalError(f"{self.name} {what}; the end of its log:\n{_tail(self._log)}")
-        return str(json.loads(line)["endpoint"])
-
-    def terminate(self) -> None:
-        if self.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.send_signal(signal.SIGTERM)
-
-    def finish(self, timeout_s: float) -> None:
-        """Wait for the end, kill at the deadline."""
-        try:
-            self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                pipe.close()
-
-    def _read(self) -> None:
-        stdout = self.process.stdout
-        if stdout is not None:
-            with contextlib.suppress(ValueError, OSError):
-                self._lines.put(stdout.readline().decode(errors="replace").strip())
-
-
-def _tail(path: Path, num_lines: int = 15) -> str:
-    try:
-        return "\n".join(path.read_text(errors="replace").splitlines()[-num_lines:])
-    except OSError as error:
-        return f"(no log: {error})"
-
-
-def _resident_bytes(pid: int) -> int:
-    """Resident memory, 0 where the system does not say (it is Linux that does)."""
-    try:
-        with open(f"/proc/{pid}/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
-
-
-def _children(pid: int) -> list[int]:
-    found: list[int] = []
-    with contextlib.suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            found += [int(child) for child in (task / "children").read_text().split()]
-    return found

@@ -33,8 +33,8 @@ class DistributedModel(torch.nn.Module):
     """`module`, trained by the workers of `network`.
 
     `stages` is how many workers share it (default: all that are free), `micro_batches` how many pieces a batch is cut
-    into, `example_inputs` a tuple (or a dict, for keyword inputs) of tensors like those of training, batch first. `seed`
-    fixes dropout.
+    into, `example_inputs` a tuple (or a dict, for keyword inputs) of tensors like those of training, batch first.
+    `seed` fixes dropout.
     `timeout_s` is the shortest time after which silence of the pipeline is an error; it grows with what is measured.
     `audit_rates` are (per micro-batch, per step) probabilities; `progress` shows a bar while the job is set up.
 

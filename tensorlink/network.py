@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -20,6 +21,8 @@ from smartnodes_core.nodes.station import Station
 from smartnodes_core.nodes.user import UserNode
 from smartnodes_core.records import Announcement, AuditTerms, NodeKey
 from tensorlink.local import LocalProcesses, LocalSettings
+
+logger = logging.getLogger(__name__)
 
 #: The default audit terms of a job: probabilities per micro-batch and per step, and how far back a fraud can be found.
 DEFAULT_AUDIT_TERMS = AuditTerms(unit_rate_ppm=2_000, step_rate_ppm=20_000, window_steps=16, window_s=3600, auditors=[])
@@ -70,6 +73,17 @@ class Network:
             )
         return free
 
+    def reaches(self, worker: Announcement) -> bool:
+        """Whether a worker answers now, at one of the endpoints that it announced; the connection stays open."""
+        for endpoint in worker.endpoints:
+            self.station.node.add_address(worker.node_key, endpoint)
+        try:
+            self.station.node.reach(worker.node_key)
+        except SmartnodesError as error:
+            logger.info("a worker is announced and does not answer: %s", error)
+            return False
+        return True
+
     def validators(self) -> list[NodeKey]:
         """The node keys of all live validators."""
         return sorted(announcement.node_key for announcement in self.station.find("validator"))
@@ -86,9 +100,11 @@ class Network:
         """Close open jobs and every connection. Idempotent."""
         if not self._closed:
             self._closed = True
-            for placement in list(self._placements):
-                placement.close()
-            self.station.close()
+            try:
+                for placement in list(self._placements):
+                    placement.close()
+            finally:
+                self.station.close()
 
     def __enter__(self) -> Network:
         return self
@@ -156,10 +172,8 @@ class LocalNetwork(Network):
     def close(self) -> None:
         try:
             super().close()
-        except SmartnodesError:
+        finally:
             self.local.stop()
-            raise
-        self.local.stop()
 
     def __enter__(self) -> LocalNetwork:
         return self

@@ -49,7 +49,7 @@ class RemoteParameter(torch.nn.Parameter):
         return parameter
 
     @property
-    def grad(self) -> torch.Tensor:  # type: ignore[override]
+    def grad(self) -> torch.Tensor:
         raise _refusal("grad", self)
 
     @grad.setter

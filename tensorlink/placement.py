@@ -16,7 +16,7 @@ from tqdm import tqdm
 from smartnodes_core.jobs import Job, spec_digest
 from smartnodes_core.records import NO_DIGEST, Announcement, Assignment, AuditTerms, JobRecord, Plan, Record
 from tensorlink.audit.commitments import initial_root
-from tensorlink.errors import PartitionError, TraceError
+from tensorlink.errors import TraceError
 from tensorlink.pipeline.batching import micro_batches as split_into
 from tensorlink.pipeline.driver import Driver
 from tensorlink.program.graph import StageProgram
@@ -99,19 +99,21 @@ def place(
         bar.set_description("find workers")
         wanted = stages or 1
         workers = network.find_workers(wanted, WAIT_FOR_WORKERS_S)
-        num_stages = stages or len(workers)
+        if stages is None:  # as many as there are: those that died and are still announced do not count
+            workers = [worker for worker in workers if network.reaches(worker)]
+        num_stages = stages or max(1, len(workers))
         bar.update()
         bar.set_description("partition")
         programs = partition(traced, profile(traced, example_inputs), num_stages)
         samples = _samples(traced, example_inputs, micro_batches)
-        _check_supported(traced, programs)
+        _check_outputs(traced)
         estimates = [
             check(program, batch=samples, max_bytes=MAX_STAGE_BYTES, max_flops=MAX_STAGE_FLOPS) for program in programs
         ]
         bar.update()
         bar.set_description("open the job")
         needs = [_need(estimate, num_stages, stage) for stage, estimate in enumerate(estimates)]
-        table = plan(needs, workers, micro_batches)
+        table = _plan_on_living(network, needs, workers, micro_batches)
         driver = Driver(network.user, programs[0].inputs, programs[-1].outputs, timeout_s)
         states = [traced.state(program) for program in programs]
         record = _record(network, programs, estimates, states, {"seed": seed, "samples": samples}, audit_rates)
@@ -136,6 +138,18 @@ def _samples(traced: TracedModel, example_inputs: Any, micro_batches: int) -> in
     """The size of the largest micro-batch of the example: what a unit of work is measured by."""
     args, kwargs = ((), example_inputs) if isinstance(example_inputs, dict) else (tuple(example_inputs), {})
     return max(split_into(traced, flatten_inputs(traced, args, kwargs), micro_batches)[1])
+
+
+def _plan_on_living(
+    network: Network, needs: list[StageNeed], workers: list[Announcement], micro_batches: int
+) -> PlacementPlan:
+    """A plan whose workers all answer: an announcement outlives the rig that made it by minutes."""
+    while True:
+        table = plan(needs, workers, micro_batches)
+        gone = [placed.worker for placed in table.stages if not network.reaches(placed.worker)]
+        if not gone:
+            return table
+        workers = [worker for worker in workers if worker not in gone]
 
 
 def _need(estimate: Estimate, num_stages: int, stage: int) -> StageNeed:
@@ -211,14 +225,8 @@ def _load_stages(driver: Driver, programs: list[StageProgram], states: list[dict
     )
 
 
-def _check_supported(traced: TracedModel, programs: list[StageProgram]) -> None:
-    """Raises what would otherwise train something else than the module."""
-    for name, spec in [item for program in programs for item in program.parameters.items()]:
-        if spec.shared:
-            raise PartitionError(
-                f"parameter {name!r} is tied across a cut into {len(programs)} stages, and stages do not add up each "
-                "other's gradients yet: use fewer stages, or untie it"
-            )
+def _check_outputs(traced: TracedModel) -> None:
+    """Outputs are joined along the batch. Raises TraceError for one that has none."""
     for slot in traced.outputs.slots:
         if slot.type != "tensor" or not slot.shape or slot.shape[0] != -1:
             raise TraceError(

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 
 def report(placement: Placement, num_steps: int) -> dict[str, Any]:
-    """`job`, `num_steps`, `set_up_s`, `predicted_step_s`, `work_units` (FLOPs committed to), `audits`, `num_spares`, and
-    per stage its worker, endpoint, parameters, predicted and busy seconds, work, audits and reputation on chain.
+    """`job`, `num_steps`, `set_up_s`, `predicted_step_s`, `work_units` (FLOPs committed to), `audits`, `num_spares`,
+    and per stage its worker, endpoint, parameters, predicted and busy seconds, work, audits and reputation on chain.
     """
     stages = [_stage(placement, stage) for stage in range(len(placement.programs))]
     return {

@@ -27,6 +27,8 @@ MAX_STAGE_BYTES = 64 << 20
 MAX_LINK_FAULTS = 256
 #: How long a settled commitment waits for verdicts that a validator withholds.
 KEEP_SETTLED_S = 3600.0
+#: How many steps behind a settled one a commitment may still come in late and be paid.
+LATE_STEPS = 1024
 
 Place = tuple[int, int, int, int]
 StagePlace = tuple[int, int]
@@ -64,6 +66,7 @@ class AuditedJob:
     confirmed: dict[bytes, float] = field(default_factory=dict)  # frauds that were re-run here, and when
     settled_at_s: dict[bytes, float] = field(default_factory=dict)
     link_faults: deque[str] = field(default_factory=lambda: deque(maxlen=MAX_LINK_FAULTS))
+    active_at_s: float = field(default_factory=time.monotonic)  # when it was opened, or the last commitment came
     num_open: int = 0  # cases that wait for this validator's verdict
     closed: bool = False
 
@@ -85,11 +88,11 @@ class AuditedJob:
         step, RecordError for a claim that the job does not allow, BusyError over the stage's cap.
         """
         digest = commitment.digest()
-        if digest in self.commitments:
+        if self.by_place.get(place_of(commitment)) == digest:
             return False
         self._check_claim(commitment, signer)
         stage = (commitment.stage, commitment.replica)
-        if commitment.step <= self.settled_step.get(stage, -1):
+        if self._is_late(place_of(commitment)):
             raise RecordError(f"step {commitment.step} of stage {commitment.stage} was settled before")
         if self.by_place.get(place_of(commitment), digest) != digest:
             raise SecondVersionError(f"two commitments for step {commitment.step} of stage {commitment.stage}")
@@ -103,6 +106,7 @@ class AuditedJob:
         self.commitments[digest], self.signed[digest] = commitment, data
         insort(self.steps.setdefault(stage, []), commitment.step)
         self.unlisted.append(digest)
+        self.active_at_s = time.monotonic()
         for listed in self.unknown.values():
             listed.discard(digest)
         return True
@@ -138,7 +142,7 @@ class AuditedJob:
 
         Held ones are counted, not step numbers: a worker that names a far step closes no window.
         """
-        if place_of(commitment) in self.void:
+        if place_of(commitment) in self.void or self._is_late(place_of(commitment)):
             return False
         steps = self.steps.get((commitment.stage, commitment.replica), [])
         return self.closed or len(steps) - bisect_right(steps, commitment.step) >= self.job.record.audit.window_steps
@@ -203,25 +207,35 @@ class AuditedJob:
     def forget(self, settled: Collection[bytes]) -> None:
         """Drop commitments among `settled` (digests of commitments and verdicts) for which nothing is awaited."""
         now_s = time.monotonic()
-        for digest in self.commitments.keys() & settled:
-            at_s = self.settled_at_s.setdefault(digest, now_s)
-            units = [(digest, selection.tier, selection.unit) for selection in self.drawn.get(digest, [])]
-            complete = digest in self.drawn and all(self.by_unit.get(unit) in settled for unit in units)
-            if complete or now_s - at_s > KEEP_SETTLED_S:
-                self._drop(digest)
-        for place, (received, _) in list(self.lists.items()):
-            known = self.unknown.get(place[0], set())
-            if place in self.reveals and not any(d in self.commitments or d in known for d in received.commitments):
-                del self.lists[place], self.reveals[place]
+        for digest, commitment in list(self.commitments.items()):
+            place = place_of(commitment)
+            late = self._is_late(place) or (self.closed and place in self.void)
+            if digest in settled or late:
+                at_s = self.settled_at_s.setdefault(digest, now_s)
+                units = [(digest, selection.tier, selection.unit) for selection in self.drawn.get(digest, [])]
+                complete = digest in self.drawn and all(self.by_unit.get(unit) in settled for unit in units)
+                if complete or late or now_s - at_s > KEEP_SETTLED_S:
+                    self._drop(digest)
+        for spent, (received, _) in list(self.lists.items()):
+            known = self.unknown.get(spent[0], set())
+            if spent in self.reveals and not any(d in self.commitments or d in known for d in received.commitments):
+                del self.lists[spent], self.reveals[spent]
+        for place in [place for place in self.by_place if self._is_late(place)]:
+            del self.by_place[place]
+            self.void.discard(place)
+
+    def _is_late(self, place: Place) -> bool:
+        _, replica, stage, step = place
+        return step <= self.settled_step.get((stage, replica), -1)
 
     def _drop(self, digest: bytes) -> None:
+        """Forget a commitment; that its step was settled is remembered (`by_place`, then `settled_step`)."""
         commitment = self.commitments.pop(digest)
         stage = (commitment.stage, commitment.replica)
         self.num_bytes[stage] -= len(self.signed.pop(digest))
-        self.settled_step[stage] = max(commitment.step, self.settled_step.get(stage, -1))
+        self.settled_step[stage] = max(commitment.step - LATE_STEPS, self.settled_step.get(stage, -1))
         self.steps[stage].remove(commitment.step)
         self.settled_at_s.pop(digest, None)
-        self.by_place.pop(place_of(commitment), None)
         self.listed_by.pop(digest, None)
         for selection in self.drawn.pop(digest, []):
             verdict = self.by_unit.pop((digest, selection.tier, selection.unit), b"")

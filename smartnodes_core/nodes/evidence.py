@@ -12,11 +12,13 @@ from typing import Any
 
 from blake3 import blake3
 
-from smartnodes_core.audit import Auditor, Case
+from smartnodes_core.audit import Auditor, Case, Opened
 from smartnodes_core.errors import RecordError, SmartnodesError
 from smartnodes_core.identity import verify
+from smartnodes_core.jobs import spec_digest
 from smartnodes_core.nodes.base import Node
-from smartnodes_core.records import Challenge, Commitment, Digest, Evidence, JobRecord, Signed, Verdict
+from smartnodes_core.nodes.params import count_in, digest_in
+from smartnodes_core.records import Challenge, Commitment, Digest, Evidence, JobRecord, Opening, Signed, Verdict
 from smartnodes_core.rpc import Result, allow
 from smartnodes_core.transport.base import Peer
 
@@ -37,6 +39,7 @@ class EvidenceDesk:
         self._node, self._auditor = node, auditor
         self._kept: dict[bytes, tuple[Evidence, bytes]] = {}
         self._lock = threading.Lock()
+        self._waiting: set[bytes] = set()
         self._queue: queue.Queue[Verdict | None] = queue.Queue()
         self._thread = threading.Thread(target=self._confirm_all, name="evidence", daemon=True)
         node.serve(self)
@@ -49,7 +52,7 @@ class EvidenceDesk:
         if self._thread.is_alive():
             self._thread.join(timeout=2)
 
-    def keep(self, case: Case, signed_commitment: bytes, body: memoryview) -> Digest:
+    def keep(self, case: Case, signed_commitment: bytes, signed_opening: bytes, body: memoryview) -> Digest:
         """Keep what a fraud was found in; returns the digest that the verdict carries."""
         evidence = Evidence(
             job=case.job.encode(),
@@ -58,26 +61,34 @@ class EvidenceDesk:
             previous=b"",
             order=case.order,
             challenge=case.challenge.encode(),
-            opening=case.opening,
+            opening=signed_opening,
             body_digest=blake3(body).digest(),
             body_bytes=len(body),
         )
         digest = evidence.digest()
         with self._lock:
             self._kept[digest] = (evidence, bytes(body))
-            while len(self._kept) > MAX_KEPT:
+            while len(self._kept) > MAX_KEPT or (len(self._kept) > 1 and self._num_kept_bytes() > MAX_EVIDENCE_BYTES):
                 del self._kept[next(iter(self._kept))]
         return digest
 
+    def _num_kept_bytes(self) -> int:
+        return sum(len(body) for _, body in self._kept.values())
+
     def confirm(self, verdict: Verdict) -> None:
-        """Re-run another auditor's fraud verdict, in the background."""
+        """Re-run another auditor's fraud verdict, in the background; once at a time for each."""
+        with self._lock:
+            if verdict.digest() in self._waiting:
+                return
+            self._waiting.add(verdict.digest())
         self._queue.put(verdict)
 
     @allow(roles=("validator",), max_body_bytes=0)
     def rpc_evidence(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
         """The evidence with this digest: the record, then the opened bytes."""
+        digest = digest_in(params, "digest")
         with self._lock:
-            found = self._kept.get(bytes(params["digest"]))
+            found = self._kept.get(digest)
         if found is None:
             raise RecordError("no such evidence is kept here")
         record = found[0].encode()
@@ -91,6 +102,8 @@ class EvidenceDesk:
                 logger.warning("a fraud verdict could not be re-run and is not signed for: %s", error)
             except Exception:
                 logger.exception("re-running a fraud verdict")
+            with self._lock:
+                self._waiting.discard(verdict.digest())
 
     def _confirm(self, verdict: Verdict) -> None:
         reply = self._node.call(
@@ -100,28 +113,47 @@ class EvidenceDesk:
             timeout_s=FETCH_TIMEOUT_S,
             max_body_bytes=MAX_EVIDENCE_BYTES,
         )
-        num_bytes = int(reply.params["record_bytes"])
+        num_bytes = count_in(reply.params, "record_bytes", len(reply.body))
         evidence = Evidence.decode(bytes(reply.body[:num_bytes]))
-        body = reply.body[num_bytes:]
-        if evidence.digest() != verdict.evidence or blake3(body).digest() != evidence.body_digest:
+        if evidence.digest() != verdict.evidence:
             raise RecordError("the evidence is not what the verdict names")
-        case = case_of(evidence)
-        if (case.commitment.digest(), case.challenge.digest()) != (verdict.commitment, verdict.challenge):
-            raise RecordError("the evidence is of another unit than the verdict")
-        finding, reason = self._auditor.examine(case, body)
+        body = reply.body[num_bytes:]
+        finding, reason = self._auditor.examine(case_of(evidence, verdict, body), body)
         if finding == "fraudulent":
             self.on_confirmed(verdict)
         else:
             logger.warning("a fraud verdict of %s is not confirmed: %s", verdict.auditor.hex()[:8], reason)
 
 
-def case_of(evidence: Evidence) -> Case:
-    """The case that evidence tells. Raises RecordError or SignatureError."""
-    return Case(
-        job=JobRecord.decode(evidence.job),
-        spec=evidence.spec,
-        commitment=verify(Signed.decode(evidence.commitment), Commitment),
-        challenge=Challenge.decode(evidence.challenge),
-        order=evidence.order,
-        opening=evidence.opening,
-    )
+def case_of(evidence: Evidence, verdict: Verdict, body: memoryview) -> Case:
+    """The case that evidence tells, every part held against the verdict and against what the worker signed, so that
+    no part can have been put there by the auditor. Raises RecordError or SignatureError."""
+    job = JobRecord.decode(evidence.job)
+    signed = Signed.decode(evidence.commitment)
+    commitment = verify(signed, Commitment)
+    challenge = Challenge.decode(evidence.challenge)
+    if (job.digest(), commitment.digest(), challenge.digest()) != (verdict.job, verdict.commitment, verdict.challenge):
+        raise RecordError("the evidence is of another job or unit than the verdict")
+    if not signed.signer == commitment.worker == verdict.worker or commitment.job != verdict.job:
+        raise RecordError("the commitment in the evidence is not the accused worker's")
+    unit = (challenge.job, challenge.commitment, challenge.tier, challenge.unit, challenge.auditor)
+    if unit != (verdict.job, verdict.commitment, verdict.tier, verdict.unit, verdict.auditor):
+        raise RecordError("the challenge in the evidence asks for another unit than the verdict is about")
+    if commitment.stage >= len(job.specs) or spec_digest(evidence.spec) != job.specs[commitment.stage]:
+        raise RecordError("the spec in the evidence is not the one that the job record names")
+    if (evidence.body_digest, evidence.body_bytes) != (blake3(body).digest(), len(body)):
+        raise RecordError("the opened bytes are not those of the evidence")
+    opening = opening_of(evidence.opening, commitment.worker, challenge.digest(), body)
+    return Case(job, evidence.spec, commitment, challenge, evidence.order, opening.encode())
+
+
+def opening_of(signed_opening: bytes, worker: bytes, challenge: bytes, body: memoryview) -> Opening:
+    """The opening that `worker` signed for `challenge` over `body`. Raises RecordError or SignatureError."""
+    signed = Signed.decode(signed_opening)
+    opened = verify(signed, Opened)
+    opening = Opening.decode(opened.opening)
+    if signed.signer != worker or opening.challenge != challenge:
+        raise RecordError("the opening is not the worker's, or answers another challenge")
+    if opened.body_digest != blake3(body).digest():
+        raise RecordError("the opening's body is not the one that the worker signed")
+    return opening

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 import time
 from collections.abc import Sequence
 
 from smartnodes_core.chain.base import Chain, Member
-from smartnodes_core.errors import AuthorityError, ConfigError
+from smartnodes_core.errors import AuthorityError, ChainError, ConfigError
 from smartnodes_core.records import NodeKey, Role
+
+logger = logging.getLogger(__name__)
 
 #: A list this old still answers questions about members that are in it.
 MAX_AGE_S = 10.0
@@ -23,15 +26,15 @@ def key_hash(node_key: NodeKey) -> bytes:
 
 
 class Membership:
-    """Members of one network by node key. The list is read again when it is older than `max_age_s`, or soon when
-    somebody
-    unknown is asked for; by one thread at a time.
+    """Members of one network by node key.
+
+    The list is read by one thread at a time: again for a member that is in it when it is older than `max_age_s`, while
+    others go on with the old one, and soon for somebody unknown. While the chain cannot be read, what is known stays.
     """
 
     def __init__(self, chain: Chain, network_id: int, max_age_s: float = MAX_AGE_S):
-        self.chain, self.network_id = chain, network_id
-        self._max_age_s = max_age_s
-        self._lock = threading.Lock()
+        self.chain, self.network_id, self.max_age_s = chain, network_id, max_age_s
+        self._reading = threading.Lock()
         self._read_at_s = float("-inf")
         self._members: list[Member] = []
         self._by_hash: dict[bytes, Member] = {}
@@ -39,18 +42,34 @@ class Membership:
 
     def members(self, max_age_s: float = FRESH_S) -> Sequence[Member]:
         """All members, as `ChainAuthority` takes them. Raises ChainError."""
-        with self._lock:
-            if time.monotonic() - self._read_at_s > max_age_s:
-                self._members = self.chain.members(self.network_id)
-                self._by_hash = {member.key_hash: member for member in self._members}
-                self._read_at_s = time.monotonic()
+        with self._reading:
+            self._read_if_older(max_age_s)
             return self._members
 
+    def _read_if_older(self, max_age_s: float) -> None:
+        if time.monotonic() - self._read_at_s > max_age_s:
+            members = self.chain.members(self.network_id)
+            self._by_hash = {member.key_hash: member for member in members}
+            self._members = members
+            self._read_at_s = time.monotonic()
+
     def of(self, node_key: NodeKey) -> Member | None:
-        """The member with this node key, or None. Remembers the key, so that `node_key_of` finds it."""
-        known = key_hash(node_key) in self._by_hash
-        self.members(self._max_age_s if known else FRESH_S)
-        member = self._by_hash.get(key_hash(node_key))
+        """The member with this node key, or None. Remembers the key, so that `node_key_of` finds it.
+
+        Raises ChainError for somebody unknown while the chain cannot be read.
+        """
+        hashed = key_hash(node_key)
+        if hashed not in self._by_hash:
+            self.members(FRESH_S)
+        elif time.monotonic() - self._read_at_s > self.max_age_s and self._reading.acquire(blocking=False):
+            try:
+                self._read_if_older(self.max_age_s)
+            except ChainError as error:
+                logger.warning("the chain's list of members is not renewed: %s", error)
+                self._read_at_s = time.monotonic() - self.max_age_s + FRESH_S  # tried again, not at once
+            finally:
+                self._reading.release()
+        member = self._by_hash.get(hashed)
         if member is not None:
             self._node_keys[member.account] = node_key
         return member
@@ -67,6 +86,11 @@ class Membership:
         """None where the key is not registered or has left."""
         member = self.of(node_key)
         return member.reputation if member and member.live else None
+
+    def role_of(self, node_key: NodeKey) -> Role | None:
+        """The role of a member that is not blacklisted and has not left; None for everybody else."""
+        member = self.of(node_key)
+        return member.role if member and member.live and member.reputation else None
 
     def tip_of(self, node_key: NodeKey) -> bytes | None:
         """A validator's hash-chain tip, None where none was posted."""

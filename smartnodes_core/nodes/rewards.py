@@ -66,6 +66,10 @@ def claim(node: Node, chain: Chain, network_id: int, validators: Sequence[NodeKe
 def decode_totals(body: memoryview | bytes) -> dict[bytes, int]:
     """What `rpc_reward_totals` answers. Raises RecordError."""
     try:
-        return {bytes.fromhex(account): int(wei) for account, wei in msgspec.msgpack.decode(body).items()}
-    except (msgspec.DecodeError, ValueError, AttributeError, TypeError) as error:
+        table = msgspec.msgpack.decode(body, type=dict[str, str])
+        totals = {bytes.fromhex(account): int(wei) for account, wei in table.items()}
+    except (msgspec.DecodeError, ValueError) as error:
         raise RecordError(f"not a table of reward totals: {error}") from None
+    if not all(len(account) == 20 and 0 <= wei < 1 << 256 for account, wei in totals.items()):
+        raise RecordError("a table of reward totals has accounts of 20 bytes and amounts of 256 bits")
+    return totals

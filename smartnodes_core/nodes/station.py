@@ -156,7 +156,7 @@ class Station:
         try:
             for announcement in self.find("validator"):
                 self.membership.of(announcement.node_key)
-        except (Unavailable, ChainError) as error:
+        except SmartnodesError as error:
             logger.info("validators could not be looked up: %s", error)
 
     def close(self) -> None:

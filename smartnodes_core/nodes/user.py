@@ -8,10 +8,18 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from smartnodes_core.errors import JobError, NoWorkersError, SmartnodesError, Unavailable, WorkerLostError
+from smartnodes_core.errors import (
+    AuthorityError,
+    JobError,
+    NoWorkersError,
+    SmartnodesError,
+    Unavailable,
+    WorkerLostError,
+)
 from smartnodes_core.identity import Identity, verify
 from smartnodes_core.jobs import Buffer, Job, StageOfJob
 from smartnodes_core.nodes.base import Node
+from smartnodes_core.nodes.params import bytes_in, map_in, text_in
 from smartnodes_core.nodes.worker import STREAM
 from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, JobRecord, NodeKey, Plan, Signed, Verdict
 from smartnodes_core.rpc import Reply, allow
@@ -82,6 +90,9 @@ class UserNode:
                 self.node.call(validator, "open_job", params, timeout_s=timeout_s)
                 self._reach_all(plan.validators)
                 return job
+            except NoWorkersError:  # the validator did its part: another one would find no more
+                self._forget(job)
+                raise
             except Unavailable as error:
                 lost = error
             except SmartnodesError:
@@ -149,10 +160,11 @@ class UserNode:
     @allow(roles=("worker",), max_body_bytes=0)
     def rpc_job_event(self, caller: Peer, params: dict[str, Any], body: memoryview) -> None:
         """A worker says something of its stage."""
-        found = self._stage_of(caller.node_key, str(params["key"]))
+        key, event, content = text_in(params, "key"), text_in(params, "event"), map_in(params, "params")
+        found = self._stage_of(caller.node_key, key)
         if found is not None:
             stage, listener = found
-            listener.on_event(stage, str(params["event"]), dict(params["params"]))
+            listener.on_event(stage, event, content)
 
     @allow(roles=("worker",), max_body_bytes=MAX_RECORD_BYTES)
     def rpc_commitment(self, caller: Peer, params: dict[str, Any], body: memoryview) -> None:
@@ -161,13 +173,18 @@ class UserNode:
         commitment = verify(signed, Commitment)
         with self._lock:
             known = self._jobs.get(commitment.job) or self._closed.get(commitment.job)
-        if known is not None and signed.signer == commitment.worker == caller.node_key:
-            known[1].on_commitment(commitment)
+        if known is None:
+            return  # a job that is closed
+        job, listener = known
+        worker = job.worker_of(commitment.stage, commitment.replica)
+        if not signed.signer == commitment.worker == caller.node_key == worker:
+            raise AuthorityError(f"stage {commitment.stage} is not run by who commits to it")
+        listener.on_commitment(commitment)
 
     @allow(roles=("validator",), max_body_bytes=0)
     def rpc_verdict(self, caller: Peer, params: dict[str, Any], body: memoryview) -> None:
         """An auditor found something."""
-        signed = Signed.decode(params["verdict"])
+        signed = Signed.decode(bytes_in(params, "verdict"))
         verdict = verify(signed, Verdict)
         with self._lock:
             known = self._jobs.get(verdict.job) or self._closed.get(verdict.job)
@@ -175,14 +192,14 @@ class UserNode:
             known[1].on_verdict(verdict)
 
     def _allocate(self, peer: Peer, header: dict[str, Any], num_bytes: int) -> memoryview:
-        found = self._stage_of(peer.node_key, str(header.get("key")))
+        found = self._stage_of(peer.node_key, text_in(header, "key"))
         if found is None:
             raise JobError("a frame for no job of ours")
         stage, listener = found
         return listener.allocate(stage, header, num_bytes)
 
     def _receive(self, peer: Peer, header: dict[str, Any], body: memoryview) -> None:
-        found = self._stage_of(peer.node_key, str(header.get("key")))
+        found = self._stage_of(peer.node_key, text_in(header, "key"))
         if found is not None:
             stage, listener = found
             listener.on_frame(stage, header, body)
@@ -190,10 +207,12 @@ class UserNode:
     def _stage_of(self, worker: NodeKey, key: str) -> tuple[int, JobListener] | None:
         """The stage that `key` names, provided `worker` runs it."""
         with self._lock:
-            known = self._jobs.get(bytes.fromhex(key[:64]) if len(key) > 64 else b"")
-        for stage in known[0].stages_of(worker) if known else []:
-            if stage.key == key and known is not None:
-                return stage.stage, known[1]
+            jobs = list(self._jobs.values())
+        for job, listener in jobs:
+            if key.startswith(job.id.hex()):
+                for stage in job.stages_of(worker):
+                    if stage.key == key:
+                        return stage.stage, listener
         return None
 
     def _peer_lost(self, peer: NodeKey, reason: str) -> None:

@@ -1,7 +1,7 @@
 """The validator role: four desks on one node.
 
-`placement.py` opens and closes jobs, `auditing.py` draws and examines, `evidence.py` re-runs what others found,
-`rounding.py` carries the results on chain. This module only joins them.
+`placement.py` opens and closes jobs, `auditing.py` audits them (with `drawing.py` and `challenging.py`), `evidence.py`
+re-runs what others found, `rounding.py` (with `voting.py`) carries the results on chain. This module only joins them.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ DRAIN_TIMEOUT_S = 20.0
 
 @dataclass(frozen=True)
 class ValidatorSettings:
-    """Times of a validator: commitments are gathered `list_interval_s` into one list, the chain is looked at every
-    `poll_s`,
-    and a silent proposer is given up after `proposer_timeout_s`."""
+    """Times of a validator: commitments are gathered `list_interval_s` into one list, which waits `reveal_timeout_s`
+    for the other validators'; a worker has `challenge_timeout_s` to open; the chain is looked at every `poll_s`, and a
+    silent proposer is given up after `proposer_timeout_s`."""
 
     list_interval_s: float = 0.25
+    reveal_timeout_s: float = 30.0
+    challenge_timeout_s: float = 60.0
     poll_s: float = 5.0
     proposer_timeout_s: float = 30.0
 
@@ -52,7 +54,6 @@ class ValidatorNode:
         learn_validators: Callable[[], None] = lambda: None,
     ):
         self.node = node
-        self.jobs = JobDesk(node, membership.network_id, membership.reputation_of)
         self.evidence = EvidenceDesk(node, auditor)
         self.audits = AuditDesk(
             node,
@@ -63,7 +64,10 @@ class ValidatorNode:
             membership.tip_of,
             journal,
             list_interval_s=settings.list_interval_s,
+            reveal_timeout_s=settings.reveal_timeout_s,
+            challenge_timeout_s=settings.challenge_timeout_s,
         )
+        self.jobs = JobDesk(node, membership.network_id, membership.role_of, self.audits.idle_s)
         self.rounds = RoundDesk(
             node,
             membership.chain,
@@ -86,6 +90,7 @@ class ValidatorNode:
         self.rounds.start()
 
     def stop(self) -> None:
+        self.jobs.stop()
         self.rounds.stop()
         self.evidence.stop()
         self.audits.stop()

@@ -36,7 +36,8 @@ def run(options: argparse.Namespace) -> int:
             address_of(key)
         except (KeyError, ValueError) as error:
             raise ConfigError(
-                f"the environment variable {options.account_key_variable} holds no secret key of 32 bytes in hexadecimal"
+                f"the environment variable {options.account_key_variable} holds no secret key: 32 bytes in "
+                "hexadecimal are needed"
             ) from error
     identity = Identity.create()
     identity.save(folder / "identity.json")

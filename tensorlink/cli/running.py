@@ -20,13 +20,22 @@ def add_life_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exit-with-parent", action="store_true", help="end when standard input is closed")
 
 
+class EndedEarly(BaseException):
+    """The end was asked for before the node was ready. No error: it unwinds what the start has begun."""
+
+
 class Life:
-    """Begins when made: from then on signals ask for an orderly end instead of killing."""
+    """Begins when made: from then on signals ask for an orderly end instead of killing.
+
+    Until `wait`, where the node is still starting, the end is raised in the main thread as EndedEarly, so that nobody
+    waits for a start that is no longer wanted.
+    """
 
     def __init__(self, exit_with_parent: bool):
         self._ended = threading.Event()
+        self._starting = True
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._ended.set())
+            signal.signal(number, self._end)
         if exit_with_parent:
             threading.Thread(target=self._watch_stdin, daemon=True).start()
 
@@ -37,10 +46,17 @@ class Life:
 
     def wait(self) -> None:
         """Until the end is asked for."""
+        self._starting = False
         self._ended.wait()
+
+    def _end(self, *_: object) -> None:
+        self._ended.set()
+        if self._starting:
+            self._starting = False  # once: what it unwinds must not be interrupted
+            raise EndedEarly
 
     def _watch_stdin(self) -> None:
         with contextlib.suppress(OSError):
             while os.read(0, 4096):
                 pass
-        self._ended.set()
+        os.kill(os.getpid(), signal.SIGTERM)  # signals are handled where exceptions can be raised: the main thread

@@ -17,7 +17,7 @@ from smartnodes_core.keyfile import read_key_file, write_key_file
 from smartnodes_core.nodes.station import Station
 from smartnodes_core.nodes.validator import ValidatorNode, ValidatorSettings
 from tensorlink.cli.options import config_from, fail, parser_for, start_logging
-from tensorlink.cli.running import Life, add_life_flags
+from tensorlink.cli.running import EndedEarly, Life, add_life_flags
 from tensorlink.validator import ReplayAuditor
 
 PROGRAM = "tensorlink-validator"
@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _run(config, life)
     except SmartnodesError as error:
         return fail(PROGRAM, error)
+    except EndedEarly:
+        pass
     return 0
 
 

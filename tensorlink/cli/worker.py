@@ -17,7 +17,7 @@ from smartnodes_core.journal import Journal
 from smartnodes_core.nodes.station import Station
 from smartnodes_core.nodes.worker import WorkerNode
 from tensorlink.cli.options import config_from, fail, parser_for, start_logging
-from tensorlink.cli.running import Life, add_life_flags
+from tensorlink.cli.running import EndedEarly, Life, add_life_flags
 from tensorlink.worker import StageHandler
 
 PROGRAM = "tensorlink-worker"
@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _run(config, life)
     except SmartnodesError as error:
         return fail(PROGRAM, error)
+    except EndedEarly:
+        pass
     return 0
 
 

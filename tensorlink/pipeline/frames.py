@@ -28,11 +28,12 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy; the caller keeps the tensor alive."""
     if not tensor.numel():
         return memoryview(b"")
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()).cast("B")
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array).cast("B")
 
 
 class FrameTensor:
-    """Receiving: `allocate` checks a header against the slot it is for, `wrap` makes the tensor of the filled buffer."""
+    """Receiving: `allocate` checks a header against the slot it is for, `wrap` makes the tensor of what came."""
 
     @staticmethod
     def allocate(slot: Slot, header: dict[str, Any], num_bytes: int) -> memoryview:
@@ -50,7 +51,8 @@ class FrameTensor:
             raise ProtocolError(f"{slot.name}: {num_bytes} bytes in one tensor, at most {MAX_TENSOR_BYTES} are taken")
         if not num_bytes:
             return memoryview(bytearray())
-        return memoryview(torch.empty(num_bytes, dtype=torch.uint8).numpy()).cast("B")
+        array: Any = torch.empty(num_bytes, dtype=torch.uint8).numpy()
+        return memoryview(array).cast("B")
 
     @staticmethod
     def wrap(header: dict[str, Any], body: memoryview) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a job has come to so far, as its user heard it: work, busy seconds, verdicts. Bounded, whatever the job's length."""
+"""What a job has come to so far, as its user heard it: work, busy seconds, verdicts. Of bounded size."""
 
 from __future__ import annotations
 

@@ -86,8 +86,8 @@ def plan(needs: Sequence[StageNeed], workers: Sequence[Announcement], num_micro_
     free = [worker for worker in workers if int(worker.offers.get("free_slots", 1)) > 0]
     if len(free) < len(needs):
         raise NoWorkersError(
-            f"found {len(free)} free workers ({len(workers)} announced), needed {len(needs)}, one for each stage: start more "
-            "with tensorlink-worker, or ask for fewer stages"
+            f"found {len(free)} free workers ({len(workers)} announced), needed {len(needs)}, one for each stage: "
+            "start more with tensorlink-worker, or ask for fewer stages"
         )
     placed: dict[int, Placed] = {}
     remaining = sorted(free, key=lambda worker: (-speed_of(worker), worker.node_key))
@@ -97,8 +97,8 @@ def plan(needs: Sequence[StageNeed], workers: Sequence[Announcement], num_micro_
         if fitting is None:
             largest = max(memory_of(worker) for worker in remaining)
             raise NoWorkersError(
-                f"stage {stage} needs {need.memory_bytes / 1e6:.1f} MB, the largest free worker offers {largest / 1e6:.1f} MB: "
-                "use more stages or smaller micro-batches"
+                f"stage {stage} needs {need.memory_bytes / 1e6:.1f} MB, the largest free worker offers "
+                f"{largest / 1e6:.1f} MB: use more stages or smaller micro-batches"
             )
         remaining.remove(fitting)
         placed[stage] = Placed(stage, fitting, need, need.flops / speed_of(fitting))

@@ -4,8 +4,10 @@ against."""
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections import deque
 from concurrent.futures import Executor, Future
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tensorlink.network import LocalNetwork
 from tensorlink.pipeline.stage import Place, Stage
 from tensorlink.program.trace import trace
 
@@ -181,3 +184,21 @@ def rig():
     return SimpleNamespace(
         Pipe=Pipe, MODELS=MODELS, batch=batch, loss_fn=loss_fn, stage_programs=stage_programs, JOB=JOB, Inline=Inline
     )
+
+
+@pytest.fixture(scope="session")
+def network():
+    """A whole network of real processes, shared by all tests that need one: tests must leave every node alive."""
+    with LocalNetwork(
+        workers=3, validators=1, slots_per_worker=8, round_interval_s=5, claim_delay_s=5, audit_rates=(0.0, 0.0)
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """The module `processes.py`."""
+    spec = importlib.util.spec_from_file_location("processes", Path(__file__).with_name("processes.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

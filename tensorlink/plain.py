@@ -15,7 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from smartnodes_core.errors import JobError
-from tensorlink.pipeline.batching import LossReduction, boundaries, loss_weights
+from tensorlink.pipeline.batching import LossReduction, bind_batch, boundaries, flat_inputs, loss_weights, split_targets
 from tensorlink.pipeline.batching import micro_batches as split_into
 from tensorlink.pipeline.seeds import seed_for
 from tensorlink.program.inputs import flatten_inputs, unflatten_outputs
@@ -42,6 +42,7 @@ class Reference(torch.nn.Module):
         self.module = module
         self.traced: TracedModel = trace(module, example_inputs)
         self._micro_batches = micro_batches
+        self._by_keyword = isinstance(example_inputs, dict)
         self._seed = seed
         self._step_index = self._num_calls = 0
         self._program = _program(self.traced, module) if self._draws_masks(example_inputs) else None
@@ -49,11 +50,10 @@ class Reference(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output for a batch, one micro-batch after the other."""
-        flat = flatten_inputs(self.traced, args, kwargs)
-        pieces, _ = split_into(self.traced, flat, self._micro_batches)
+        flat = flat_inputs(self.traced, args, kwargs)
         call, self._num_calls = self._num_calls, self._num_calls + 1
         anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
-        outputs = _InOrder.apply(self, call, pieces, anchor)
+        outputs = _InOrder.apply(self, call, anchor, *flat)
         return unflatten_outputs(self.traced, list(outputs))
 
     def train_step(
@@ -65,19 +65,19 @@ class Reference(torch.nn.Module):
     ) -> torch.Tensor:
         """As `DistributedModel.train_step`, with a plain torch optimizer."""
         optimizer.zero_grad()
-        *inputs, target = batch
-        pieces, samples = split_into(self.traced, flatten_inputs(self.traced, tuple(inputs), {}), self._micro_batches)
-        targets = torch.tensor_split(target, boundaries(samples))
+        args, kwargs, target = bind_batch(batch, self._by_keyword)
+        pieces, samples = split_into(self.traced, flat_inputs(self.traced, args, kwargs), self._micro_batches)
+        targets = split_targets(target, samples)
         weights = loss_weights(loss_reduction, samples, targets)
-        losses = []
+        call, losses = self._num_calls, []
         for micro_batch, piece in enumerate(pieces):
-            outputs = unflatten_outputs(self.traced, self._run(piece, 0, micro_batch))
+            outputs = unflatten_outputs(self.traced, self._run(piece, call, micro_batch))
             loss = loss_fn(outputs, targets[micro_batch])
             loss.backward(torch.tensor(weights[micro_batch], dtype=loss.dtype))
             losses.append(loss.item())
         optimizer.step()
         self.end_step()
-        return torch.tensor(sum(w * loss for w, loss in zip(weights, losses, strict=True)), dtype=torch.float32)
+        return torch.tensor(sum(w * value for w, value in zip(weights, losses, strict=True)), dtype=loss.dtype)
 
     def end_step(self) -> None:
         """The optimizer has stepped: the next forward is call 0 of the next step."""
@@ -94,8 +94,13 @@ class Reference(torch.nn.Module):
             {name: state[name] for name in whole.parameters},
             {name: state[name].clone() for name in whole.buffers},
         )
+
+        def seed(node: int) -> int:
+            asked.append(node)
+            return 0
+
         with torch.no_grad():
-            interpreter.run(flatten_inputs(self.traced, args, kwargs), lambda node: asked.append(node) or 0)
+            interpreter.run(flatten_inputs(self.traced, args, kwargs), seed)
         return bool(asked)
 
     def _run(self, piece: list[Any], call: int, micro_batch: int) -> list[Any]:
@@ -111,26 +116,50 @@ class _InOrder(torch.autograd.Function):
     """All micro-batches as one node of the user's graph, whose backward goes through them in order."""
 
     @staticmethod
-    def forward(ctx: Any, reference: Reference, call: int, pieces: list[list[Any]], anchor: torch.Tensor) -> Any:
+    def forward(ctx: Any, reference: Reference, call: int, anchor: torch.Tensor, *flat: torch.Tensor) -> Any:
+        ctx.dynamic = reference.traced.binding.dynamic
+        ctx.wanted = [slot for slot, tensor in enumerate(flat) if anchor.requires_grad and tensor.requires_grad]
+        pieces, _ = split_into(reference.traced, [tensor.detach() for tensor in flat], reference._micro_batches)
+        ctx.pieces = [
+            [tensor.detach().requires_grad_(slot in ctx.wanted) for slot, tensor in enumerate(piece)]
+            for piece in pieces
+        ]
         with torch.set_grad_enabled(anchor.requires_grad):
-            runs = [reference._run(piece, call, index) for index, piece in enumerate(pieces)]
-        ctx.runs = runs
-        return tuple(torch.cat([run[slot].detach() for run in runs]) for slot in range(len(runs[0])))
+            ctx.runs = [reference._run(piece, call, index) for index, piece in enumerate(ctx.pieces)]
+        outputs = [torch.cat([run[slot].detach() for run in ctx.runs]) for slot in range(len(ctx.runs[0]))]
+        ctx.mark_non_differentiable(
+            *[o for o, made in zip(outputs, ctx.runs[0], strict=True) if not made.requires_grad]
+        )
+        return tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
-        cuts = boundaries([len(run[0]) for run in ctx.runs])
-        split = [torch.tensor_split(gradient, cuts) for gradient in gradients]
+        retain = torch._C._autograd._get_current_graph_task_keep_graph()
+        split = [
+            torch.tensor_split(gradient, boundaries([len(run[slot]) for run in ctx.runs]))
+            for slot, gradient in enumerate(gradients)
+        ]
+        for piece in ctx.pieces:
+            for slot in ctx.wanted:
+                piece[slot].grad = None
         for index, run in enumerate(ctx.runs):
             wanted = [(out, split[slot][index]) for slot, out in enumerate(run) if out.requires_grad]
-            torch.autograd.backward([out for out, _ in wanted], [gradient.contiguous() for _, gradient in wanted])
-        return None, None, None, None
+            torch.autograd.backward(
+                [out for out, _ in wanted], [gradient.contiguous() for _, gradient in wanted], retain_graph=retain
+            )
+        found: list[torch.Tensor | None] = [None] * len(ctx.dynamic)
+        for slot in ctx.wanted:
+            parts = [torch.zeros_like(p[slot]) if p[slot].grad is None else p[slot].grad for p in ctx.pieces]
+            found[slot] = torch.cat(parts) if ctx.dynamic[slot] else sum(parts[1:], parts[0])
+        return None, None, None, *found
 
 
 def _program(traced: TracedModel, module: torch.nn.Module) -> dict[bool, Interpreter]:
     whole = traced.whole()
-    parameters = {name: parameter for name, parameter in module.named_parameters() if name in whole.parameters}
+    parameters: dict[str, torch.Tensor] = {
+        name: parameter for name, parameter in module.named_parameters() if name in whole.parameters
+    }
     missing = set(whole.parameters) - set(parameters)
     if missing:
         raise JobError(f"the module has no parameters {sorted(missing)}, which its trace names")

@@ -1,0 +1,64 @@
+"""What a worker remembers of one stage: its commitments, each naming the one before, and who needs the stage still."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from smartnodes_core.errors import AuditError
+from smartnodes_core.jobs import StageOfJob
+from smartnodes_core.records import Commitment, NodeKey, Unit
+
+#: Commitments kept beyond the audit window, for challenges that are under way.
+SPARE_COMMITMENTS = 16
+#: How often one unit is opened: again when an answer was lost, not without end.
+MAX_OPENINGS = 3
+
+
+class Ledger:
+    """The commitments of one stage; the newest are kept for challenges. Guarded by the worker's lock."""
+
+    def __init__(self, stage: StageOfJob):
+        self._stage = stage
+        self._tip = stage.job.id
+        self._limit = stage.job.record.audit.window_steps + SPARE_COMMITMENTS
+        self._openings: dict[bytes, dict[int, int]] = {}
+        self.commitments: dict[bytes, Commitment] = {}
+        self.released_by: set[NodeKey] = set()
+        self.timer: threading.Timer | None = None
+
+    def next(self, worker: NodeKey, content: dict[str, Any]) -> Commitment:
+        """The commitment with this content, chained to the last one that was kept."""
+        stage = self._stage
+        return Commitment(
+            job=stage.job.id,
+            plan_version=stage.job.plan.version,
+            replica=stage.replica,
+            stage=stage.stage,
+            worker=worker,
+            previous=self._tip,
+            **{**content, "units": [Unit(**unit) for unit in content["units"]]},
+        )
+
+    def keep(self, commitment: Commitment) -> None:
+        """It is signed: the next one names it."""
+        self._tip = commitment.digest()
+        self.commitments[self._tip] = commitment
+        while len(self.commitments) > self._limit:
+            oldest = next(iter(self.commitments))
+            del self.commitments[oldest]
+            self._openings.pop(oldest, None)
+
+    def count_opening(self, digest: bytes, unit: int) -> None:
+        """Raises AuditError when a unit has been opened often enough: each opening costs much more than asking."""
+        opened = self._openings.setdefault(digest, {})
+        if opened.get(unit, 0) >= MAX_OPENINGS:
+            raise AuditError(f"this unit was opened {MAX_OPENINGS} times already")
+        opened[unit] = opened.get(unit, 0) + 1
+
+    def release(self, validator: NodeKey) -> tuple[bool, bool]:
+        """A validator needs the stage no more: whether none does, and whether so many say so that one is honest."""
+        validators = set(self._stage.job.plan.validators)
+        self.released_by.add(validator)
+        released = self.released_by & validators
+        return released == validators, len(released) > (len(validators) - 1) // 3

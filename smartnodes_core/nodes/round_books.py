@@ -1,0 +1,330 @@
+"""What a validator knows of rounds: which records are settled, the rewards under the last root, what may be settled
+next.
+
+Proposing (`rounding.py`) and voting (`voting.py`) both read it, so that the same evidence gives the same bytes. A
+round that this validator had no part in is fetched from the others: the evidence root that was executed binds it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from smartnodes_core.chain.base import Chain, RoundState
+from smartnodes_core.errors import ChainError, RecordError, SmartnodesError, Unavailable
+from smartnodes_core.nodes.auditing import AuditDesk
+from smartnodes_core.nodes.base import Node
+from smartnodes_core.nodes.membership import Membership
+from smartnodes_core.nodes.params import digest_in
+from smartnodes_core.nodes.rewards import fetch_reward_totals, reward_root
+from smartnodes_core.records import MAX_RECORD_BYTES, NO_DIGEST, Commitment, NodeKey, Proposal, Verdict, canonical
+from smartnodes_core.reputation import VerdictCounts
+from smartnodes_core.rounds import (
+    RoundContext,
+    RoundEvidence,
+    RoundProposal,
+    Standing,
+    draw_proposers,
+    evidence_root,
+)
+from smartnodes_core.rpc import Result, allow
+from smartnodes_core.transport.base import Peer
+
+logger = logging.getLogger(__name__)
+
+#: Records one proposal names at most, of each kind; the rest waits for the next round.
+MAX_NAMED = 20_000
+#: Roots whose leaves are kept, and rounds that others may ask for: as many as the contract keeps.
+MAX_PUBLISHED = 64
+#: Rounds that a validator catches up with when it was away.
+MAX_MISSED = 8
+#: Digests of settled records that are remembered; older ones are refused by step (`AuditedJob.settled_step`).
+MAX_SETTLED = 16 * MAX_NAMED
+FETCH_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A proposal that this validator signed: by the digest that was signed it is found again when it is executed."""
+
+    proposal: Proposal
+    content: RoundProposal
+    totals_wei: dict[bytes, int]
+
+
+class RoundBooks:
+    """See the module. Thread-safe; asks the chain only where its methods say so."""
+
+    def __init__(
+        self, node: Node, chain: Chain, network_id: int, account: bytes, audits: AuditDesk, membership: Membership
+    ):
+        self.node, self.chain, self.network_id, self.account = node, chain, network_id, account
+        self.audits, self.membership = audits, membership
+        self.executed: deque[RoundProposal] = deque(maxlen=MAX_PUBLISHED)
+        self._lock = threading.RLock()
+        self._following = threading.Lock()
+        self._settled: dict[bytes, None] = {}
+        self._candidates: dict[bytes, Candidate] = {}
+        self._kept: dict[bytes, Proposal] = {}
+        self._totals_wei: dict[bytes, int] = {}
+        self._totals_root = NO_DIGEST
+        self._published: dict[bytes, dict[bytes, int]] = {}
+        self._signers: tuple[bytes, ...] = ()
+        self._number = -1
+        node.serve(self)
+
+    # -- following the chain ------------------------------------------------------------------------------------------
+
+    def proposers(self, state: RoundState) -> list[bytes]:
+        """The validators in the order in which they may propose the next round. Asks the chain once."""
+        return draw_proposers(self.chain.validators(self.network_id), state.previous_hash, state.number + 1)
+
+    def follow(self, state: RoundState) -> None:
+        """Take note of rounds that were executed: their evidence is settled, their rewards are the base of the next.
+
+        Asks the chain once for each, and the other validators for those that were not signed here.
+        """
+        with self._following:
+            if state.number <= self._number:
+                return
+            first = max(self._number + 1, state.number - MAX_MISSED + 1, 1)
+            for number in range(first, state.number + 1):
+                executed = self.chain.executed_round(self.network_id, number)
+                if executed is not None:
+                    self._signers = executed.signers
+                    self._note(executed.digest)
+            with self._lock:
+                self._number = state.number
+                self._candidates.clear()
+
+    def _note(self, digest: bytes) -> None:
+        with self._lock:
+            known = self._candidates.get(digest)
+            if digest in self._kept:
+                return
+        if known is not None:
+            proposal, content = known.proposal, known.content
+            self._set_totals(known.totals_wei)
+        else:
+            found = self._fetch_executed(digest)
+            if found is None:
+                logger.warning("a round was executed of which no validator tells what it settled")
+                return
+            proposal, content = found
+        with self._lock:
+            self._kept[digest] = proposal
+            _trim(self._kept, MAX_PUBLISHED)
+            self._settled.update(dict.fromkeys([*proposal.verdicts, *proposal.settled]))
+            _trim(self._settled, MAX_SETTLED)
+            self.executed.append(content)
+            self.audits.books.forget(self._settled.keys())
+
+    def _fetch_executed(self, digest: bytes) -> tuple[Proposal, RoundProposal] | None:
+        for validator in self.others():
+            try:
+                reply = self.node.call(
+                    validator,
+                    "executed_proposal",
+                    {"digest": digest},
+                    timeout_s=FETCH_TIMEOUT_S,
+                    max_body_bytes=MAX_RECORD_BYTES,
+                )
+                proposal = Proposal.decode(reply.body)
+                content = RoundProposal.decode(proposal.content)
+                root = evidence_root([*proposal.verdicts, *proposal.settled])
+                if self.chain.proposal_digest(content) == digest and content.evidence_root == root:
+                    return proposal, content
+                logger.warning("%s gave another proposal than was executed", validator.hex()[:8])
+            except SmartnodesError as error:
+                logger.info("%s does not know the executed proposal: %s", validator.hex()[:8], error)
+        return None
+
+    @allow(roles=("validator",), max_body_bytes=0)
+    def rpc_executed_proposal(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
+        """The executed proposal with this digest, for a validator that was away."""
+        digest = digest_in(params, "digest")
+        with self._lock:
+            found = self._kept.get(digest)
+        if found is None:
+            raise RecordError("no such round is kept here")
+        return {}, [found.encode()]
+
+    def others(self) -> list[NodeKey]:
+        """The node keys of the other validators that this node has met, from what is known of the chain."""
+        try:
+            members = self.membership.members(max_age_s=self.membership.max_age_s)
+        except ChainError as error:
+            logger.info("the validators are not known: %s", error)
+            return []
+        keys = [self.membership.node_key_of(m.account) for m in members if m.role == "validator" and m.live]
+        return [key for key in keys if key is not None and key != self.node.node_key]
+
+    # -- candidates ---------------------------------------------------------------------------------------------------
+
+    def remember(self, digest: bytes, candidate: Candidate) -> None:
+        """Keep a proposal that this validator signs."""
+        with self._lock:
+            self._candidates[digest] = candidate
+
+    def own_candidate(self, state: RoundState, view: int) -> tuple[bytes, Candidate] | None:
+        """What this validator proposed before in this view: a second, different proposal would be equivocation."""
+        with self._lock:
+            for digest, candidate in self._candidates.items():
+                content, proposer = candidate.content, candidate.proposal.proposer
+                if (content.round, content.view, proposer) == (state.number + 1, view, self.account):
+                    return digest, candidate
+        return None
+
+    # -- rewards ------------------------------------------------------------------------------------------------------
+
+    def knows_totals(self, state: RoundState) -> bool:
+        """Whether the cumulative rewards under the last root are known here; else asks the other validators."""
+        with self._lock:
+            if self._totals_root == state.latest_root:
+                return True
+        try:
+            totals = fetch_reward_totals(self.node, self.chain, self.network_id, self.others(), state.latest_root)
+        except Unavailable as error:
+            logger.warning("%s", error)
+            return False
+        self._set_totals(totals)
+        return True
+
+    def _set_totals(self, totals_wei: dict[bytes, int]) -> None:
+        """Keep the newest totals, and those of earlier roots for members that claim under them."""
+        root = reward_root(self.chain, self.network_id, totals_wei)
+        with self._lock:
+            self._totals_wei, self._totals_root = totals_wei, root
+            self._published[root] = totals_wei
+            _trim(self._published, MAX_PUBLISHED)
+
+    @allow(max_body_bytes=0)
+    def rpc_reward_totals(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
+        """The cumulative rewards under a root on chain: anybody may check them against it and build a claim."""
+        root = digest_in(params, "root")
+        with self._lock:
+            totals = self._published.get(root)
+        if totals is None:
+            raise RecordError("the rewards under this root are not known here")
+        return {}, [canonical({account.hex(): str(wei) for account, wei in totals.items()})]
+
+    # -- what may be settled ------------------------------------------------------------------------------------------
+
+    def is_settled(self, digests: Iterable[bytes]) -> list[bytes]:
+        """Those of `digests` that a round carried already."""
+        with self._lock:
+            return [digest for digest in digests if digest in self._settled]
+
+    def unsettled(self) -> tuple[dict[bytes, Verdict], dict[bytes, Commitment]]:
+        """What the next proposal may name, capped: verdicts in the order of their digests, commitments in that of
+        their steps."""
+        with self._lock:
+            settled = self._settled
+            verdicts = {digest: v for digest, v in sorted(self.verdicts().items()) if digest not in settled}
+            payable = sorted(self.payable().items(), key=lambda item: (item[1].step, item[0]))
+            commitments = {digest: c for digest, c in payable if digest not in settled}
+        return _first(verdicts), _first(commitments)
+
+    def verdicts(self) -> dict[bytes, Verdict]:
+        """Verdicts on units that the seeds select; of frauds, those that were found or re-run here."""
+        with self.audits.lock:
+            return {
+                digest: verdict
+                for audited in self.audits.jobs.values()
+                for digest, (verdict, _) in audited.verdicts.items()
+                if audited.is_selected(verdict) and (verdict.finding != "fraudulent" or digest in audited.confirmed)
+            }
+
+    def frauds_since(self, since_s: float) -> set[bytes]:
+        """Fraudulent verdicts, not settled, that were confirmed here before `since_s` (of `time.monotonic`)."""
+        with self.audits.lock:
+            found = {
+                digest
+                for audited in self.audits.jobs.values()
+                for digest, at_s in audited.confirmed.items()
+                if at_s < since_s
+                and audited.verdicts[digest][0].finding == "fraudulent"
+                and audited.is_selected(audited.verdicts[digest][0])
+            }
+        return found.difference(self.is_settled(found))
+
+    def payable(self) -> dict[bytes, Commitment]:
+        """Commitments whose audit window has closed, or whose job has."""
+        with self.audits.lock:
+            return {
+                digest: commitment
+                for audited in self.audits.jobs.values()
+                for digest, commitment in audited.commitments.items()
+                if audited.window_closed(commitment)
+            }
+
+    def evidence(self, verdicts: Mapping[bytes, Verdict], commitments: Mapping[bytes, Commitment]) -> RoundEvidence:
+        """The records as the rules take them: by account. Asks the chain at most once, for a worker that is new."""
+        workers = {verdict.worker for verdict in verdicts.values()}
+        workers |= {commitment.worker for commitment in commitments.values()}
+        accounts = {worker: self.membership.account_of(worker) for worker in workers}
+        counts: dict[bytes, VerdictCounts] = {}
+        for verdict in verdicts.values():
+            account = accounts[verdict.worker]
+            if account is not None:
+                before = counts.get(account, VerdictCounts())
+                counts[account] = replace(before, **{verdict.finding: getattr(before, verdict.finding) + 1})
+        work: dict[bytes, int] = {}
+        for commitment in commitments.values():
+            account = accounts[commitment.worker]
+            if account is not None:
+                work[account] = work.get(account, 0) + commitment.work_units
+        return RoundEvidence(verdicts=counts, work_units=work, digests=[*verdicts, *commitments])
+
+    def context(self, state: RoundState, view: int, until_s: int, num_validators: int) -> RoundContext:
+        """What the rules take from the chain, which is asked twice."""
+        members = self.chain.members(self.network_id)
+        with self._lock:
+            signers, totals_wei = self._signers, self._totals_wei
+        return RoundContext(
+            domain=self.chain.domain,
+            network_id=self.network_id,
+            round=state.number + 1,
+            view=view,
+            previous_hash=state.previous_hash,
+            until_s=until_s,
+            emission_wei=self.chain.emission_wei(self.network_id, until_s),
+            num_validators=num_validators,
+            signers=signers,
+            standings={m.account: Standing(m.index, m.reputation, m.stake_wei) for m in members},
+            totals_wei=totals_wei,
+        )
+
+
+class ViewClock:
+    """Which view of the next round is due: view v after v timeouts, by the chain's clock or by ours since it was due,
+    whichever says more (a chain without traffic may make no blocks)."""
+
+    def __init__(self, timeout_s: float):
+        self.timeout_s = timeout_s
+        self._due = (-1, 0.0)  # a round, and when it was first seen to be due
+
+    def view(self, state: RoundState) -> int | None:
+        """The view that is due now; None while the round is not."""
+        if state.chain_time_s < state.earliest_at_s:
+            return None
+        number, since_s = self._due
+        if number != state.number:
+            number, since_s = self._due = (state.number, time.monotonic())
+        elapsed_s = max(state.chain_time_s - state.earliest_at_s, time.monotonic() - since_s)
+        return int(elapsed_s / self.timeout_s)
+
+
+def _first(records: Mapping[bytes, Any]) -> dict[bytes, Any]:
+    return dict(list(records.items())[:MAX_NAMED])
+
+
+def _trim(table: dict[bytes, Any], most: int) -> None:
+    """Forget the oldest entries over `most`."""
+    for digest in list(table)[: max(0, len(table) - most)]:
+        del table[digest]

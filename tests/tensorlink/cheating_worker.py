@@ -1,0 +1,28 @@
+"""A worker that is honest in everything but its arithmetic: `cheating_worker.py CHEAT [worker flags]`.
+
+The real command line, with the computing process of `audit/cheating_compute.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import tensorlink.cli.worker as command_line
+from tensorlink.worker import StageHandler
+
+COMPUTE = Path(__file__).parent / "audit" / "cheating_compute.py"
+
+
+def main():
+    cheat, flags = sys.argv[1], sys.argv[2:]
+
+    def handler(memory_bytes, num_threads):
+        return StageHandler(memory_bytes, num_threads, (sys.executable, str(COMPUTE), cheat))
+
+    command_line.StageHandler = handler
+    return command_line.main(flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
