@@ -47,6 +47,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             raise OptimizerError(f"{name}: {error}") from None
         self.model = model
         self.optimizer_name = name
+        _check_options(name, groups, defaults)
         super().__init__(_by_pattern(model, groups), defaults)
         model._steps.set_optimizer(self)
 
@@ -77,6 +78,14 @@ class DistributedOptimizer(torch.optim.Optimizer):
             }
             for group in self.param_groups
         ]
+
+
+def _check_options(name: str, groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> None:
+    """torch lets a group's misspelt option pass and ignores it; nobody wants that."""
+    for group in groups:
+        unknown = [key for key in group if key not in defaults and key != "parameters"]
+        if unknown:
+            raise OptimizerError(f"{name} has no option {unknown[0]!r}; it has {', '.join(sorted(defaults))}")
 
 
 def _by_pattern(model: DistributedModel, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

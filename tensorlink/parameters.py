@@ -32,6 +32,8 @@ _HARMLESS = {
     "__hash__",
     "__len__",
 }
+#: Attributes that would give another tensor to write to, in vain.
+_VALUES = {"data", "T", "mT", "H", "mH", "real", "imag"}
 
 
 class RemoteParameter(torch.nn.Parameter):
@@ -62,7 +64,10 @@ class RemoteParameter(torch.nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name == "__get__" or name == "__set__" or name in _HARMLESS:
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "") if name in ("__get__", "__set__") else ""
+        if attribute in _VALUES:
+            name = attribute
+        elif attribute or name in _HARMLESS:
             return super().__torch_function__(func, types, args, kwargs or {})
         raise _refusal(name, next((arg for arg in args if isinstance(arg, RemoteParameter)), None))
 

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import tensorlink.errors  # noqa: F401 - the computing process's errors find their classes among those that are loaded
 from smartnodes_core.errors import (
     AuthorityError,
     BusyError,

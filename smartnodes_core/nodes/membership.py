@@ -88,8 +88,14 @@ class Membership:
         return member.reputation if member and member.live else None
 
     def role_of(self, node_key: NodeKey) -> Role | None:
-        """The role of a member that is not blacklisted and has not left; None for everybody else."""
+        """The role of a member that is not blacklisted and has not left; None for everybody else.
+
+        Waits a moment for one that may just have registered.
+        """
         member = self.of(node_key)
+        if member is None:
+            threading.Event().wait(max(0.0, self._read_at_s + FRESH_S - time.monotonic()) + 0.001)
+            member = self.of(node_key)
         return member.role if member and member.live and member.reputation else None
 
     def tip_of(self, node_key: NodeKey) -> bytes | None:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from smartnodes_core.chain.settings import SNO, ChainSettings
+from smartnodes_core.chain.signing import checksum
 from smartnodes_core.config import UserConfig, load
+from smartnodes_core.errors import ConfigError
 
 
 def add_commands(commands: Any) -> None:
@@ -27,8 +29,13 @@ def add_commands(commands: Any) -> None:
     )
     deploy.set_defaults(run=run_deploy)
 
-    claim = commands.add_parser("claim", help="claim the SNO that an account has earned")
-    claim.add_argument("--config", type=Path, required=True, help="TOML file with the node's settings")
+    claim = commands.add_parser("claim", help="claim the SNO that an account has earned; it is the owner who is paid")
+    claim.add_argument(
+        "--config", type=Path, required=True, help="TOML file with the settings of a user, who may be anyone"
+    )
+    claim.add_argument(
+        "--for", dest="owner", metavar="ACCOUNT", help="the account that earned (default: the user's own)"
+    )
     claim.set_defaults(run=run_claim)
 
 
@@ -52,12 +59,24 @@ def run_deploy(options: argparse.Namespace) -> int:
 
 
 def run_claim(options: argparse.Namespace) -> int:
-    """Claim for the account in the settings."""
+    """Claim for an account, the user's own if none is named."""
     from smartnodes_core.nodes.rewards import claim
     from tensorlink.network import connect
 
+    owner = _account(options.owner) if options.owner else None
     with connect(load(UserConfig, options.config)) as network:
         station = network.station
-        paid = claim(station.node, station.chain, network.network_id, network.validators(), station.chain.account)
-    sys.stdout.write(f"claimed {paid / SNO:.6f} SNO\n")
+        account = owner or station.chain.account
+        paid = claim(station.node, station.chain, network.network_id, network.validators(), account)
+    sys.stdout.write(f"claimed {paid / SNO:.6f} SNO for {checksum(account)}\n")
     return 0
+
+
+def _account(text: str) -> bytes:
+    try:
+        account = bytes.fromhex(text.removeprefix("0x"))
+    except ValueError:
+        account = b""
+    if len(account) != 20:
+        raise ConfigError(f"found --for {text}, needed an account: 0x and 40 hexadecimal digits")
+    return account

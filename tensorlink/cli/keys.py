@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from smartnodes_core.chain.account import save_account_key
+from smartnodes_core.chain.devnet.accounts import devnet_key
 from smartnodes_core.chain.signing import address_of, checksum, new_key
 from smartnodes_core.errors import ConfigError
 from smartnodes_core.identity import Identity
@@ -22,6 +23,9 @@ def add_commands(commands: Any) -> None:
         "--account-key-variable",
         help="take the account's secret from this environment variable instead of making a new one",
     )
+    parser.add_argument(
+        "--devnet-account", type=int, metavar="N", help="use funded account number N of the embedded chain (`devnet`)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -29,7 +33,21 @@ def run(options: argparse.Namespace) -> int:
     """Write identity.json and account.json; existing files are never overwritten."""
     folder = options.folder.expanduser()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    key = new_key()
+    key = _account_key(options)
+    identity = Identity.create()
+    identity.save(folder / "identity.json")
+    save_account_key(folder / "account.json", key)
+    sys.stdout.write(f"node key {identity.node_key.hex()}\naccount  {checksum(address_of(key))}\nin {folder}\n")
+    return 0
+
+
+def _account_key(options: argparse.Namespace) -> bytes:
+    """A new secret, or the one that the flags name. Raises ConfigError."""
+    if options.devnet_account is not None:
+        try:
+            return devnet_key(options.devnet_account)
+        except IndexError as error:
+            raise ConfigError(f"--devnet-account: {error}, numbered from 0") from None
     if options.account_key_variable:
         try:
             key = bytes.fromhex(os.environ[options.account_key_variable].removeprefix("0x"))
@@ -39,8 +57,5 @@ def run(options: argparse.Namespace) -> int:
                 f"the environment variable {options.account_key_variable} holds no secret key: 32 bytes in "
                 "hexadecimal are needed"
             ) from error
-    identity = Identity.create()
-    identity.save(folder / "identity.json")
-    save_account_key(folder / "account.json", key)
-    sys.stdout.write(f"node key {identity.node_key.hex()}\naccount  {checksum(address_of(key))}\nin {folder}\n")
-    return 0
+        return key
+    return new_key()

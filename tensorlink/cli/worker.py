@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(config: RigConfig, life: Life) -> None:
+    if not config.bootstrap:  # before anything is started or put on chain
+        raise ConfigError("no bootstrap validator is named: set `bootstrap` to host:port of one")
     config.data_dir.mkdir(parents=True, exist_ok=True)
     handler = StageHandler(config.max_memory_bytes, config.num_threads)
     handler.start()

@@ -37,7 +37,7 @@ def test_a_body_that_never_came_gives_its_memory_back(arena):
     reserved, view = inflight.reserve(arena, "a", 900)
     del reserved, view
     gc.collect()
-    reserved, view = inflight.reserve(arena, "a", 900)
+    reserved, _ = inflight.reserve(arena, "a", 900)
     assert inflight.of("a") == 900
     inflight.released(reserved.keep())
     arena.free(reserved.offset)
