@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from smartnodes_core.errors import NoWorkersError
 from smartnodes_core.jobs import Job, spec_digest
 from smartnodes_core.records import NO_DIGEST, Announcement, Assignment, AuditTerms, JobRecord, Plan, Record
 from tensorlink.audit.commitments import initial_root
@@ -196,6 +197,9 @@ def _record(
 
 
 def _plan(network: Network, record: JobRecord, table: PlacementPlan) -> Plan:
+    validators = network.validators()
+    if not validators:
+        raise NoWorkersError("found no validator, needed at least 1 to open a job: start one with tensorlink-validator")
     return Plan(
         job=record.digest(),
         version=0,
@@ -206,7 +210,7 @@ def _plan(network: Network, record: JobRecord, table: PlacementPlan) -> Plan:
             for placed in table.stages
         ],
         spares=[_key(worker) for worker in table.spares],
-        validators=network.validators(),
+        validators=validators,
         reason=f"first plan: {len(table.stages)} stages, predicted step {table.step_s * 1e3:.0f} ms",
     )
 

@@ -30,6 +30,7 @@ from smartnodes_core.transport.base import Peer
 logger = logging.getLogger(__name__)
 
 FETCH_TIMEOUT_S = 10.0
+QUIET_S = 1.0
 #: Records fetched from one validator in one go.
 MAX_FETCH = 512
 
@@ -99,12 +100,21 @@ class AuditDesk:
                 audited.job, audited.assigned = job, assigned
 
     def close(self, job_id: bytes, timeout_s: float) -> None:
-        """The job ended: returns when everything of it is drawn and examined here, or after `timeout_s`."""
+        """The job ended: returns when everything of it is drawn and examined here, or after `timeout_s`.
+
+        Its last commitments may still be on their way, so that it waits for QUIET_S without any.
+        """
+        deadline_s = time.monotonic() + timeout_s
         with self.books.changed:
             audited = self.jobs.get(job_id)
-            if audited is not None:
-                self.books.changed.wait_for(lambda: audited.num_open == 0 and audited.is_drawn, timeout_s)
-                audited.closed = True
+            if audited is None:
+                return
+            while (now_s := time.monotonic()) < deadline_s:
+                quiet_in_s = audited.active_at_s + QUIET_S - now_s
+                if quiet_in_s <= 0 and audited.num_open == 0 and audited.is_drawn:
+                    break
+                self.books.changed.wait(min(deadline_s - now_s, quiet_in_s if quiet_in_s > 0 else QUIET_S))
+            audited.closed = True
 
     def idle_s(self, job_id: bytes) -> float:
         """Seconds since the job was opened here, or its last commitment came; endless for one that is not known."""

@@ -97,7 +97,9 @@ class DrawDesk:
         with self._books.lock:
             jobs = list(self._books.jobs.values())
         for audited in jobs:
-            while self._node.node_key in audited.assigned and self._fix_list(audited):
+            if self._node.node_key not in audited.assigned:
+                audited.unlisted.clear()
+            while self._fix_list(audited):
                 pass
 
     def _fix_list(self, audited: AuditedJob) -> bool:

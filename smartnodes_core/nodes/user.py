@@ -20,6 +20,7 @@ from smartnodes_core.identity import Identity, verify
 from smartnodes_core.jobs import Buffer, Job, StageOfJob
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.params import bytes_in, map_in, text_in
+from smartnodes_core.nodes.placement import closing_signature
 from smartnodes_core.nodes.worker import STREAM
 from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, JobRecord, NodeKey, Plan, Signed, Verdict
 from smartnodes_core.rpc import Reply, allow
@@ -117,12 +118,14 @@ class UserNode:
                 self._closed[job.id] = known
                 while len(self._closed) > MAX_CLOSED:
                     del self._closed[next(iter(self._closed))]
+        signature = closing_signature(self._identity, job.id)
+        params = {"job": job.id, "reason": reason[:200], "signature": signature}
         for validator in job.plan.validators:
             try:
-                self.node.call(validator, "close_job", {"job": job.id, "reason": reason}, timeout_s=timeout_s)
+                self.node.call(validator, "close_job", params, timeout_s=timeout_s)
                 return
             except SmartnodesError as error:
-                logger.debug("a validator could not be told that the job is done: %s", error)
+                logger.info("a validator could not be told that the job is done: %s", error)
 
     def _forget(self, job: Job) -> None:
         with self._lock:

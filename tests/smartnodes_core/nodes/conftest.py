@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
-from smartnodes_core.audit import Case, HashChain, seed_of, select
+from smartnodes_core.audit import Case, HashChain, assigned_validators, seed_of, select
 from smartnodes_core.chain.memory import MemoryChain
 from smartnodes_core.chain.model import CHAIN_ID, REGISTRY, ChainModel
 from smartnodes_core.chain.settings import SNO, ChainSettings
@@ -41,6 +41,7 @@ from smartnodes_core.records import (
     Plan,
     ReceivedList,
     Reveal,
+    Unit,
 )
 from smartnodes_core.transport.memory import MemoryHub, MemoryTransport
 
@@ -369,22 +370,22 @@ class Net:
     def everyone_has(self, num_verdicts: int, job: Job) -> bool:
         return self.num_verdicts(job) == [num_verdicts] * len(self.validators)
 
-    def signed_commitment(self, job: Job, stage: int, step: int, signer: Citizen | None = None, **changes: Any) -> bytes:
+    def signed_commitment(
+        self, of_job: Job, stage: int, step: int, signer: Citizen | None = None, **changes: Any
+    ) -> bytes:
         """A commitment as the worker of a stage would sign it, with `changes`."""
-        worker = next(each for each in self.workers if each.key == job.worker_of(stage))
+        worker = next(each for each in self.workers if each.key == of_job.worker_of(stage))
         num_units = changes.pop("num_units", 2)
         wrong = changes.pop("wrong", False)
-        content = content_of(StageOfJob(job, stage, 0), step, num_units, wrong)
-        from smartnodes_core.records import Unit
-
+        content = content_of(StageOfJob(of_job, stage, 0), step, num_units, wrong)
         content["units"] = [Unit(**unit) for unit in content["units"]]
         fields = {
-            "job": job.id,
-            "plan_version": job.plan.version,
+            "job": of_job.id,
+            "plan_version": of_job.plan.version,
             "replica": 0,
             "stage": stage,
             "worker": (signer or worker).key,
-            "previous": job.id,
+            "previous": of_job.id,
             **content,
             **changes,
         }
@@ -403,8 +404,6 @@ class Drawn:
     """Signed lists, reveals and challenges for one commitment."""
 
     def __init__(self, net: Net, job: Job, commitment: Commitment, reveal: int) -> None:
-        from smartnodes_core.audit import assigned_validators
-
         self.job, self.commitment, digest = job, commitment, commitment.digest()
         assigned = assigned_validators(job.id, job.plan.validators)
         self.assigned = [validator for validator in net.validators if validator.key in assigned]

@@ -20,7 +20,7 @@ from tensorlink.cli.main import main
 
 TIMEOUT_S = 60
 #: Accounts that no node of the network has.
-ACCOUNTS = itertools.count(50)
+ACCOUNTS = itertools.count(20)
 
 
 def run(*arguments, module="main", env=None):

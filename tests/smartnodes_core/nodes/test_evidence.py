@@ -1,0 +1,118 @@
+"""Fraud is confirmed only with what the accused worker itself signed."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from blake3 import blake3
+
+from smartnodes_core.audit import Case
+from smartnodes_core.errors import ProtocolError, RecordError, SignatureError
+from smartnodes_core.nodes import evidence as module
+from smartnodes_core.nodes.evidence import EvidenceDesk, case_of
+from smartnodes_core.records import Commitment, Evidence, Signed, Verdict
+
+
+@pytest.fixture
+def fraud(net, eventually):
+    """A fraud verdict with the evidence of its auditor: (verdict, evidence, body, auditor)."""
+    net.workers[0].handler.wrong = {0}
+    job = net.open(num_stages=1)
+    net.work(job, range(1), num_units=1)
+    eventually(lambda: net.everyone_has(1, job))
+    eventually(lambda: all(net.audited(v, job).confirmed for v in net.validators))
+    verdict = next(iter(net.audited(net.validators[0], job).verdicts.values()))[0]
+    auditor = next(v for v in net.validators if v.key == verdict.auditor)
+    kept, body = auditor.role.evidence._kept[verdict.evidence]
+    return verdict, kept, memoryview(body), auditor
+
+
+def test_evidence_tells_the_whole_case(fraud):
+    verdict, kept, body, _ = fraud
+    case = case_of(kept, verdict, body)
+    assert case.commitment.digest() == verdict.commitment
+    assert case.challenge.digest() == verdict.challenge
+    assert case.order == b"the order"
+
+
+def test_no_part_of_it_can_be_the_auditors_own(net, fraud):
+    verdict, kept, body, auditor = fraud
+    change = msgspec.structs.replace
+    job = kept.job
+    other_job = net.record(num_stages=1).encode()
+    own_opening = Signed.decode(kept.opening)
+    forged = auditor.identity.sign(_decode_opened(own_opening)).encode()
+    other_body = memoryview(b"\1" * len(body))
+    commitment = Commitment.decode(Signed.decode(kept.commitment).record)
+    resigned = auditor.identity.sign(commitment).encode()
+    cases = [
+        (change(kept, job=other_job), verdict, body, "another job"),
+        (change(kept, spec=b"another"), verdict, body, "spec"),
+        (change(kept, opening=forged), verdict, body, "not the worker's"),
+        (change(kept, opening=b""), verdict, body, ""),
+        (kept, verdict, other_body, "not those of the evidence"),
+        (change(kept, body_digest=blake3(other_body).digest()), verdict, other_body, "not the one that the worker"),
+        (change(kept, commitment=resigned), verdict, body, "not the accused worker's"),
+        (kept, change(verdict, worker=auditor.key), body, "not the accused worker's"),
+        (kept, change(verdict, unit=5), body, "another unit"),
+        (kept, change(verdict, challenge=bytes(32)), body, "another job or unit"),
+    ]
+    assert job
+    for told, accused, opened, complaint in cases:
+        with pytest.raises((RecordError, SignatureError), match=complaint):
+            case_of(told, accused, opened)
+
+
+def _decode_opened(signed):
+    from smartnodes_core.audit import Opened
+
+    return Opened.decode(signed.record)
+
+
+def test_a_fraud_that_others_cannot_re_run_is_not_confirmed(net, fraud, eventually):
+    verdict, _, _, auditor = fraud
+    told = []
+    judge = next(v for v in net.validators if v is not auditor)
+    judge.role.evidence.on_confirmed = told.append
+    honest = judge.auditor.examine
+    judge.auditor.examine = lambda case, body: ("honest", "equal after all")
+    judge.role.evidence.confirm(verdict)
+    eventually(lambda: not judge.role.evidence._waiting)
+    assert told == []
+    judge.auditor.examine = honest
+    judge.role.evidence.confirm(verdict)
+    eventually(lambda: told == [verdict])
+
+
+def test_evidence_that_its_auditor_does_not_give_confirms_nothing(net, fraud, eventually):
+    verdict, _, _, auditor = fraud
+    judge = next(v for v in net.validators if v is not auditor)
+    told = []
+    judge.role.evidence.on_confirmed = told.append
+    auditor.role.evidence._kept.clear()
+    judge.role.evidence.confirm(verdict)
+    eventually(lambda: not judge.role.evidence._waiting)
+    assert told == []
+
+
+@pytest.mark.parametrize("digest", [None, 10**13, b"", "x"])
+def test_asking_for_evidence_takes_a_digest(net, digest):
+    with pytest.raises(ProtocolError):
+        net.validators[0].node.call(net.validators[1].key, "evidence", {"digest": digest})
+    with pytest.raises(RecordError, match="no such evidence"):
+        net.validators[0].node.call(net.validators[1].key, "evidence", {"digest": bytes(32)})
+
+
+def test_what_is_kept_is_capped(net, fraud, monkeypatch):
+    verdict, kept, body, auditor = fraud
+    case = case_of(kept, verdict, body)
+    desk: EvidenceDesk = auditor.role.evidence
+    monkeypatch.setattr(module, "MAX_KEPT", 3)
+    for number in range(10):
+        desk.keep(Case(case.job, case.spec, case.commitment, case.challenge, bytes([number]), b""), b"", b"", body)
+    assert len(desk._kept) == 3
+    monkeypatch.setattr(module, "MAX_EVIDENCE_BYTES", 1)
+    last = desk.keep(case, b"", b"", body)
+    assert list(desk._kept) == [last]
+    assert isinstance(desk._kept[last][0], Evidence)
+    assert isinstance(verdict, Verdict)

@@ -1,0 +1,344 @@
+"""Rounds over a whole network: what was verified reaches the chain, and nothing else does."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import msgspec
+import pytest
+
+from smartnodes_core.chain.proposal import RoundProposal
+from smartnodes_core.errors import AuthorityError, RecordError
+from smartnodes_core.journal import EquivocationError, Journal
+from smartnodes_core.nodes.rewards import claim
+from smartnodes_core.nodes.round_books import ViewClock
+from smartnodes_core.nodes.validator import ValidatorSettings
+from smartnodes_core.nodes.voting import Signer
+from smartnodes_core.records import Proposal, Vote
+from smartnodes_core.rounds import draw_proposers, evidence_root, propose
+
+NETWORK = 1
+
+
+def state_of(net):
+    return net.user.chain.round_state(NETWORK)
+
+
+def reputation(net, citizen):
+    return net.user.chain.member(NETWORK, citizen.account).reputation
+
+
+class Booth:
+    """A round that is due, its proposer in this view, and a voter; nobody's rounds run by themselves."""
+
+    def __init__(self, net, eventually, view: int = 0) -> None:
+        self.net = net
+        eventually(lambda: state_of(net).chain_time_s >= state_of(net).earliest_at_s)
+        self.state = state_of(net)
+        self.order = draw_proposers(net.user.chain.validators(NETWORK), self.state.previous_hash, self.state.number + 1)
+        by_account = {validator.account: validator for validator in net.validators}
+        self.proposer, self.voter = by_account[self.order[view]], by_account[self.order[(view + 1) % 4]]
+        for validator in net.validators:
+            validator.role.rounds.books.follow(self.state)
+
+    def proposal(self, view: int = 0) -> tuple[Proposal, RoundProposal]:
+        _, candidate = self.proposer.role.rounds._make(self.state, view, len(self.order))
+        return candidate.proposal, candidate.content
+
+    def vote(self, proposal: Proposal, content: RoundProposal | None = None) -> Vote:
+        """What the voter answers to a proposal, with other content if that is given."""
+        if content is not None:
+            proposal = msgspec.structs.replace(proposal, content=content.encode())
+        reply = self.proposer.node.call(self.voter.key, "propose", {}, [proposal.encode()])
+        return Vote.decode(reply.body)
+
+
+@pytest.fixture
+def audited(net, eventually):
+    """A job of two stages with three audited steps, one of which is out of its window."""
+    job = net.open()
+    net.work(job, range(3))
+    eventually(lambda: net.everyone_has(12, job))
+    return job
+
+
+# -- the story --------------------------------------------------------------------------------------------------------
+
+
+def test_a_round_carries_verdicts_and_settled_work_and_equal_work_earns_equal_pay(make_net, eventually):
+    net = make_net()
+    net.start(rounds=True)
+    job = net.open()
+    net.work(job, range(6))
+    eventually(lambda: net.everyone_has(24, job))
+    eventually(lambda: reputation(net, net.workers[0]) > 1 and reputation(net, net.workers[1]) > 1, 20)
+    net.user.role.close_job(job)
+    keys = [validator.key for validator in net.validators]
+    worker, other = net.workers[:2]
+
+    def all_settled():
+        return all(job.id not in validator.role.audits.jobs for validator in net.validators)
+
+    eventually(all_settled, 20)
+    paid = [claim(each.node, each.chain, NETWORK, keys, each.account) for each in (worker, other)]
+    assert paid[0] == paid[1] > 0
+    assert claim(worker.node, worker.chain, NETWORK, keys, worker.account) == 0
+    assert worker.chain.balances(worker.account).sno_wei > 0
+    executed = [list(validator.role.rounds.executed) for validator in net.validators]
+    assert all(rounds[:2] == executed[0][:2] for rounds in executed)
+
+
+def test_a_fraud_blacklists_the_worker_and_drops_its_connections(make_net, eventually):
+    net = make_net()
+    net.start(rounds=True)
+    cheat = net.workers[0]
+    cheat.handler.wrong = {1}
+    job = net.open()
+    net.work(job, range(2))
+    eventually(lambda: reputation(net, cheat) == 0, 20)
+    assert net.user.chain.member(NETWORK, cheat.account).stake_wei == 0
+    assert reputation(net, net.workers[1]) >= 1
+    eventually(lambda: not any(peer.node_key == cheat.key for v in net.validators for peer in v.node.peers()))
+    with pytest.raises(AuthorityError, match="blacklisted"):
+        cheat.node.call(net.validators[0].key, "reward_totals", {"root": bytes(32)})
+    eventually(lambda: 0 in net.heard.lost)
+
+
+def test_a_proposer_that_vanishes_is_passed_over(make_net, eventually):
+    net = make_net(settings=ValidatorSettings(list_interval_s=0.01, poll_s=0.05, proposer_timeout_s=1.0))
+    state = state_of(net)
+    first = draw_proposers(net.user.chain.validators(NETWORK), state.previous_hash, state.number + 1)[0]
+    gone = next(validator for validator in net.validators if validator.account == first)
+    gone.node.stop()
+    net.start(rounds=True, only=[validator for validator in net.validators if validator is not gone])
+    eventually(lambda: state_of(net).number >= 1, 20)
+    assert net.user.chain.executed_round(NETWORK, 1).view >= 1
+
+
+def test_rounds_go_on_with_nothing_to_carry(make_net, eventually):
+    net = make_net()
+    net.start(rounds=True)
+    eventually(lambda: state_of(net).number >= 2, 20)
+
+
+def test_a_validator_that_missed_a_round_learns_what_it_settled(net, audited, eventually):
+    booth = Booth(net, eventually)
+    away = booth.voter
+    others = [v for v in net.validators if v is not away]
+    desk = booth.proposer.role.rounds
+    asked = desk._collect
+
+    def collect(proposal, digest, order, needed):
+        return asked(proposal, digest, [account for account in order if account != away.account], needed)
+
+    desk._collect = collect
+    desk._propose(booth.state, 0, booth.order)
+    after = state_of(net)
+    assert after.number == 1
+    for validator in (booth.proposer, *(v for v in others if v is not booth.proposer)):
+        validator.role.rounds.books.follow(after)
+    before = len(away.role.rounds.books.unsettled()[0])
+    away.role.rounds.books.follow(after)
+    assert before == 12
+    assert away.role.rounds.books.unsettled() == ({}, {})
+    assert away.role.rounds.books.knows_totals(after)
+
+
+def test_a_validator_that_restarts_gets_the_reward_totals_from_the_others(net, audited, eventually):
+    booth = Booth(net, eventually)
+    booth.proposer.role.rounds._propose(booth.state, 0, booth.order)
+    after = state_of(net)
+    assert after.number == 1
+    assert any(after.latest_root) is True
+    for validator in net.validators:
+        validator.role.rounds.books.follow(after)
+    old = booth.voter
+    net.everybody.remove(old)
+    old.stop()
+    number = net.validators.index(old) + 1
+    again = net.citizen(number, "validator")
+    net.validators[net.validators.index(old)] = again
+    net.meet()
+    net.make_validator(again)
+    books = again.role.rounds.books
+    books.follow(after)
+    assert books.knows_totals(after)
+    assert books._totals_wei == booth.proposer.role.rounds.books._totals_wei
+
+
+# -- what is not signed -----------------------------------------------------------------------------------------------
+
+
+def test_an_honest_proposal_is_signed(net, audited, eventually):
+    booth = Booth(net, eventually)
+    vote = booth.vote(booth.proposal()[0])
+    assert vote.reasons == []
+    assert len(vote.signature) == 65
+
+
+def test_a_second_proposal_in_one_view_is_not_signed(net, audited, eventually):
+    booth = Booth(net, eventually)
+    proposal, content = booth.proposal()
+    assert booth.vote(proposal).signature
+    assert booth.vote(proposal).signature  # the same again is fine
+    own = booth.proposer.role.rounds.books
+    later = replace(booth.state, chain_time_s=booth.state.chain_time_s + 1)
+    eventually(lambda: time.time() > later.chain_time_s)
+    other, _ = propose(own.context(booth.state, 0, later.chain_time_s, 4), own.evidence(*own.unsettled()))
+    assert other != content
+    vote = booth.vote(proposal, other)
+    assert not vote.signature
+    assert "was signed before" in vote.reasons[0]
+
+
+def test_what_the_evidence_does_not_justify_is_not_signed_and_the_reasons_say_why(net, audited, eventually):
+    booth = Booth(net, eventually)
+    proposal, content = booth.proposal()
+    change = msgspec.structs.replace
+    unknown = change(proposal, verdicts=[*proposal.verdicts, bytes([9] * 32)])
+    early = next(
+        digest
+        for digest, commitment in net.audited(booth.voter, audited).commitments.items()
+        if digest not in proposal.settled
+    )
+    in_window = change(proposal, settled=[*proposal.settled, early])
+    left_out = change(proposal, settled=proposal.settled[1:])
+    cases = [
+        ("allotment_wei", proposal, replace(content, allotment_wei=content.allotment_wei + 1)),
+        ("rewards_root", proposal, replace(content, rewards_root=bytes(32))),
+        ("reputations: member", proposal, replace(content, reputations=b"")),
+        ("evidence_root", proposal, replace(content, evidence_root=evidence_root([]))),
+        ("view", proposal, replace(content, view=1)),
+        ("round", proposal, replace(content, round=7)),
+        ("previous_hash", proposal, replace(content, previous_hash=bytes(32))),
+        ("in the future", proposal, replace(content, until_s=int(time.time()) + 600)),
+        ("before the last", proposal, replace(content, until_s=1)),
+        ("1 verdicts are not known", unknown, None),
+        ("audit window is open", in_window, None),
+        ("rewards_root", left_out, None),
+        ("not this proposer's", change(proposal, view=1), None),
+        ("is not due", change(proposal, view=400), None),
+    ]
+    for complaint, named, told in cases:
+        vote = booth.vote(named, told)
+        assert not vote.signature, complaint
+        assert complaint in "; ".join(vote.reasons)
+    assert booth.vote(proposal).signature
+
+
+def test_a_proposal_comes_from_its_proposer(net, audited, eventually):
+    booth = Booth(net, eventually)
+    proposal, _ = booth.proposal()
+    stranger = next(v for v in net.validators if v not in (booth.proposer, booth.voter))
+    with pytest.raises(AuthorityError, match="comes from its proposer"):
+        stranger.node.call(booth.voter.key, "propose", {}, [proposal.encode()])
+
+
+@pytest.mark.parametrize("data", [b"", b"\xc1", b"\x80", b"x" * 100])
+def test_bytes_that_are_no_proposal_are_a_record_error(net, data):
+    with pytest.raises(RecordError):
+        net.validators[0].node.call(net.validators[1].key, "propose", {}, [data])
+
+
+def test_content_that_is_no_proposal_is_a_record_error(net, audited, eventually):
+    booth = Booth(net, eventually)
+    proposal, content = booth.proposal()
+    for data in (b"", b"x" * 64, content.encode() + bytes(32)):
+        bad = msgspec.structs.replace(proposal, content=data)
+        with pytest.raises(RecordError):
+            booth.proposer.node.call(booth.voter.key, "propose", {}, [bad.encode()])
+
+
+def test_records_are_settled_once(net, audited, eventually):
+    booth = Booth(net, eventually)
+    first, _ = booth.proposal()
+    booth.proposer.role.rounds._propose(booth.state, 0, booth.order)
+    for validator in net.validators:
+        validator.role.rounds.books.follow(state_of(net))
+    again = Booth(net, eventually)
+    proposal, _ = again.proposal()
+    assert proposal.verdicts == proposal.settled == []
+    vote = again.vote(msgspec.structs.replace(proposal, verdicts=first.verdicts[:1]))
+    assert "settled in a round before" in vote.reasons[0]
+    vote = again.vote(msgspec.structs.replace(proposal, settled=first.settled[:1]))
+    assert "settled in a round before" in vote.reasons[0]
+
+
+def test_a_fraud_that_is_left_out_is_not_signed_for(net, eventually):
+    net.workers[0].handler.wrong = {1}
+    job = net.open()
+    net.work(job, range(2))
+    eventually(lambda: net.everyone_has(8, job))
+    eventually(
+        lambda: all(
+            sum(v.finding == "fraudulent" for v, _ in net.audited(n, job).verdicts.values()) == 2
+            and len(net.audited(n, job).confirmed) >= 2
+            for n in net.validators
+        )
+    )
+    booth = Booth(net, eventually)
+    proposal, _ = booth.proposal()
+    frauds = {d for d, (v, _) in net.audited(booth.voter, job).verdicts.items() if v.finding == "fraudulent"}
+    assert frauds <= set(proposal.verdicts)
+    audited = net.audited(booth.voter, job)
+    for digest in frauds:
+        audited.confirmed[digest] = time.monotonic() - 1000
+    without = msgspec.structs.replace(proposal, verdicts=[d for d in proposal.verdicts if d not in frauds])
+    vote = booth.vote(without)
+    assert not vote.signature
+    assert sum("is left out" in reason for reason in vote.reasons) == 2
+
+
+def test_a_verdict_that_a_message_did_not_bring_is_fetched_for_the_vote(net, audited, eventually):
+    booth = Booth(net, eventually)
+    proposal, _ = booth.proposal()
+    held = net.audited(booth.voter, audited)
+    lost = next(digest for digest in proposal.verdicts)
+    verdict, _ = held.verdicts.pop(lost)
+    del held.by_unit[(verdict.commitment, verdict.tier, verdict.unit)]
+    assert booth.vote(proposal).signature
+    assert lost in held.verdicts
+
+
+def test_a_validator_signs_one_proposal_of_a_round_and_view_also_after_a_restart(net, audited, eventually, tmp_path):
+    booth = Booth(net, eventually)
+    _, content = booth.proposal()
+    other = replace(content, allotment_wei=1)
+    chain = net.user.chain
+    journal = Journal(tmp_path / "journal")
+    Signer(bytes([3] * 32), journal).sign(content, chain.proposal_digest(content))
+    journal.close()
+    signer = Signer(bytes([3] * 32), Journal(tmp_path / "journal"))
+    with pytest.raises(EquivocationError):
+        signer.sign(other, chain.proposal_digest(other))
+    signer.sign(replace(other, view=1), chain.proposal_digest(replace(other, view=1)))
+
+
+def test_views_follow_each_other_by_the_chains_clock(net):
+    clock = ViewClock(10.0)
+    state = state_of(net)
+    assert clock.view(replace(state, chain_time_s=state.earliest_at_s - 1)) is None
+    assert [clock.view(replace(state, chain_time_s=state.earliest_at_s + s)) for s in (0, 9, 10, 45)] == [0, 0, 1, 4]
+
+
+def test_a_validator_that_waits_for_a_round_looks_at_the_chain_once(net, eventually, monkeypatch):
+    desk = net.validators[0].role.rounds
+    state = state_of(net)
+    later = replace(state, earliest_at_s=state.chain_time_s + 30)
+    calls = []
+
+    class Counting:
+        def __getattr__(self, name):
+            calls.append(name)
+            return lambda *args: later
+
+    monkeypatch.setattr(desk, "_chain", Counting())
+    desk.books._number = later.number
+    assert 29 <= desk._tick() <= 30
+    assert calls == ["round_state"]
+
+
+def test_a_round_that_nobody_keeps_is_told_so(net):
+    with pytest.raises(RecordError, match="no such round"):
+        net.validators[0].node.call(net.validators[1].key, "executed_proposal", {"digest": bytes(32)})

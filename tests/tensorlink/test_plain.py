@@ -1,0 +1,98 @@
+"""The oracle is itself held against the loop that a PyTorch user would write."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import tensorlink
+from tensorlink.errors import InputError
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+@pytest.fixture
+def batch():
+    return torch.randn(7, 4), torch.randint(0, 3, (7,))
+
+
+def by_hand(module, optimizer, x, y):
+    """Micro-batches one after the other, each weighted by its samples."""
+    optimizer.zero_grad()
+    losses = []
+    for xm, ym in zip(x.tensor_split(3), y.tensor_split(3), strict=True):
+        weight = len(ym) / len(y)
+        loss = F.cross_entropy(module(xm), ym)
+        loss.backward(torch.tensor(weight))
+        losses.append(weight * loss.item())
+    optimizer.step()
+    return torch.tensor(sum(losses))
+
+
+def test_a_training_step_is_the_loop_over_micro_batches(batch):
+    module, twin = net(), net()
+    plain = tensorlink.reference(module, micro_batches=3, example_inputs=(batch[0],))
+    optimizers = [torch.optim.AdamW(each.parameters(), lr=1e-2) for each in (module, twin)]
+    for _ in range(3):
+        ours = plain.train_step(*batch, loss_fn=F.cross_entropy, optimizer=optimizers[0])
+        assert ours.item() == by_hand(twin, optimizers[1], *batch).item()
+    assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), twin.state_dict().values(), strict=True))
+
+
+def test_a_drop_in_loop_gives_the_gradients_of_its_parts(batch):
+    module = net()
+    twin = copy.deepcopy(module)
+    plain = tensorlink.reference(module, micro_batches=3, example_inputs=(batch[0].clone().requires_grad_(),))
+    x, y = batch
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    F.cross_entropy(plain(ours * 3), y).backward()
+    F.cross_entropy(torch.cat([twin(part) for part in (theirs * 3).tensor_split(3)]), y).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    for a, b in zip(module.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_dropout_masks_depend_on_step_and_call_and_on_nothing_else():
+    module = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5))
+    x = torch.randn(6, 4)
+    plain = tensorlink.reference(module, micro_batches=2, example_inputs=(x,), seed=5)
+    again = tensorlink.reference(module, micro_batches=2, example_inputs=(x,), seed=5)
+    first, second = plain(x), plain(x)
+    assert torch.equal(first, again(x))
+    assert not torch.equal(first, second)
+    plain.end_step(), again.end_step()
+    torch.manual_seed(99)
+    third = plain(x)
+    assert torch.equal(third, again(x))
+    assert not torch.equal(third, first)
+
+
+def test_inputs_are_checked_as_by_the_network(batch):
+    plain = tensorlink.reference(net(), micro_batches=3, example_inputs=(batch[0],))
+    with pytest.raises(InputError, match="float64"):
+        plain(batch[0].double())
+
+
+def test_names_of_the_package_stay_what_they_are_however_they_are_imported():
+    code = (
+        "import tensorlink.plain, tensorlink.model, tensorlink as t; [getattr(t, n) for n in t.__all__ * 2]; "
+        "print(callable(t.reference))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout.strip(), done.stderr) == ("True", "")
+
+
+def test_the_node_side_of_a_rig_loads_no_torch():
+    modules = "tensorlink.cli.worker, tensorlink.cli.validator, tensorlink.cli.main"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "False", done.stderr

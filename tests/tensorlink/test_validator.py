@@ -1,0 +1,63 @@
+"""What an auditor makes of an opening before and after it re-executes: only the worker's own faults are fraud."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from smartnodes_core.audit import Case
+from smartnodes_core.identity import Identity
+from smartnodes_core.records import NO_DIGEST, Opening, OpeningItem
+from tensorlink.records import StepOrder
+from tensorlink.validator import ReplayAuditor
+
+AUTHOR, OTHER = Identity.create(), Identity.create()
+
+
+def order(step=0):
+    return StepOrder(
+        job=NO_DIGEST, plan_version=0, step=step, input_root=NO_DIGEST, target_root=NO_DIGEST, loss=NO_DIGEST,
+        loss_weights=[], loss_scale="", clip_norm="", optimizer="SGD", options=[],
+    )  # fmt: skip
+
+
+def case(signer=AUTHOR, committed=None, num_bytes=4):
+    opening = Opening(
+        challenge=NO_DIGEST, commitment=NO_DIGEST, items=[OpeningItem(label="x", meta=b"", num_bytes=num_bytes)]
+    )
+    commitment = SimpleNamespace(
+        order=order(committed or 0).digest(), numeric_class="any", encode=lambda: b"not a commitment"
+    )
+    job = SimpleNamespace(author=AUTHOR.node_key, terms={"seed": 0})
+    challenge = SimpleNamespace(encode=lambda: b"not a challenge")
+    return Case(job, b"{}", commitment, challenge, signer.sign(order()).encode(), opening.encode())
+
+
+@pytest.fixture
+def auditor():
+    made = ReplayAuditor(command=(sys.executable, "-c", "raise SystemExit(1)"))
+    yield made
+    made.stop()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"signer": OTHER}, "not the author's"),
+        ({"committed": 1}, "not the one committed to"),
+        ({"num_bytes": 5}, "do not add up"),
+    ],
+)
+def test_what_the_worker_opened_wrong_is_fraud(auditor, options, says):
+    finding, reason = auditor.examine(case(**options), memoryview(b"1234"))
+    assert finding == "fraudulent"
+    assert says in reason
+
+
+def test_an_audit_that_could_not_be_run_accuses_nobody(auditor):
+    for _ in range(2):  # and the next one starts a fresh process
+        finding, reason = auditor.examine(case(), memoryview(b"1234"))
+        assert finding == "inconclusive"
+        assert "could not be run" in reason
