@@ -15,14 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from smartnodes_core.chain.account import save_account_key
+from smartnodes_core.chain.account import load_account_key, save_account_key
 from smartnodes_core.chain.devnet.accounts import devnet_key
 from smartnodes_core.chain.devnet.launcher import DevnetProcess
-from smartnodes_core.chain.settings import SNO, ChainSettings
+from smartnodes_core.chain.settings import SNO, Addresses, ChainSettings
 from smartnodes_core.chain.signing import address_of
 from smartnodes_core.config import UserConfig
 from smartnodes_core.errors import ConfigError
 from smartnodes_core.identity import Identity
+from smartnodes_core.nodes.membership import Membership
+from smartnodes_core.records import Role
 from tensorlink.local_process import NodeProcess, children, resident_bytes
 
 READY_TIMEOUT_S = 60.0
@@ -78,7 +80,7 @@ class LocalProcesses:
         self._devnet = DevnetProcess()
         self.chain_url = self._devnet.url
         self._make_keys("user")
-        names = {
+        names: dict[Role, list[str]] = {
             "validator": [f"validator-{index}" for index in range(self.settings.validators)],
             "worker": [f"worker-{index}" for index in range(self.settings.workers)],
         }
@@ -86,7 +88,8 @@ class LocalProcesses:
         for name in names["worker"]:
             self._make_keys(name)
         say("deploying the contracts …")
-        self._deploy(validator_accounts)
+        addresses = self._deploy(validator_accounts)
+        self._register(addresses, names)
         say("starting validators and workers …")
         first = self._launch(names["validator"][0], "validator", [])
         endpoint = first.wait_ready(READY_TIMEOUT_S)
@@ -181,7 +184,7 @@ class LocalProcesses:
         save_account_key(folder / "account.json", key)
         return address_of(key)
 
-    def _deploy(self, validators: list[bytes]) -> None:
+    def _deploy(self, validators: list[bytes]) -> Addresses:
         from smartnodes_core.chain.deploy import deploy
 
         user = address_of(devnet_key(1))
@@ -190,7 +193,21 @@ class LocalProcesses:
             claim_delay_s=self.settings.claim_delay_s,
             genesis={**{account: 1_000_000 * SNO for account in validators}, user: USER_SNO * SNO},
         )
-        deploy(self.chain_url, devnet_key(0), settings).write(self.folder / "addresses.json")
+        addresses = deploy(self.chain_url, devnet_key(0), settings)
+        addresses.write(self.folder / "addresses.json")
+        return addresses
+
+    def _register(self, addresses: Addresses, names: Mapping[Role, Sequence[str]]) -> None:
+        """Register every node before it starts: a validator that comes after the first round waits for the next epoch,
+        and what the first ones audit alone a quorum could not sign for.
+        """
+        from smartnodes_core.chain.client import ChainClient
+
+        for role, members in names.items():
+            for name in members:
+                folder = self.folder / name
+                chain = ChainClient(self.chain_url, addresses, load_account_key(folder / "account.json"))
+                Membership(chain, NETWORK_ID).join(role, Identity.load(folder / "identity.json").node_key)
 
     def _launch(self, name: str, role: str, bootstrap: list[str]) -> NodeProcess:
         folder = self.folder / name

@@ -35,7 +35,7 @@ class Membership:
     def __init__(self, chain: Chain, network_id: int, max_age_s: float = MAX_AGE_S):
         self.chain, self.network_id, self.max_age_s = chain, network_id, max_age_s
         self._reading = threading.Lock()
-        self._read_at_s = float("-inf")
+        self._read_at_s = self._retry_at_s = float("-inf")
         self._members: list[Member] = []
         self._by_hash: dict[bytes, Member] = {}
         self._node_keys: dict[bytes, NodeKey] = {}
@@ -53,6 +53,10 @@ class Membership:
             self._members = members
             self._read_at_s = time.monotonic()
 
+    def _is_due(self) -> bool:
+        now_s = time.monotonic()
+        return now_s - self._read_at_s > self.max_age_s and now_s >= self._retry_at_s
+
     def of(self, node_key: NodeKey) -> Member | None:
         """The member with this node key, or None. Remembers the key, so that `node_key_of` finds it.
 
@@ -61,12 +65,12 @@ class Membership:
         hashed = key_hash(node_key)
         if hashed not in self._by_hash:
             self.members(FRESH_S)
-        elif time.monotonic() - self._read_at_s > self.max_age_s and self._reading.acquire(blocking=False):
+        elif self._is_due() and self._reading.acquire(blocking=False):
             try:
                 self._read_if_older(self.max_age_s)
             except ChainError as error:
                 logger.warning("the chain's list of members is not renewed: %s", error)
-                self._read_at_s = time.monotonic() - self.max_age_s + FRESH_S  # tried again, not at once
+                self._retry_at_s = time.monotonic() + FRESH_S
             finally:
                 self._reading.release()
         member = self._by_hash.get(hashed)

@@ -27,8 +27,8 @@ class EndedEarly(BaseException):
 class Life:
     """Begins when made: from then on signals ask for an orderly end instead of killing.
 
-    Until `wait`, where the node is still starting, the end is raised in the main thread as EndedEarly, so that nobody
-    waits for a start that is no longer wanted.
+    Until `say_ready`, where the node is still starting, the end is raised in the main thread as EndedEarly, so that
+    nobody waits for a start that is no longer wanted.
     """
 
     def __init__(self, exit_with_parent: bool):
@@ -40,13 +40,13 @@ class Life:
             threading.Thread(target=self._watch_stdin, daemon=True).start()
 
     def say_ready(self, node: Node) -> None:
-        """One line of JSON on standard output: where the node listens and who it is."""
+        """One line of JSON on standard output: where the node listens and who it is. The start is over."""
+        self._starting = False
         sys.stdout.write(json.dumps({"endpoint": node.endpoint, "node_key": node.node_key.hex()}) + "\n")
         sys.stdout.flush()
 
     def wait(self) -> None:
         """Until the end is asked for."""
-        self._starting = False
         self._ended.wait()
 
     def _end(self, *_: object) -> None:

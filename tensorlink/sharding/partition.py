@@ -55,7 +55,7 @@ def partition(
     together = choose(kept, num_stages, figures)
     if together is not None:
         limit = bottleneck(candidates, chosen, figures) * (1 + TIE_TOLERANCE)
-        if bottleneck(kept, together, figures) <= limit:
+        if not allow_shared or bottleneck(kept, together, figures) <= limit:
             chosen = [untied[at] for at in together]
     programs = assemble(traced, matching, [boundaries[candidates[at].position] for at in chosen])
     if not allow_shared:

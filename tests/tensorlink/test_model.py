@@ -76,8 +76,9 @@ class Unused(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.second, self.never = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(3, 3)
+        self.first, self.never = nn.Linear(6, 6), nn.Linear(3, 3)
         self.again = self.first
+        self.second = nn.Sequential(nn.Linear(6, 4096), nn.Linear(4096, 6))  # most of the work, so that the cut is here
         self.head = nn.Linear(6, 4)
         self.register_buffer("shift", torch.arange(6.0), persistent=False)
         self.register_buffer("idle", torch.full((2,), 5.0))
@@ -347,6 +348,43 @@ def test_a_lambda_in_the_loop_is_traced_once(fresh):
     count = len(losses)
     model.train_step(x, y, loss_fn=F.cross_entropy, optimizer=optimizer)
     assert len(losses) - count <= 1
+
+
+def test_whatever_an_honest_user_does_audits_pass(network, processes):
+    """Losses that alternate, weights that are loaded, accumulation, evaluation and dropped steps accuse nobody."""
+    torch.manual_seed(0)
+    x, y = rows(8, 6), classes(8)
+    with tensorlink.DistributedModel(
+        Dropping(),
+        network=network,
+        stages=2,
+        micro_batches=2,
+        example_inputs=(x,),
+        audit_rates=(1.0, 1.0),
+        progress=False,
+    ) as model:
+        optimizer = tensorlink.DistributedOptimizer(model, torch.optim.AdamW, lr=1e-2)
+        start = model.state_dict()
+        for step in range(4):
+            train(model, optimizer, x, y)
+            model.train_step(x, y, loss_fn=F.cross_entropy, optimizer=optimizer, clip_norm=0.1)
+            model.train_step(x, y, loss_fn=lambda o, t: F.cross_entropy(o * 2, t), optimizer=optimizer)
+            with torch.no_grad():
+                model.eval()(x)
+            model.train()
+            model(x)
+            for _ in range(2):
+                F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            (model(x) * float("nan")).sum().backward()
+            with pytest.raises(NonFiniteError):
+                optimizer.step()
+            if step == 1:
+                model.load_state_dict(start)
+                optimizer = tensorlink.DistributedOptimizer(model, torch.optim.SGD, lr=1e-2, momentum=0.9)
+        assert processes.wait_until(lambda: sum(model.audits().values()) >= 32, 30) is not None, model.audits()
+        assert model.audits()["failed"] == 0, [v.reason for v in model.verdicts() if v.finding != "honest"]
+        assert model.audits()["inconclusive"] == 0, [v.reason for v in model.verdicts() if v.finding != "honest"]
 
 
 # -- names and weights -------------------------------------------------------------------------------------------------

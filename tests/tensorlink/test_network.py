@@ -21,6 +21,7 @@ from smartnodes_core.errors import (
     PeerUnreachableError,
 )
 from smartnodes_core.identity import Identity
+from smartnodes_core.nodes import station
 from smartnodes_core.records import Announcement
 from tensorlink.network import LocalNetwork
 
@@ -96,7 +97,8 @@ def test_another_user_joins_with_a_settings_file_and_trains(network, config):
             assert model.report()["num_steps"] == 1
 
 
-def test_joining_says_what_is_wrong(config):
+def test_joining_says_what_is_wrong(config, monkeypatch):
+    monkeypatch.setattr(station, "JOIN_TIMEOUT_S", 0.5)
     with pytest.raises(ChainUnreachableError, match=r"http://127\.0\.0\.1:9"):
         tensorlink.connect(config(rpc_url="http://127.0.0.1:9"))
     with pytest.raises(ConfigError, match="unknown setting 'bootstraps'"):

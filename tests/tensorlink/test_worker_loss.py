@@ -26,8 +26,9 @@ X, Y = torch.randn(8, 6), torch.randint(0, 4, (8,))
 
 @pytest.fixture(scope="module")
 def fragile(processes):
+    before = set(processes.descendants(os.getpid()))
     with LocalNetwork(workers=4, validators=1, slots_per_worker=8, round_interval_s=5, audit_rates=(0, 0)) as network:
-        everything = processes.descendants(os.getpid())
+        everything = set(processes.descendants(os.getpid())) - before
         yield network
         began = time.monotonic()
     assert time.monotonic() - began < WITHIN_S

@@ -441,10 +441,10 @@ class Drawn:
         }
         return Challenge(**{**fields, **changes})
 
-    def params(self, challenge: Challenge | None = None, signer: Citizen | None = None, **changes: Any) -> dict:
+    def params(self, asked: Challenge | None = None, signer: Citizen | None = None, **changes: Any) -> dict:
         params = {
             "key": f"{self.job.id.hex()}/0/{self.commitment.stage}",
-            "challenge": (signer or self.auditor).sign(challenge or self.challenge()),
+            "challenge": (signer or self.auditor).sign(asked or self.challenge()),
             "lists": [v.sign(item) for v, item in zip(self.assigned, self.lists, strict=True)],
             "reveals": [v.sign(item) for v, item in zip(self.assigned, self.reveals, strict=True)],
         }

@@ -203,12 +203,13 @@ def test_commitments_after_the_end_of_a_job_are_refused(net):
 
 
 def test_commitments_of_one_stage_are_kept_within_a_cap(net, monkeypatch):
-    monkeypatch.setattr(books, "MAX_STAGE_BYTES", 3000)
     job = net.open()
     audits = net.validators[0].role.audits
+    data = [net.signed_commitment(job, 0, step) for step in range(2)]
+    monkeypatch.setattr(books, "MAX_STAGE_BYTES", len(data[0]))
+    audits.take_commitment(data[0])
     with pytest.raises(BusyError, match="wait to be settled"):
-        for step in range(10):
-            audits.take_commitment(net.signed_commitment(job, 0, step))
+        audits.take_commitment(data[1])
     audits.take_commitment(net.signed_commitment(job, 1, 0))
 
 
@@ -417,9 +418,11 @@ def test_a_validator_cannot_list_without_end_what_nobody_has(net, monkeypatch):
     monkeypatch.setattr(books, "MAX_UNKNOWN", 3)
     job = net.open(num_stages=1)
     (first, second, *_), _ = _assigned_and_other(net, job)
-    with pytest.raises(BusyError):
-        for reveal in range(1, 10):
-            first.node.call(second.key, "received_list", {"list": first.sign(_listed(net, job, first, reveal))})
+    lists = [first.sign(_listed(net, job, first, reveal)) for reveal in range(1, 5)]
+    for data in lists[:3]:
+        first.node.call(second.key, "received_list", {"list": data})
+    with pytest.raises(BusyError, match="4 commitments are not known"):
+        first.node.call(second.key, "received_list", {"list": lists[3]})
 
 
 def test_a_preimage_is_taken_only_for_its_list_and_only_from_the_posted_chain(bare):

@@ -211,7 +211,7 @@ def test_what_the_evidence_does_not_justify_is_not_signed_and_the_reasons_say_wh
         ("evidence_root", proposal, replace(content, evidence_root=evidence_root([]))),
         ("view", proposal, replace(content, view=1)),
         ("round", proposal, replace(content, round=7)),
-        ("previous_hash", proposal, replace(content, previous_hash=bytes(32))),
+        ("previous_hash", proposal, replace(content, previous_hash=b"\1" * 32)),
         ("in the future", proposal, replace(content, until_s=int(time.time()) + 600)),
         ("before the last", proposal, replace(content, until_s=1)),
         ("1 verdicts are not known", unknown, None),

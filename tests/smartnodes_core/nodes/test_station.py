@@ -1,0 +1,142 @@
+"""The first half of a rig's story over real TLS, with the in-memory chain in place of web3's."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from smartnodes_core.chain import client
+from smartnodes_core.chain.account import save_account_key
+from smartnodes_core.chain.memory import MemoryChain
+from smartnodes_core.chain.model import CHAIN_ID, ESCROW, REGISTRY, ROUNDS, ChainModel
+from smartnodes_core.chain.settings import SNO, Addresses, ChainSettings
+from smartnodes_core.chain.signing import address_of
+from smartnodes_core.config import NodeConfig
+from smartnodes_core.errors import AuthorityError, ConfigError, IdentityError, PortInUseError, Unavailable
+from smartnodes_core.identity import Identity
+from smartnodes_core.nodes.station import Station
+
+
+class Place:
+    """A folder of key files and a chain."""
+
+    def __init__(self, folder, monkeypatch) -> None:
+        self.folder, self.stations = folder, []
+        accounts = [address_of(bytes([number] * 32)) for number in range(1, 9)]
+        self.model = ChainModel(ChainSettings(genesis={account: 2_000_000 * SNO for account in accounts}))
+        monkeypatch.setattr(client, "ChainClient", lambda url, addresses, key: MemoryChain(self.model, key))
+        self.addresses = folder / "addresses.json"
+        fields = Addresses.__dataclass_fields__
+        known = {"chain_id": CHAIN_ID, "registry": REGISTRY, "escrow": ESCROW, "rounds": ROUNDS}
+        values = {name: known.get(name, bytes(20) if "from" not in name else 0) for name in fields}
+        Addresses(**values).write(self.addresses)
+
+    def config(self, number: int, **changes) -> NodeConfig:
+        identity, account = self.folder / f"id{number}.json", self.folder / f"acc{number}.json"
+        if not identity.exists():
+            Identity.from_seed(bytes([number] * 32)).save(identity)
+            save_account_key(account, bytes([number] * 32))
+        fields = {"identity": identity, "account": account, "addresses": self.addresses, "chain_poll_interval_s": 0.2}
+        return NodeConfig(**{**fields, **changes})
+
+    def open(self, number: int, role, **changes) -> Station:
+        tip = bytes([number] * 32) if role == "validator" else None
+        self.stations.append(Station.open(self.config(number, **changes), role, tip))
+        return self.stations[-1]
+
+    def close(self) -> None:
+        for station in self.stations:
+            station.close()
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    made = Place(tmp_path, monkeypatch)
+    yield made
+    made.close()
+
+
+def test_a_station_registers_joins_announces_and_is_found(place):
+    validator = place.open(1, "validator")
+    validator.join()
+    validator.announce(dict)
+    worker = place.open(2, "worker", bootstrap=[validator.node.endpoint])
+    worker.join()
+    worker.announce(lambda: {"free_slots": 3})
+    user = place.open(3, "user", bootstrap=[validator.node.endpoint])
+    user.join()
+    found = user.find("worker")
+    assert [(each.node_key, each.offers) for each in found] == [(worker.identity.node_key, {"free_slots": 3})]
+    assert [each.node_key for each in worker.find("validator")] == [validator.identity.node_key]
+    worker.learn_validators()
+    assert worker.membership.tip_of(validator.identity.node_key) == bytes([1] * 32)
+    with pytest.raises(ConfigError, match="does not listen"):
+        _ = user.node.endpoint
+
+
+def test_a_second_validator_takes_over_what_the_first_knows(place):
+    first = place.open(1, "validator")
+    first.join()
+    first.announce(dict)
+    worker = place.open(3, "worker", bootstrap=[first.node.endpoint])
+    worker.join()
+    worker.announce(dict)
+    second = place.open(2, "validator", bootstrap=[first.node.endpoint])
+    second.join()
+    assert [each.node_key for each in second.find("worker")] == [worker.identity.node_key]
+
+
+def test_members_that_left_are_not_found(place):
+    validator = place.open(1, "validator")
+    validator.join()
+    worker = place.open(2, "worker", bootstrap=[validator.node.endpoint])
+    worker.join()
+    worker.announce(dict)
+    assert validator.find("worker")
+    worker.chain.request_exit(1)
+    validator.membership.members(0.0)
+    assert validator.find("worker") == []
+
+
+def test_joining_without_a_bootstrap_says_what_to_set(place):
+    worker = place.open(1, "worker")
+    with pytest.raises(ConfigError, match="set `bootstrap`"):
+        worker.join()
+    lonely = place.open(2, "validator")
+    lonely.join()
+    assert lonely.find("worker") == []
+
+
+def test_a_bootstrap_that_is_not_there_is_unavailable(place, monkeypatch):
+    monkeypatch.setattr("smartnodes_core.nodes.station.JOIN_TIMEOUT_S", 0.1)
+    worker = place.open(1, "worker", bootstrap=["127.0.0.1:9"])
+    with pytest.raises(Unavailable):
+        worker.join()
+
+
+def test_a_port_in_use_is_said_and_nothing_stays_behind(place):
+    first = place.open(1, "worker")
+    with pytest.raises(PortInUseError):
+        place.open(2, "worker", endpoint=first.node.endpoint)
+
+
+def test_an_account_that_is_blacklisted_ends_the_start_and_frees_the_port(place):
+    worker = place.open(1, "worker")
+    endpoint = worker.node.endpoint
+    worker.close()
+    place.model.peek(1).update(0, reputation=0)
+    with pytest.raises(AuthorityError, match="blacklisted"):
+        place.open(1, "worker", endpoint=endpoint)
+    place.model.peek(1).update(0, reputation=1)
+    assert place.open(1, "worker", endpoint=endpoint).node.endpoint == endpoint
+
+
+def test_missing_keys_and_addresses_are_local_errors(place):
+    with pytest.raises(IdentityError):
+        place.open(1, "worker", identity=place.folder / "none.json")
+    with pytest.raises(IdentityError):
+        place.open(1, "worker", account=place.folder / "none.json")
+    (place.folder / "bad.json").write_text(json.dumps({"chain_id": 1}))
+    with pytest.raises(ConfigError):
+        place.open(1, "worker", addresses=place.folder / "bad.json")
