@@ -1,13 +1,14 @@
-"""What a worker remembers of one stage: its commitments, each naming the one before, and who needs the stage still."""
+"""What a worker remembers of its stages: commitments, each naming the one before, and who needs the stage still."""
 
 from __future__ import annotations
 
 import threading
 from typing import Any
 
-from smartnodes_core.errors import AuditError
+from smartnodes_core.errors import AuditError, AuthorityError, JobError
 from smartnodes_core.jobs import StageOfJob
 from smartnodes_core.records import Commitment, NodeKey, Unit
+from smartnodes_core.transport.base import Peer
 
 #: Commitments kept beyond the audit window, for challenges that are under way.
 SPARE_COMMITMENTS = 16
@@ -62,3 +63,31 @@ class Ledger:
         self.released_by.add(validator)
         released = self.released_by & validators
         return released == validators, len(released) > (len(validators) - 1) // 3
+
+
+class HeldStages:
+    """The stages that a worker runs, with their ledgers. Guarded by `lock`."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.stages: dict[str, StageOfJob] = {}
+        self.ledgers: dict[str, Ledger] = {}
+
+    def stage(self, key: str) -> StageOfJob:
+        """The stage with this key. Raises JobError where it is not run here."""
+        with self.lock:
+            stage = self.stages.get(key)
+        if stage is None:
+            raise JobError("this worker does not run that stage: the job ended, or was never assigned here")
+        return stage
+
+    def of_job(self, job_id: bytes) -> list[StageOfJob]:
+        """The stages of one job."""
+        with self.lock:
+            return [stage for stage in self.stages.values() if stage.job.id == job_id]
+
+
+def only_validators_of(stage: StageOfJob, caller: Peer) -> None:
+    """Raises AuthorityError for others than the validators of the job's plan."""
+    if caller.node_key not in stage.job.plan.validators:
+        raise AuthorityError("only a validator of the job's plan audits its stages")

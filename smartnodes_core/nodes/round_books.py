@@ -1,5 +1,4 @@
-"""What a validator knows of rounds: which records are settled, the rewards under the last root, what may be settled
-next.
+"""What a validator knows of rounds: which records are settled, what may be settled next, what the chain says.
 
 Proposing (`rounding.py`) and voting (`voting.py`) both read it, so that the same evidence gives the same bytes. A
 round that this validator had no part in is fetched from the others: the evidence root that was executed binds it.
@@ -9,20 +8,19 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from smartnodes_core.chain.base import Chain, RoundState
-from smartnodes_core.errors import ChainError, RecordError, SmartnodesError, Unavailable
+from smartnodes_core.errors import ChainError, RecordError, SmartnodesError
 from smartnodes_core.nodes.auditing import AuditDesk
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.membership import Membership
 from smartnodes_core.nodes.params import digest_in
-from smartnodes_core.nodes.rewards import fetch_reward_totals, reward_root
-from smartnodes_core.records import MAX_RECORD_BYTES, NO_DIGEST, Commitment, NodeKey, Proposal, Verdict, canonical
+from smartnodes_core.nodes.reward_books import MAX_PUBLISHED, RewardBooks, trim
+from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, NodeKey, Proposal, Verdict
 from smartnodes_core.reputation import VerdictCounts
 from smartnodes_core.rounds import (
     RoundContext,
@@ -39,8 +37,6 @@ logger = logging.getLogger(__name__)
 
 #: Records one proposal names at most, of each kind; the rest waits for the next round.
 MAX_NAMED = 20_000
-#: Roots whose leaves are kept, and rounds that others may ask for: as many as the contract keeps.
-MAX_PUBLISHED = 64
 #: Rounds that a validator catches up with when it was away.
 MAX_MISSED = 8
 #: Digests of settled records that are remembered; older ones are refused by step (`AuditedJob.settled_step`).
@@ -71,11 +67,9 @@ class RoundBooks:
         self._settled: dict[bytes, None] = {}
         self._candidates: dict[bytes, Candidate] = {}
         self._kept: dict[bytes, Proposal] = {}
-        self._totals_wei: dict[bytes, int] = {}
-        self._totals_root = NO_DIGEST
-        self._published: dict[bytes, dict[bytes, int]] = {}
         self._signers: tuple[bytes, ...] = ()
         self._number = -1
+        self.rewards = RewardBooks(node, chain, network_id, self.others, self._signed_totals)
         node.serve(self)
 
     # -- following the chain ------------------------------------------------------------------------------------------
@@ -109,7 +103,7 @@ class RoundBooks:
                 return
         if known is not None:
             proposal, content = known.proposal, known.content
-            self._set_totals(known.totals_wei)
+            self.rewards.publish(known.totals_wei)
         else:
             found = self._fetch_executed(digest)
             if found is None:
@@ -118,9 +112,9 @@ class RoundBooks:
             proposal, content = found
         with self._lock:
             self._kept[digest] = proposal
-            _trim(self._kept, MAX_PUBLISHED)
+            trim(self._kept, MAX_PUBLISHED)
             self._settled.update(dict.fromkeys([*proposal.verdicts, *proposal.settled]))
-            _trim(self._settled, MAX_SETTLED)
+            trim(self._settled, MAX_SETTLED)
             self.executed.append(content)
             self.audits.books.forget(self._settled.keys())
 
@@ -180,38 +174,11 @@ class RoundBooks:
                     return digest, candidate
         return None
 
-    # -- rewards ------------------------------------------------------------------------------------------------------
-
-    def knows_totals(self, state: RoundState) -> bool:
-        """Whether the cumulative rewards under the last root are known here; else asks the other validators."""
+    def _signed_totals(self, root: bytes) -> dict[bytes, int] | None:
+        """The rewards under a root that was signed here, and may just have been executed."""
         with self._lock:
-            if self._totals_root == state.latest_root:
-                return True
-        try:
-            totals = fetch_reward_totals(self.node, self.chain, self.network_id, self.others(), state.latest_root)
-        except Unavailable as error:
-            logger.warning("%s", error)
-            return False
-        self._set_totals(totals)
-        return True
-
-    def _set_totals(self, totals_wei: dict[bytes, int]) -> None:
-        """Keep the newest totals, and those of earlier roots for members that claim under them."""
-        root = reward_root(self.chain, self.network_id, totals_wei)
-        with self._lock:
-            self._totals_wei, self._totals_root = totals_wei, root
-            self._published[root] = totals_wei
-            _trim(self._published, MAX_PUBLISHED)
-
-    @allow(max_body_bytes=0)
-    def rpc_reward_totals(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
-        """The cumulative rewards under a root on chain: anybody may check them against it and build a claim."""
-        root = digest_in(params, "root")
-        with self._lock:
-            totals = self._published.get(root)
-        if totals is None:
-            raise RecordError("the rewards under this root are not known here")
-        return {}, [canonical({account.hex(): str(wei) for account, wei in totals.items()})]
+            found = [each for each in self._candidates.values() if each.content.rewards_root == root]
+        return found[0].totals_wei if found else None
 
     # -- what may be settled ------------------------------------------------------------------------------------------
 
@@ -285,7 +252,7 @@ class RoundBooks:
         """What the rules take from the chain, which is asked twice."""
         members = self.chain.members(self.network_id)
         with self._lock:
-            signers, totals_wei = self._signers, self._totals_wei
+            signers = self._signers
         return RoundContext(
             domain=self.chain.domain,
             network_id=self.network_id,
@@ -297,34 +264,9 @@ class RoundBooks:
             num_validators=num_validators,
             signers=signers,
             standings={m.account: Standing(m.index, m.reputation, m.stake_wei) for m in members},
-            totals_wei=totals_wei,
+            totals_wei=self.rewards.totals_wei,
         )
-
-
-class ViewClock:
-    """Which view of the next round is due: view v after v timeouts, by the chain's clock or by ours since it was due,
-    whichever says more (a chain without traffic may make no blocks)."""
-
-    def __init__(self, timeout_s: float):
-        self.timeout_s = timeout_s
-        self._due = (-1, 0.0)  # a round, and when it was first seen to be due
-
-    def view(self, state: RoundState) -> int | None:
-        """The view that is due now; None while the round is not."""
-        if state.chain_time_s < state.earliest_at_s:
-            return None
-        number, since_s = self._due
-        if number != state.number:
-            number, since_s = self._due = (state.number, time.monotonic())
-        elapsed_s = max(state.chain_time_s - state.earliest_at_s, time.monotonic() - since_s)
-        return int(elapsed_s / self.timeout_s)
 
 
 def _first(records: Mapping[bytes, Any]) -> dict[bytes, Any]:
     return dict(list(records.items())[:MAX_NAMED])
-
-
-def _trim(table: dict[bytes, Any], most: int) -> None:
-    """Forget the oldest entries over `most`."""
-    for digest in list(table)[: max(0, len(table) - most)]:
-        del table[digest]

@@ -18,7 +18,8 @@ from smartnodes_core.journal import Journal
 from smartnodes_core.nodes.auditing import AuditDesk
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.membership import Membership
-from smartnodes_core.nodes.round_books import Candidate, RoundBooks, ViewClock
+from smartnodes_core.nodes.round_books import Candidate, RoundBooks
+from smartnodes_core.nodes.views import ViewClock
 from smartnodes_core.nodes.voting import Signer, VoteDesk
 from smartnodes_core.records import Proposal, Vote
 from smartnodes_core.rounds import propose, quorum
@@ -100,7 +101,7 @@ class RoundDesk:
             if any(self._membership.node_key_of(account) is None for account in self._order):
                 self._learn_validators()
         order = self._order
-        if order and order[view % len(order)] == self._account and self.books.knows_totals(state):
+        if order and order[view % len(order)] == self._account and self.books.rewards.knows(state):
             self._propose(state, view, order)
         return self._poll_s
 

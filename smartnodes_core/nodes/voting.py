@@ -14,7 +14,8 @@ from smartnodes_core.chain.base import RoundState
 from smartnodes_core.chain.signing import sign_digest
 from smartnodes_core.errors import AuthorityError, RecordError
 from smartnodes_core.journal import EquivocationError, Journal
-from smartnodes_core.nodes.round_books import Candidate, RoundBooks, ViewClock
+from smartnodes_core.nodes.round_books import Candidate, RoundBooks
+from smartnodes_core.nodes.views import ViewClock
 from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, NodeKey, Proposal, Verdict, Vote
 from smartnodes_core.rounds import RoundProposal, justify, propose
 from smartnodes_core.rpc import Result, allow
@@ -84,7 +85,7 @@ class VoteDesk:
             return None, [f"view {proposal.view} is not due"]
         if content.until_s > time.time() + CLOCK_SKEW_S or content.until_s < state.emitted_until_s:
             return None, [f"until_s {content.until_s} is in the future, or before the last round's"]
-        if not self._books.knows_totals(state):
+        if not self._books.rewards.knows(state):
             return None, ["the rewards under the last root are not known here"]
         try:
             verdicts, commitments = self._look_up(proposal, proposer)

@@ -3,21 +3,18 @@ challenged.
 
 Everything a peer may call is named `rpc_…`; each checks in its first lines who calls and what the job allows. The
 work itself is done by a `JobHandler`, which knows what a stage is; this module knows only bytes, hashes and signatures.
+What auditors ask is answered in `opening.py`.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from blake3 import blake3
-
-from smartnodes_core.audit import NUM_ASSIGNED, Opened, TipTracker, assigned_validators, check_challenge
+from smartnodes_core.audit import NUM_ASSIGNED
 from smartnodes_core.errors import (
-    AuditError,
     AuthorityError,
     BusyError,
     JobError,
@@ -26,14 +23,14 @@ from smartnodes_core.errors import (
     SmartnodesError,
     WorkerLostError,
 )
-from smartnodes_core.identity import Identity, verify
+from smartnodes_core.identity import Identity
 from smartnodes_core.jobs import Buffer, Job, JobHandler, StageOfJob
 from smartnodes_core.journal import Journal
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.ledgers import Ledger
 from smartnodes_core.nodes.mailing import Mailer
-from smartnodes_core.nodes.params import bytes_in, bytes_list_in, digest_in, map_in, text_in
-from smartnodes_core.records import Challenge, Commitment, NodeKey, Opening, ReceivedList, Reveal, Signed, Verdict
+from smartnodes_core.nodes.params import bytes_in, digest_in, map_in, text_in
+from smartnodes_core.records import NodeKey, ReceivedList, Reveal
 from smartnodes_core.rpc import allow
 from smartnodes_core.transport.base import Peer
 
@@ -70,16 +67,14 @@ class WorkerNode:
         self.node = node
         self.handler = handler
         self._identity = identity
-        self._tip = tip
-        self._trackers: dict[tuple[NodeKey, bytes], TipTracker] = {}
         self._journal = journal
         self._num_slots = num_slots
         self._learn_addresses = learn_addresses
-        self._lock = threading.RLock()
-        self._stages: dict[str, StageOfJob] = {}
-        self._ledgers: dict[str, Ledger] = {}
+        self._held = HeldStages()
+        self._lock = self._held.lock
         self._mailer = Mailer(node, "worker-mail")
-        self.verdicts: deque[Verdict] = deque(maxlen=MAX_VERDICTS)
+        self._opening = OpeningDesk(node, identity, handler, tip, self._held)
+        self.verdicts = self._opening.verdicts
         self.on_slots_changed: Callable[[], None] = lambda: None
         handler.attach(self)
         node.serve(self)
@@ -88,7 +83,7 @@ class WorkerNode:
     @property
     def num_free_slots(self) -> int:
         with self._lock:
-            return self._num_slots - len(self._stages)
+            return self._num_slots - len(self._held.stages)
 
     # -- placement ----------------------------------------------------------------------------------------------------
 
@@ -113,12 +108,12 @@ class WorkerNode:
         """All of the stages or none. Raises BusyError, JobError, or what the handler raises."""
         with self._lock:
             for stage in stages:
-                held = self._stages.get(stage.key)
+                held = self._held.stages.get(stage.key)
                 if held is not None and held.job.plan != stage.job.plan:
                     raise JobError(
                         f"stage {stage.stage} runs here under plan {held.job.plan.version}: release it first"
                     )
-            fresh = [stage for stage in stages if stage.key not in self._stages]
+            fresh = [stage for stage in stages if stage.key not in self._held.stages]
             if len(fresh) > self.num_free_slots:
                 raise BusyError(
                     f"{len(fresh)} stages asked for, {self.num_free_slots} of {self._num_slots} slots are free"
@@ -133,17 +128,17 @@ class WorkerNode:
                     self.handler.release(stage, "another stage of the job could not be taken")
                 raise
             for stage in fresh:
-                self._stages[stage.key] = stage
-                self._ledgers[stage.key] = Ledger(stage)
+                self._held.stages[stage.key] = stage
+                self._held.ledgers[stage.key] = Ledger(stage)
 
     @allow(roles=("validator",), max_body_bytes=0)
     def rpc_release(self, caller: Peer, params: dict[str, Any], body: memoryview) -> dict[str, Any]:
         """The job ended and this validator has no more audits of it. The stage goes when all its validators said so."""
         job_id, reason = digest_in(params, "job"), text_in(params, "reason", "")
-        for stage in self._stages_of(job_id):
-            self._only_validators_of(stage, caller)
+        for stage in self._held.of_job(job_id):
+            only_validators_of(stage, caller)
             with self._lock:
-                ledger = self._ledgers.get(stage.key)
+                ledger = self._held.ledgers.get(stage.key)
                 complete, credible = ledger.release(caller.node_key) if ledger else (False, False)
             if complete:
                 self._drop(stage, reason)
@@ -154,14 +149,14 @@ class WorkerNode:
     def release_jobs_of(self, author: NodeKey, reason: str) -> None:
         """The author is gone: its stages are freed, since nobody else may drive them, when their audits are through."""
         with self._lock:
-            stages = [stage for stage in self._stages.values() if stage.author == author]
+            stages = [stage for stage in self._held.stages.values() if stage.author == author]
         for stage in stages:
             self._retire(stage, reason)
 
     def _retire(self, stage: StageOfJob, reason: str) -> None:
         """Drop the stage after a while, whatever its validators say."""
         with self._lock:
-            ledger = self._ledgers.get(stage.key)
+            ledger = self._held.ledgers.get(stage.key)
             if ledger is None or ledger.timer is not None:
                 return
             ledger.timer = threading.Timer(RELEASE_TIMEOUT_S, self._drop, (stage, reason))
@@ -171,7 +166,7 @@ class WorkerNode:
     def drain(self, reason: str) -> None:
         """Give up every stage, telling their authors why."""
         with self._lock:
-            stages = list(self._stages.values())
+            stages = list(self._held.stages.values())
         self._mailer.flush(DRAIN_TIMEOUT_S)  # commitments of work that is done are worth their pay
         for stage in stages:
             self.fail(stage, WorkerLostError(f"the worker of stage {stage.stage} leaves: {reason}"))
@@ -180,9 +175,9 @@ class WorkerNode:
 
     def _drop(self, stage: StageOfJob, reason: str) -> None:
         with self._lock:
-            if self._stages.pop(stage.key, None) is None:
+            if self._held.stages.pop(stage.key, None) is None:
                 return
-            ledger = self._ledgers.pop(stage.key)
+            ledger = self._held.ledgers.pop(stage.key)
         if ledger.timer is not None:
             ledger.timer.cancel()
         self.handler.release(stage, reason)
@@ -194,7 +189,7 @@ class WorkerNode:
     @allow(roles=("user",), max_body_bytes=MAX_STATE_BYTES)
     def rpc_job(self, caller: Peer, params: dict[str, Any], body: memoryview) -> tuple[dict[str, Any], Any]:
         """A call of the job's author to one of its stages: `method` and `params` are the handler's."""
-        stage = self._stage(text_in(params, "key"))
+        stage = self._held.stage(text_in(params, "key"))
         if caller.node_key != stage.author:
             raise AuthorityError("only the author of a job drives its stages")
         return self.handler.call(stage, text_in(params, "method"), map_in(params, "params"), body)
@@ -207,7 +202,7 @@ class WorkerNode:
         self.handler.receive(self._stage_for_frame(peer, header), peer.node_key, header, body)
 
     def _stage_for_frame(self, peer: Peer, header: dict[str, Any]) -> StageOfJob:
-        stage = self._stage(text_in(header, "key"))
+        stage = self._held.stage(text_in(header, "key"))
         if peer.node_key not in (stage.author, stage.previous, stage.next):
             raise ProtocolError(f"stage {stage.stage} takes frames from its author and its neighbours only")
         return stage
@@ -227,12 +222,12 @@ class WorkerNode:
         except SmartnodesError as lost:
             logger.warning("stage %s failed and its author cannot be told: %s (%s)", stage.stage, error, lost)
 
-    # -- commitments and challenges -----------------------------------------------------------------------------------
+    # -- commitments --------------------------------------------------------------------------------------------------
 
     def commit(self, stage: StageOfJob, content: dict[str, Any]) -> None:
         """`WorkerPort`: chain, sign (durably) and publish the commitment of one step."""
         with self._lock:
-            ledger = self._ledgers.get(stage.key)
+            ledger = self._held.ledgers.get(stage.key)
             if ledger is None:
                 return
             commitment = ledger.next(self.node.node_key, content)
@@ -247,105 +242,7 @@ class WorkerNode:
             ledger.keep(commitment)
         self._mailer.post((*stage.job.plan.validators, stage.author), "commitment", {}, signed)
 
-    @allow(roles=("validator",), max_body_bytes=0)
-    def rpc_spec(self, caller: Peer, params: dict[str, Any], body: memoryview) -> tuple[dict[str, Any], list[bytes]]:
-        """What a stage runs, for the validators that audit it."""
-        stage = self._stage(text_in(params, "key"))
-        self._only_validators_of(stage, caller)
-        return {}, [self.handler.spec(stage)]
-
-    @allow(roles=("validator",), max_body_bytes=0)
-    def rpc_challenge(
-        self, caller: Peer, params: dict[str, Any], body: memoryview
-    ) -> tuple[dict[str, Any], list[bytes]]:
-        """Open a committed unit, provided that the seed selects it; otherwise AuditError, without penalty."""
-        signed = Signed.decode(bytes_in(params, "challenge"))
-        lists, reveals = (bytes_list_in(params, name, MAX_PREIMAGES) for name in ("lists", "reveals"))
-        challenge = verify(signed, Challenge)
-        stage = self._stage(text_in(params, "key"))
-        self._only_validators_of(stage, caller)
-        if signed.signer != challenge.auditor or challenge.auditor != caller.node_key:
-            raise AuthorityError("a challenge is signed and sent by its auditor")
-        commitment = self._committed(stage, challenge)
-        self._check_draw(stage, challenge, commitment, lists, reveals)
-        with self._lock:
-            ledger = self._ledgers.get(stage.key)
-            if ledger is None:
-                raise AuditError("the stage was given up")
-            ledger.count_opening(challenge.commitment, challenge.unit)
-        opened = self.handler.open(stage, commitment, challenge.tier, challenge.unit)
-        opening = Opening(challenge=challenge.digest(), commitment=challenge.commitment, items=opened.items)
-        signable = Opened(opening=opening.encode(), body_digest=blake3(opened.body).digest())
-        signed_opening = self._identity.sign(signable).encode()
-        sizes = {"opening_bytes": len(signed_opening), "order_bytes": len(opened.order)}
-        return sizes, [signed_opening, opened.order, opened.body]
-
-    def _committed(self, stage: StageOfJob, challenge: Challenge) -> Commitment:
-        with self._lock:
-            ledger = self._ledgers.get(stage.key)
-            commitment = ledger.commitments.get(challenge.commitment) if ledger else None
-        if commitment is None:
-            raise AuditError("no such commitment is held: its audit window has passed, or it was never made")
-        return commitment
-
-    def _check_draw(
-        self, stage: StageOfJob, challenge: Challenge, commitment: Commitment, lists: list[bytes], reveals: list[bytes]
-    ) -> None:
-        assigned = assigned_validators(stage.job.id, stage.job.plan.validators)
-        tips = {key: tip for key in assigned if (tip := self._tip(key)) is not None}
-        with self._lock:
-            trackers = {key: self._trackers.setdefault((key, tip), TipTracker(tip)) for key, tip in tips.items()}
-        check_challenge(
-            challenge,
-            commitment,
-            stage.job.record.audit,
-            assigned,
-            [_from_validator(item, ReceivedList) for item in lists],
-            [_from_validator(item, Reveal) for item in reveals],
-            trackers,
-        )
-
-    @allow(roles=("validator",), max_body_bytes=0)
-    def rpc_verdict(self, caller: Peer, params: dict[str, Any], body: memoryview) -> None:
-        """An auditor tells the worker what it found."""
-        signed = Signed.decode(bytes_in(params, "verdict"))
-        verdict = verify(signed, Verdict)
-        stages = self._stages_of(verdict.job)
-        if not signed.signer == verdict.auditor == caller.node_key or verdict.worker != self.node.node_key:
-            raise AuthorityError("a verdict is signed and sent by its auditor, to the worker it is about")
-        if not any(verdict.auditor in stage.job.plan.validators for stage in stages):
-            return  # a job that has ended
-        self.verdicts.append(verdict)
-        if verdict.finding != "honest":
-            logger.warning("audit of step %s: %s (%s)", verdict.step, verdict.finding, verdict.reason)
-
-    # -- small parts --------------------------------------------------------------------------------------------------
-
-    def _stage(self, key: str) -> StageOfJob:
-        with self._lock:
-            stage = self._stages.get(key)
-        if stage is None:
-            raise JobError("this worker does not run that stage: the job ended, or was never assigned here")
-        return stage
-
-    def _stages_of(self, job_id: bytes) -> list[StageOfJob]:
-        with self._lock:
-            return [stage for stage in self._stages.values() if stage.job.id == job_id]
-
-    def _only_validators_of(self, stage: StageOfJob, caller: Peer) -> None:
-        if caller.node_key not in stage.job.plan.validators:
-            raise AuthorityError("only a validator of the job's plan audits its stages")
-
 
 def _failure(stage: StageOfJob, error: Exception) -> dict[str, Any]:
     code = error.code if isinstance(error, SmartnodesError) else "internal"
     return {"key": stage.key, "event": "failed", "params": {"code": code, "message": str(error)[:2000]}}
-
-
-def _from_validator(data: bytes, kind: type[ListOrReveal]) -> ListOrReveal:
-    """The record in a `Signed`, which must be signed by the validator that it names. Raises AuthorityError."""
-    signed = Signed.decode(data)
-    record = verify(signed, kind)
-    if signed.signer != record.validator:
-        raise AuthorityError(f"a {kind.__name__} is signed by the validator it names")
-    return record

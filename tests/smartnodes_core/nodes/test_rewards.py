@@ -14,8 +14,8 @@ def test_totals_are_taken_from_the_first_validator_whose_answer_leads_to_the_roo
     chain = net.user.chain
     totals = {ACCOUNTS[0]: 5, ACCOUNTS[1]: 7}
     root = reward_root(chain, NETWORK, totals)
-    net.validators[0].role.rounds.books._published[root] = {ACCOUNTS[2]: 10**30}  # a lie
-    net.validators[2].role.rounds.books._published[root] = totals
+    net.validators[0].role.rounds.books.rewards._published[root] = {ACCOUNTS[2]: 10**30}  # a lie
+    net.validators[2].role.rounds.books.rewards._published[root] = totals
     keys = [validator.key for validator in net.validators]
     assert fetch_reward_totals(net.user.node, chain, NETWORK, keys, root) == totals
     with pytest.raises(Unavailable, match="none of 2 validators"):

@@ -12,8 +12,8 @@ from smartnodes_core.chain.proposal import RoundProposal
 from smartnodes_core.errors import AuthorityError, RecordError
 from smartnodes_core.journal import EquivocationError, Journal
 from smartnodes_core.nodes.rewards import claim
-from smartnodes_core.nodes.round_books import ViewClock
 from smartnodes_core.nodes.validator import ValidatorSettings
+from smartnodes_core.nodes.views import ViewClock
 from smartnodes_core.nodes.voting import Signer
 from smartnodes_core.records import Proposal, Vote
 from smartnodes_core.rounds import draw_proposers, evidence_root, propose
@@ -142,7 +142,7 @@ def test_a_validator_that_missed_a_round_learns_what_it_settled(net, audited, ev
     away.role.rounds.books.follow(after)
     assert before == 12
     assert away.role.rounds.books.unsettled() == ({}, {})
-    assert away.role.rounds.books.knows_totals(after)
+    assert away.role.rounds.books.rewards.knows(after)
 
 
 def test_a_validator_that_restarts_gets_the_reward_totals_from_the_others(net, audited, eventually):
@@ -163,8 +163,8 @@ def test_a_validator_that_restarts_gets_the_reward_totals_from_the_others(net, a
     net.make_validator(again)
     books = again.role.rounds.books
     books.follow(after)
-    assert books.knows_totals(after)
-    assert books._totals_wei == booth.proposer.role.rounds.books._totals_wei
+    assert books.rewards.knows(after)
+    assert books.rewards.totals_wei == booth.proposer.role.rounds.books.rewards.totals_wei
 
 
 # -- what is not signed -----------------------------------------------------------------------------------------------

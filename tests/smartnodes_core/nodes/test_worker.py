@@ -46,7 +46,7 @@ def listen(net, stage):
 
 def committed(net, stage, step=0) -> Commitment:
     net.workers[0].handler.work(stage, step)
-    ledger = net.workers[0].role._ledgers[stage.key]
+    ledger = net.workers[0].role._held.ledgers[stage.key]
     return list(ledger.commitments.values())[-1]
 
 
@@ -165,7 +165,7 @@ def test_a_worker_never_signs_a_second_version_of_a_step(bare, stage, eventually
     worker.role._journal = Journal(tmp_path / "journal")
     worker.handler.wrong = {0}
     worker.handler.work(stage, 0)
-    assert list(worker.role._ledgers[stage.key].commitments.values()) == [first]
+    assert list(worker.role._held.ledgers[stage.key].commitments.values()) == [first]
     event = eventually(lambda: [each for each in bare.heard.events if each[1] == "failed"])[0]
     assert event[2]["code"] == "equivocation"
 
@@ -192,7 +192,7 @@ def test_a_validator_that_is_down_does_not_hold_up_the_worker(bare, stage, event
 def test_commitments_beyond_the_window_are_forgotten(bare, stage):
     for step in range(40):
         bare.workers[0].handler.work(stage, step)
-    assert len(bare.workers[0].role._ledgers[stage.key].commitments) == 2 + 16
+    assert len(bare.workers[0].role._held.ledgers[stage.key].commitments) == 2 + 16
 
 
 # -- challenges -------------------------------------------------------------------------------------------------------
@@ -349,7 +349,7 @@ def test_a_stage_goes_when_all_its_validators_need_it_no_more(bare, stage):
 def test_one_validator_alone_cannot_end_a_stage(bare, stage, monkeypatch, eventually):
     monkeypatch.setattr(module, "RELEASE_TIMEOUT_S", 0.05)
     release(bare, stage, bare.validators[0], bare.validators[0])
-    assert bare.workers[0].role._ledgers[stage.key].timer is None
+    assert bare.workers[0].role._held.ledgers[stage.key].timer is None
     release(bare, stage, bare.validators[1])
     eventually(lambda: bare.workers[0].role.num_free_slots == 1)
 
@@ -364,7 +364,7 @@ def test_stages_of_an_author_that_is_gone_are_freed_after_a_while(bare, stage, m
 def test_stages_of_an_author_that_is_gone_are_freed_at_once_when_their_audits_are_through(bare, stage, eventually):
     bare.user.node.reach(bare.workers[0].key)
     bare.hub.cut(bare.user.key)
-    eventually(lambda: bare.workers[0].role._ledgers[stage.key].timer is not None)
+    eventually(lambda: bare.workers[0].role._held.ledgers[stage.key].timer is not None)
     release(bare, stage, *bare.validators)
     assert bare.workers[0].role.num_free_slots == 1
 
