@@ -27,8 +27,9 @@ from smartnodes_core.identity import Identity
 from smartnodes_core.jobs import Buffer, Job, JobHandler, StageOfJob
 from smartnodes_core.journal import Journal
 from smartnodes_core.nodes.base import Node
-from smartnodes_core.nodes.ledgers import Ledger
+from smartnodes_core.nodes.ledgers import HeldStages, Ledger, only_validators_of
 from smartnodes_core.nodes.mailing import Mailer
+from smartnodes_core.nodes.opening import OpeningDesk
 from smartnodes_core.nodes.params import bytes_in, digest_in, map_in, text_in
 from smartnodes_core.records import NodeKey, ReceivedList, Reveal
 from smartnodes_core.rpc import allow

@@ -20,6 +20,9 @@ def add_life_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exit-with-parent", action="store_true", help="end when standard input is closed")
 
 
+WAKE_S = 0.5
+
+
 class EndedEarly(BaseException):
     """The end was asked for before the node was ready. No error: it unwinds what the start has begun."""
 
@@ -47,7 +50,9 @@ class Life:
 
     def wait(self) -> None:
         """Until the end is asked for."""
-        self._ended.wait()
+        # a signal that the kernel gives to another thread is handled when this one next runs: it must not sleep for ever
+        while not self._ended.wait(WAKE_S):
+            pass
 
     def _end(self, *_: object) -> None:
         self._ended.set()
@@ -59,4 +64,6 @@ class Life:
         with contextlib.suppress(OSError):
             while os.read(0, 4096):
                 pass
-        os.kill(os.getpid(), signal.SIGTERM)  # signals are handled where exceptions can be raised: the main thread
+        if self._starting:  # handled where an exception can unwind the start: in the main thread
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        self._ended.set()

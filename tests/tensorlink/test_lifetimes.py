@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-WITHIN_S = 5.0
+#: On a machine with nothing else to do; where others compete for the cores, everything takes longer in proportion.
+WITHIN_S = 5.0 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 #: Says on standard output which phase it is in; `{end}` is what happens when it is through.
 SCRIPT = """
 import sys, threading
@@ -75,10 +76,10 @@ class Script:
         return self.process.communicate(timeout=5)
 
     def end(self):
-        started = self.started()
         self.process.kill()
-        self._processes.wait_until(lambda: not self._processes.alive(started), WITHIN_S)
-        self.process.communicate()
+        for pid in self._processes.with_marker(self._marker):  # what a failed test has left
+            os.kill(pid, signal.SIGKILL)
+        self.process.communicate(timeout=10)
 
 
 @pytest.fixture

@@ -58,12 +58,15 @@ def _run(options: argparse.Namespace) -> int:
     server = RpcServer(Methods(ledger), options.host, options.port)
     serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.2})
     serving.start()
-    _tell(server.url, options)
-    ended.wait()
-    server.shutdown()
-    serving.join()
-    ledger.close()  # waits for the transaction in hand
-    server.server_close()
+    try:
+        with contextlib.suppress(BrokenPipeError):  # the starter was interrupted: nobody is left to serve
+            _tell(server.url, options)
+            ended.wait()
+    finally:
+        server.shutdown()
+        serving.join()
+        ledger.close()  # waits for the transaction in hand
+        server.server_close()
     return 0
 
 

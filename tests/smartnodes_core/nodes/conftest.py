@@ -48,11 +48,11 @@ from smartnodes_core.transport.memory import MemoryHub, MemoryTransport
 NETWORK = 1
 SPEC = b"hash the step and the unit"
 FAST = ValidatorSettings(
-    list_interval_s=0.01, reveal_timeout_s=20.0, challenge_timeout_s=5.0, poll_s=0.05, proposer_timeout_s=2.0
+    list_interval_s=0.01, reveal_timeout_s=60.0, challenge_timeout_s=60.0, poll_s=0.05, proposer_timeout_s=2.0
 )
 
 
-def eventually(condition: Callable[[], Any], timeout_s: float = 15.0) -> Any:
+def eventually(condition: Callable[[], Any], timeout_s: float = 40.0) -> Any:
     """The first true value of `condition`; fails after `timeout_s`."""
     deadline, pause = time.monotonic() + timeout_s, threading.Event()
     while not (value := condition()):
@@ -351,14 +351,14 @@ class Net:
 
     def open(self, record: JobRecord | None = None, plan: Plan | None = None, **changes: Any) -> Job:
         record = record or self.record(**changes)
-        return self.user.role.open_job(record, plan or self.plan(record), self.heard, timeout_s=10)
+        return self.user.role.open_job(record, plan or self.plan(record), self.heard, timeout_s=40)
 
     def work(self, job: Job, steps: range, num_units: int = 2) -> None:
         """Every stage works and commits to these steps."""
         for step in steps:
             for stage in range(job.record.num_stages):
                 self.user.role.call(
-                    StageOfJob(job, stage, 0), "work", {"step": step, "num_units": num_units}, timeout_s=10
+                    StageOfJob(job, stage, 0), "work", {"step": step, "num_units": num_units}, timeout_s=40
                 )
 
     def audited(self, validator: Citizen, job: Job) -> Any:

@@ -123,7 +123,7 @@ def test_a_missing_commitment_is_fetched_from_the_validator_that_lists_it(net, e
 def test_a_slow_worker_delays_nobody_else(net, eventually):
     gate = threading.Event()
     opened = net.workers[0].handler.open
-    net.workers[0].handler.open = lambda *args: gate.wait(10) and opened(*args)
+    net.workers[0].handler.open = lambda *args: gate.wait(60) and opened(*args)
     job = net.open()
     net.work(job, range(2))
     others = net.workers[1].role.verdicts
@@ -345,7 +345,7 @@ def test_what_is_settled_is_forgotten_and_cannot_come_back(net, eventually):
 def test_a_settled_commitment_waits_for_verdicts_that_are_due(net, eventually):
     gate = threading.Event()
     opened = net.workers[0].handler.open
-    net.workers[0].handler.open = lambda *args: gate.wait(10) and opened(*args)
+    net.workers[0].handler.open = lambda *args: gate.wait(60) and opened(*args)
     job = net.open(num_stages=1)
     net.work(job, range(1))
     audited = net.audited(net.validators[0], job)

@@ -20,7 +20,7 @@ class Post:
 
     def notify(self, peer, method, params, body=()):
         if peer in self.slow:
-            self.gate.wait(10)
+            self.gate.wait(60)
         if peer in self.down:
             raise PeerUnreachableError("down")
         self.sent.append((peer, method, b"".join(body)))

@@ -72,7 +72,7 @@ def test_a_round_carries_verdicts_and_settled_work_and_equal_work_earns_equal_pa
     job = net.open()
     net.work(job, range(6))
     eventually(lambda: net.everyone_has(24, job))
-    eventually(lambda: reputation(net, net.workers[0]) > 1 and reputation(net, net.workers[1]) > 1, 20)
+    eventually(lambda: reputation(net, net.workers[0]) > 1 and reputation(net, net.workers[1]) > 1)
     net.user.role.close_job(job)
     keys = [validator.key for validator in net.validators]
     worker, other = net.workers[:2]
@@ -80,7 +80,7 @@ def test_a_round_carries_verdicts_and_settled_work_and_equal_work_earns_equal_pa
     def all_settled():
         return all(job.id not in validator.role.audits.jobs for validator in net.validators)
 
-    eventually(all_settled, 20)
+    eventually(all_settled)
     paid = [claim(each.node, each.chain, NETWORK, keys, each.account) for each in (worker, other)]
     assert paid[0] == paid[1] > 0
     assert claim(worker.node, worker.chain, NETWORK, keys, worker.account) == 0
@@ -96,7 +96,7 @@ def test_a_fraud_blacklists_the_worker_and_drops_its_connections(make_net, event
     cheat.handler.wrong = {1}
     job = net.open()
     net.work(job, range(2))
-    eventually(lambda: reputation(net, cheat) == 0, 20)
+    eventually(lambda: reputation(net, cheat) == 0)
     assert net.user.chain.member(NETWORK, cheat.account).stake_wei == 0
     assert reputation(net, net.workers[1]) >= 1
     eventually(lambda: not any(peer.node_key == cheat.key for v in net.validators for peer in v.node.peers()))
@@ -112,14 +112,14 @@ def test_a_proposer_that_vanishes_is_passed_over(make_net, eventually):
     gone = next(validator for validator in net.validators if validator.account == first)
     gone.node.stop()
     net.start(rounds=True, only=[validator for validator in net.validators if validator is not gone])
-    eventually(lambda: state_of(net).number >= 1, 20)
+    eventually(lambda: state_of(net).number >= 1)
     assert net.user.chain.executed_round(NETWORK, 1).view >= 1
 
 
 def test_rounds_go_on_with_nothing_to_carry(make_net, eventually):
     net = make_net()
     net.start(rounds=True)
-    eventually(lambda: state_of(net).number >= 2, 20)
+    eventually(lambda: state_of(net).number >= 2)
 
 
 def test_a_validator_that_missed_a_round_learns_what_it_settled(net, audited, eventually):

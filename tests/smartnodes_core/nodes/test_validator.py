@@ -16,7 +16,7 @@ def test_a_job_from_opening_to_pay(make_net, eventually):
     net.user.role.close_job(job)
     eventually(lambda: all(worker.role.num_free_slots == 1 for worker in net.workers))
     for validator in net.validators:
-        eventually(lambda v=validator: job.id not in v.role.audits.jobs, 20)  # all settled, all forgotten
+        eventually(lambda v=validator: job.id not in v.role.audits.jobs)  # all settled, all forgotten
     keys = [validator.key for validator in net.validators]
     paid = {each.key: claim(each.node, each.chain, 1, keys, each.account) for each in net.workers}
     assert paid[net.workers[0].key] == paid[net.workers[1].key] > 0
@@ -30,7 +30,7 @@ def test_a_job_from_opening_to_pay(make_net, eventually):
                 paid_signers.add(each.key)
         return len(paid_signers) >= 3
 
-    eventually(three_are_paid, 20)
+    eventually(three_are_paid)
     assert all(net.user.chain.member(1, worker.account).reputation > 1 for worker in net.workers[:2])
 
 
@@ -55,13 +55,13 @@ def test_one_validator_alone_audits_and_settles(make_net, eventually):
     job = net.open(num_stages=1)
     net.work(job, range(4))
     eventually(lambda: net.everyone_has(8, job))
-    eventually(lambda: net.user.chain.member(1, net.workers[0].account).reputation > 1, 20)
+    eventually(lambda: net.user.chain.member(1, net.workers[0].account).reputation > 1)
 
 
 def test_a_validator_that_stops_leaves_the_others_to_carry_rounds(make_net, eventually):
     net = make_net()
     net.start(rounds=True)
-    eventually(lambda: net.user.chain.round_state(1).number >= 1, 20)
+    eventually(lambda: net.user.chain.round_state(1).number >= 1)
     net.validators[0].stop()
     number = net.user.chain.round_state(1).number
-    eventually(lambda: net.user.chain.round_state(1).number >= number + 2, 30)
+    eventually(lambda: net.user.chain.round_state(1).number >= number + 2)

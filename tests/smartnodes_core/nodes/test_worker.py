@@ -178,7 +178,7 @@ def test_a_validator_that_is_down_does_not_hold_up_the_worker(bare, stage, event
 
     def slow(peer, *args, **kwargs):
         if peer == down:
-            gate.wait(10)
+            gate.wait(60)
         return notify(peer, *args, **kwargs)
 
     worker.node.notify = slow
