@@ -96,6 +96,7 @@ class HashChain:
         for _ in range(length):
             values.append(hash_link(values[-1]))
         self._values = values
+        self.length = length
         self.tip = values[-1]
 
     def reveal(self, index: int) -> bytes:

@@ -110,6 +110,10 @@ class DrawDesk:
                 audited.unlisted.clear()
                 return False
             index = self._next_reveal
+            if index > self._chain.length:
+                audited.unlisted.clear()
+                logger.error("the hash chain is used up after %d lists: post the tip of a new one", index - 1)
+                return False
             received = ReceivedList(
                 job=audited.job.id, validator=self._node.node_key, reveal=index, commitments=sorted(digests)
             )

@@ -50,7 +50,7 @@ class Life:
 
     def wait(self) -> None:
         """Until the end is asked for."""
-        # a signal that the kernel gives to another thread is handled when this one next runs: it must not sleep for ever
+        # a signal that the kernel gives to another thread is handled when this one next runs: it must not sleep on
         while not self._ended.wait(WAKE_S):
             pass
 

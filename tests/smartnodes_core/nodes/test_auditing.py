@@ -483,3 +483,12 @@ def test_closing_a_job_waits_for_its_audits(net, eventually):
     eventually(lambda: not net.workers[0].handler.stages)
     with pytest.raises(JobError):
         net.user.role.call(StageOfJob(job, 0, 0), "work", {}, timeout_s=5)
+
+
+def test_a_validator_whose_hash_chain_is_used_up_says_so_and_lists_no_more(net, eventually, caplog):
+    job = net.open(num_stages=1)
+    validator = next(v for v in net.validators if v.key in net.audited(v, job).assigned)
+    validator.role.audits._draws._next_reveal = validator.hash_chain.length + 1
+    net.work(job, range(1))
+    eventually(lambda: "hash chain is used up" in caplog.text)
+    assert not any(key == validator.key for key, _ in net.audited(validator, job).lists)

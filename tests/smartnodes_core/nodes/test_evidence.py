@@ -49,7 +49,7 @@ def test_no_part_of_it_can_be_the_auditors_own(net, fraud):
         (change(kept, job=other_job), verdict, body, "another job"),
         (change(kept, spec=b"another"), verdict, body, "spec"),
         (change(kept, opening=forged), verdict, body, "not the worker's"),
-        (change(kept, opening=b""), verdict, body, ""),
+        (change(kept, opening=b""), verdict, body, "not a Signed"),
         (kept, verdict, other_body, "not those of the evidence"),
         (change(kept, body_digest=blake3(other_body).digest()), verdict, other_body, "not the one that the worker"),
         (change(kept, commitment=resigned), verdict, body, "not the accused worker's"),
