@@ -15,7 +15,7 @@ from typing import Any
 
 from smartnodes_core.chain.base import Chain
 from smartnodes_core.config import UserConfig, load
-from smartnodes_core.errors import NoWorkersError, SmartnodesError
+from smartnodes_core.errors import NoWorkersError, PeerUnreachableError, SmartnodesError
 from smartnodes_core.identity import Identity
 from smartnodes_core.nodes.station import Station
 from smartnodes_core.nodes.user import UserNode
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 #: The default audit terms of a job: probabilities per micro-batch and per step, and how far back a fraud can be found.
 DEFAULT_AUDIT_TERMS = AuditTerms(unit_rate_ppm=2_000, step_rate_ppm=20_000, window_steps=16, window_s=3600, auditors=[])
 POLL_S = 0.2
+#: How long a worker may take to see on chain that we have registered.
+ADMIT_TIMEOUT_S = 5.0
 
 
 class Network:
@@ -74,15 +76,23 @@ class Network:
         return free
 
     def reaches(self, worker: Announcement) -> bool:
-        """Whether a worker answers now, at one of the endpoints that it announced; the connection stays open."""
+        """Whether a worker answers now, at one of the endpoints that it announced; the connection stays open.
+
+        One that answers and does not admit us may not have seen our registration on chain yet: it is asked again.
+        """
         for endpoint in worker.endpoints:
             self.station.node.add_address(worker.node_key, endpoint)
-        try:
-            self.station.node.reach(worker.node_key)
-        except SmartnodesError as error:
-            logger.info("a worker is announced and does not answer: %s", error)
-            return False
-        return True
+        deadline = time.monotonic() + ADMIT_TIMEOUT_S
+        pause = threading.Event()
+        while True:
+            try:
+                self.station.node.reach(worker.node_key)
+                return True
+            except SmartnodesError as error:
+                if isinstance(error, PeerUnreachableError) or time.monotonic() >= deadline:
+                    logger.info("a worker is announced and cannot be reached: %s", error)
+                    return False
+            pause.wait(POLL_S)
 
     def validators(self) -> list[NodeKey]:
         """The node keys of all live validators."""

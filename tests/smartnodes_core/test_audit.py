@@ -29,9 +29,7 @@ JOB = b"j" * 32
 
 
 def terms(unit_rate_ppm: int = 0, step_rate_ppm: int = 0) -> AuditTerms:
-    return AuditTerms(
-        unit_rate_ppm=unit_rate_ppm, step_rate_ppm=step_rate_ppm, window_steps=1, window_s=1, auditors=[]
-    )
+    return AuditTerms(unit_rate_ppm=unit_rate_ppm, step_rate_ppm=step_rate_ppm, window_steps=1, window_s=1, auditors=[])
 
 
 def commitment(stage: int = 0, roots: list[dict[str, bytes]] | None = None) -> Commitment:

@@ -14,8 +14,10 @@ import tensorlink
 from smartnodes_core.chain.account import save_account_key
 from smartnodes_core.chain.devnet.accounts import devnet_key
 from smartnodes_core.errors import (
+    AuthorityError,
     ChainUnreachableError,
     ConfigError,
+    ConnectionLostError,
     LocalError,
     NoWorkersError,
     PeerUnreachableError,
@@ -76,6 +78,20 @@ def test_an_announcement_of_nobody_is_not_reached(network):
         endpoints=["127.0.0.1:9"], offers={},
     )  # fmt: skip
     assert not network.reaches(ghost)
+
+
+def test_a_worker_that_has_not_seen_our_registration_is_asked_again(network, monkeypatch):
+    answers = [AuthorityError("not registered"), ConnectionLostError("refused"), None]
+
+    def reach(node_key):
+        answer = answers.pop(0)
+        if answer is not None:
+            raise answer
+
+    worker = network.find_workers(1, 5.0)[0]
+    monkeypatch.setattr(network.station.node, "reach", reach)
+    assert network.reaches(worker)
+    assert answers == []
 
 
 def test_no_free_worker_is_said_in_numbers(network, monkeypatch):
