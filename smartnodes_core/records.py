@@ -322,6 +322,8 @@ class Verdict(Record, frozen=True, kw_only=True, tag="Verdict/1"):
 class Evidence(Record, frozen=True, kw_only=True, tag="Evidence/1"):
     """Everything with which a stranger re-runs a verdict: signed records, and the digest of the opening's body."""
 
+    max_bytes: ClassVar[int] = 128 << 20  # a spec may be 64 MiB
+
     job: bytes
     spec: bytes
     commitment: bytes

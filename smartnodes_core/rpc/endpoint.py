@@ -194,7 +194,7 @@ class RpcEndpoint:
             method = self._methods.get(name)
             if method is None:
                 raise ProtocolError(f"there is no method {name[:64]!r} here")
-            method.check(connection.peer, num_bytes)
+            method.check(connection.peer, params, num_bytes)
             self._inbound.reserve(connection, is_call=is_call, num_bytes=num_bytes)
         except SmartnodesError as error:
             if not is_call:

@@ -25,17 +25,22 @@ _RULE = "__rpc_rule__"
 
 @dataclass(frozen=True)
 class Rule:
-    """Who may call a method (None: any admitted peer) and the largest body that it takes."""
+    """Who may call a method (None: any admitted peer), the largest body that it takes, and the name of a check."""
 
     roles: tuple[Role, ...] | None = None
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+    check: str = ""
 
 
 def allow(
-    *, roles: Sequence[Role] | None = None, max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+    *, roles: Sequence[Role] | None = None, max_body_bytes: int = DEFAULT_MAX_BODY_BYTES, check: str = ""
 ) -> Callable[[Function], Function]:
-    """Decorates an `rpc_…` method: only peers of these roles may call it, with a body of at most `max_body_bytes`."""
-    rule = Rule(None if roles is None else tuple(roles), max_body_bytes)
+    """Decorates an `rpc_…` method: only peers of these roles may call it, with a body of at most `max_body_bytes`.
+
+    `check` names a method of the same object, `(caller, params, num_body_bytes) -> None`, that raises a
+    SmartnodesError to refuse a call from its header alone. It runs on the connection's thread: it must not wait.
+    """
+    rule = Rule(None if roles is None else tuple(roles), max_body_bytes, check)
 
     def mark(function: Function) -> Function:
         setattr(function, _RULE, rule)
@@ -51,15 +56,18 @@ class Method:
     name: str
     handler: Handler
     rule: Rule
+    own_check: Callable[[Peer, dict[str, Any], int], None] | None = None
 
-    def check(self, peer: Peer, num_body_bytes: int) -> None:
-        """Raises AuthorityError or ProtocolError when `peer` may not call this with such a body."""
+    def check(self, peer: Peer, params: dict[str, Any], num_body_bytes: int) -> None:
+        """Raises AuthorityError, ProtocolError or what the method's own check raises, before a body is allocated."""
         if self.rule.roles is not None and peer.role not in self.rule.roles:
             raise AuthorityError(f"{peer} may not call {self.name}: it is for {' and '.join(self.rule.roles)} nodes")
         if num_body_bytes > self.rule.max_body_bytes:
             raise ProtocolError(
                 f"{self.name} takes a body of at most {self.rule.max_body_bytes} bytes, not {num_body_bytes}"
             )
+        if self.own_check is not None:
+            self.own_check(peer, params, num_body_bytes)
 
 
 def methods_of(obj: object) -> dict[str, Method]:
@@ -68,7 +76,8 @@ def methods_of(obj: object) -> dict[str, Method]:
     for attribute in dir(obj):
         if attribute.startswith("rpc_"):
             name, function = attribute.removeprefix("rpc_"), getattr(obj, attribute)
-            found[name] = Method(name, function, getattr(function, _RULE, Rule()))
+            rule = getattr(function, _RULE, Rule())
+            found[name] = Method(name, function, rule, getattr(obj, rule.check) if rule.check else None)
     return found
 
 

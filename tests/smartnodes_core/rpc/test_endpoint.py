@@ -63,6 +63,14 @@ class Service:
     def rpc_small(self, caller: Peer, params: dict[str, Any], body: memoryview) -> dict[str, Any]:
         return {"num_bytes": len(body)}
 
+    @allow(max_body_bytes=8 << 20, check="check_owner")
+    def rpc_large(self, caller: Peer, params: dict[str, Any], body: memoryview) -> dict[str, Any]:
+        return {"num_bytes": len(body)}
+
+    def check_owner(self, caller: Peer, params: dict[str, Any], num_body_bytes: int) -> None:
+        if params.get("owner") != "me":
+            raise AuthorityError(f"not yours: no memory for {num_body_bytes} bytes")
+
     def rpc_wait(self, caller: Peer, params: dict[str, Any], body: memoryview) -> dict[str, Any]:
         with self.lock:
             self.running += 1
@@ -243,7 +251,13 @@ def test_who_may_not_call_is_refused_before_the_body_is_allocated(
         near.call(far.node_key, "small", {}, [bytes(11)])
     with pytest.raises(ProtocolError, match="no method 'nonesuch'"):
         near.call(far.node_key, "nonesuch", {}, [bytes(100)])
+    with pytest.raises(AuthorityError, match="no memory for 4194304 bytes"):
+        near.call(far.node_key, "large", {"owner": "somebody"}, [bytes(4 << 20)])
     assert reserved == []
+
+
+def test_a_large_body_is_taken_from_whom_the_methods_own_check_admits(near: Node, far: Node) -> None:
+    assert near.call(far.node_key, "large", {"owner": "me"}, [bytes(4 << 20)]).params == {"num_bytes": 4 << 20}
 
 
 def test_a_refused_call_leaves_the_connection_in_use(near: Node, far: Node) -> None:
