@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SmartnodesError as error:
         return fail(PROGRAM, error)
     except EndedEarly:
-        pass
+        return 0
     return 0
 
 

@@ -5,6 +5,7 @@ Neighbours: `stage.py` adds to it what computes micro-batches; `steplog/` keeps 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from tensorlink.steplog import snapshots
 from tensorlink.steplog.log import StepLog, StepRecord
 
 
-class StageState:
+class StageState(ABC):
     """Parameters, buffers and optimizer of one stage, the gradients of the open step, and the log.
 
     `parameters` and `buffers` are its own from now on. All methods are called from one thread.
@@ -41,9 +42,9 @@ class StageState:
         self.log = StepLog(window_steps, shared_bytes)
         self._buffers_at_start = dict(buffers)
 
+    @abstractmethod
     def _end_calls(self, step: int) -> None:
         """Calls up to `step` are over; what computes them frees what they held."""
-        raise NotImplementedError
 
     def set_optimizer(self, name: str, groups: Sequence[Mapping[str, Any]]) -> None:
         """The optimizer of this stage's parameters, with fresh state. Raises OptimizerError."""
