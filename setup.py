@@ -29,6 +29,7 @@ setup(
         "pyOpenSSL>=26",
         "cryptography>=47",
         "numpy>=2",
+        "msgpack>=1.1",
         "msgspec>=0.20",
         "blake3>=1.0",
         "safetensors>=0.6",

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgpack
 import msgspec
 
 from smartnodes_core.errors import ProtocolError
@@ -30,7 +31,6 @@ _DISCARD_BYTES = 64 << 10
 _PLAIN = (str, int, bytes, bool, float, type(None))
 
 _encoder = msgspec.msgpack.Encoder(order="sorted")
-_decoder = msgspec.msgpack.Decoder(dict[str, Any])
 
 
 class Frame(NamedTuple):
@@ -59,9 +59,13 @@ def decode_header(data: Buffer) -> Header:
     Raises ProtocolError unless it is a map with text keys of plain data, nested within the cap.
     """
     try:
-        header = _decoder.decode(data)
-    except (msgspec.DecodeError, RecursionError, ValueError, MemoryError) as error:
+        # msgpack bounds nesting by itself; msgspec leans on the interpreter's recursion limit, which web3 raises to
+        # where a header of brackets alone overflows the stack
+        header = msgpack.unpackb(data, raw=False, strict_map_key=True)
+    except (ValueError, msgpack.UnpackException) as error:
         raise ProtocolError(f"a frame's header is not a msgpack map: {error}") from None
+    if not isinstance(header, dict):
+        raise ProtocolError(f"a frame's header is not a msgpack map: found {type(header).__name__}")
     _check_plain(header, MAX_HEADER_DEPTH)
     return header
 

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from smartnodes_core.errors import AuthorityError, JobError, ProtocolError, RecordError
 from smartnodes_core.identity import verify
 from smartnodes_core.jobs import Buffer, OpenedUnit, StageOfJob, WorkerPort, spec_digest
+from smartnodes_core.nesting import bounded_json
 from smartnodes_core.records import Commitment, NodeKey, OpeningItem, Signed
 from tensorlink.pipeline.headers import MAX_TENSOR_BYTES, field_of, num_tensor_bytes
 from tensorlink.records import Decide, Prepare, StepOrder
@@ -185,8 +185,8 @@ class StageHandler:
 
     def _set_optimizer(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
         try:
-            optimizer = json.loads(bytes(body))
-        except (ValueError, RecursionError) as error:
+            optimizer = bounded_json(body)
+        except ValueError as error:
             raise ProtocolError(f"an optimizer is described in JSON: {str(error)[:100]}") from None
         return self._compute.call(stage, "set_optimizer", {"optimizer": optimizer}), []
 

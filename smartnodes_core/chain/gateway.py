@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import random
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +41,12 @@ class Gateway:
     """
 
     def __init__(self, url: str, key: bytes | None = None, chain_id: int | None = None):
+        limit = sys.getrecursionlimit()
         from web3 import HTTPProvider, Web3
+
+        sys.setrecursionlimit(
+            limit
+        )  # one of its imports raises it to where a peer's nested message overflows the stack
 
         self.url = url
         self._key = key

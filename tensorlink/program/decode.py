@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from typing import Any, TypeVar
 
 from smartnodes_core.errors import RecordError
+from smartnodes_core.nesting import bounded_json
 from tensorlink.errors import ProgramError
 from tensorlink.program import validate
 from tensorlink.program.encode import NAMED
@@ -87,7 +87,7 @@ def _parse(data: bytes | memoryview, kind: str) -> dict[str, Any]:
     if len(data) > MAX_PROGRAM_BYTES:
         raise ProgramError(f"a program of {len(data)} bytes: at most {MAX_PROGRAM_BYTES} are read")
     try:
-        document = json.loads(bytes(data), parse_float=_no_float, parse_constant=_no_float)
+        document = bounded_json(data, parse_float=_no_float, parse_constant=_no_float)
     except (ValueError, RecursionError) as error:
         raise ProgramError(f"a program that is not JSON: {str(error)[:200]}") from None
     if not isinstance(document, dict):

@@ -17,6 +17,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from smartnodes_core.nesting import bounded_json
 from tensorlink.errors import TensorError
 from tensorlink.program.values import DTYPE_NAMES, DTYPES
 
@@ -115,7 +116,7 @@ def _header(view: memoryview) -> tuple[dict[str, Entry], int]:
     if length > min(MAX_HEADER_BYTES, len(view) - 8):
         raise TensorError(f"a safetensors header of {length} bytes in {len(view)}: at most {MAX_HEADER_BYTES} are read")
     try:
-        header = json.loads(bytes(view[8 : 8 + length]), object_pairs_hook=_unique)
+        header = bounded_json(view[8 : 8 + length], object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise TensorError(f"a safetensors header that is not JSON: {str(error)[:120]}") from None
     if not isinstance(header, dict):

@@ -12,6 +12,7 @@ from typing import Any
 
 from smartnodes_core.chain.devnet.methods import INVALID_REQUEST, PARSE_ERROR, SERVER_ERROR, Methods, RpcError
 from smartnodes_core.errors import PortInUseError
+from smartnodes_core.nesting import bounded_json
 
 MAX_BODY_BYTES = 8 << 20
 MAX_BATCH = 1000
@@ -94,8 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
 def answer(methods: Methods, body: bytes) -> Any:
     """The JSON answer to one request or a batch of them."""
     try:
-        request = json.loads(body)
-    except (ValueError, RecursionError):
+        request = bounded_json(body)
+    except ValueError:
         return _error(None, PARSE_ERROR, "not JSON")
     if not isinstance(request, list):
         return _answer_one(methods, request)
