@@ -47,6 +47,7 @@ setup(
             "types-tqdm",
             "types-requests",
             "psutil",
+            "transformers>=5",
         ],
     },
     entry_points={
