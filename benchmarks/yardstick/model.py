@@ -1,4 +1,4 @@
-"""The yardstick: a GPT of 8 layers and width 512 on 16 sequences of 256 tokens, in 8 micro-batches; 26.5M parameters."""
+"""The yardstick: a GPT of 8 layers and width 512 on 16 sequences of 256 tokens, 8 micro-batches: 26M parameters."""
 
 from __future__ import annotations
 

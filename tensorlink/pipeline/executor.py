@@ -19,7 +19,9 @@ from tensorlink.pipeline.inbox import Delivery
 from tensorlink.pipeline.orders import StageOrder, stage_order
 from tensorlink.pipeline.schedule import GENERATORS
 
-MAX_MICRO_BATCHES = 1 << 16
+MAX_MICRO_BATCHES = 4096
+#: Stages times micro-batches of a schedule: making a longer one would keep a worker busy for seconds.
+MAX_SCHEDULED = 1 << 15
 
 
 #: What ran when: (kind, micro-batch, begin, end), in nanoseconds since 1970 by the clock of the machine it ran on.
@@ -219,4 +221,9 @@ class Executor:
         num_workers = params.get("num_workers", self._num_stages)
         if type(num_workers) is not int or not 0 < num_workers <= self._num_stages:
             raise ProtocolError(f"{num_workers!r:.20} workers for {self._num_stages} stages")
+        if self._num_stages * num_micro_batches > MAX_SCHEDULED:
+            raise ProtocolError(
+                f"{num_micro_batches} micro-batches through {self._num_stages} stages: a training step takes at most "
+                f"{MAX_SCHEDULED // self._num_stages}"
+            )
         return stage_order(schedule, num_workers, self._num_stages, self._stage, num_micro_batches)
