@@ -20,6 +20,7 @@ from torch import Tensor
 
 from smartnodes_core.errors import AuditError, ProtocolError, SmartnodesError
 from smartnodes_core.sandbox_child import ChildChannel
+from tensorlink.allocator import give_back_freed_memory
 from tensorlink.audit import commitments
 from tensorlink.audit.opening import opening
 from tensorlink.compute_errors import translated
@@ -236,6 +237,8 @@ class Stages:
         one = self._hosted.pop(str(params["key"]), None)
         if one is not None:
             one.pool.shutdown(wait=True)  # the last step's commitment goes out
+            del one
+            give_back_freed_memory()
         return {}
 
     def _set_loss(self, params: dict[str, Any]) -> dict[str, Any]:
