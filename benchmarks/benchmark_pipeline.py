@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,7 @@ def _modes(stack: ExitStack, names: list[str], sizes: Sizes) -> dict[str, Step]:
     modes: dict[str, Step] = {}
     if any(name == PLAIN or name.startswith("torch-") for name in names):
         rivals = stack.enter_context(Rivals(sizes))
-        for name in names:
-            if name not in OURS:
-                modes[name] = lambda step, mode=name.removeprefix("torch-"): rivals.step(mode, step)  # type: ignore[misc]
+        modes |= {name: partial(rivals.step, name.removeprefix("torch-")) for name in names if name not in OURS}
     own = [name for name in names if name in OURS]
     if own:
         network = stack.enter_context(

@@ -30,6 +30,7 @@ from tensorlink.program.loss import constants_of
 from tensorlink.records import Slot
 from tensorlink.steplog.digests import digests, slots
 from tensorlink.steplog.log import ForwardRecord, UnitRecord
+from tensorlink.steplog.shelf import Shelf
 
 
 class Port(Protocol):
@@ -75,8 +76,9 @@ class Stage(StageState):
         *,
         window_steps: int,
         shared_bytes: int = 1 << 62,
+        shelf: Shelf | None = None,
     ) -> None:
-        super().__init__(program, parameters, buffers, window_steps, shared_bytes)
+        super().__init__(program, parameters, buffers, window_steps, shared_bytes, shelf)
         self.place = place
         self._port, self._pool = port, pool
         self._inbox = Inbox()
