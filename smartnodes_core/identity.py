@@ -20,6 +20,7 @@ from smartnodes_core.chain import signing
 from smartnodes_core.errors import AuthorityError, IdentityError, SignatureError
 from smartnodes_core.keyfile import read_key_file, write_key_file
 from smartnodes_core.records import Binding, Record, Role, Signed, SignedBinding, digest_of
+from smartnodes_core.usage import USAGE
 
 _OPSLIMIT = nacl.pwhash.argon2id.OPSLIMIT_INTERACTIVE
 _MEMLIMIT = nacl.pwhash.argon2id.MEMLIMIT_INTERACTIVE
@@ -55,7 +56,8 @@ class Identity:
 
     def sign_bytes(self, domain: str, data: bytes) -> bytes:
         """A 64-byte signature of `data`, valid only under `domain`."""
-        return self._key.sign(_message(domain, data)).signature
+        with USAGE.timed("signing"):
+            return self._key.sign(_message(domain, data)).signature
 
     def sign(self, record: Record) -> Signed:
         """`record` with this node's signature."""
@@ -110,7 +112,8 @@ def _message(domain: str, data: bytes) -> bytes:
 def verify_bytes(node_key: bytes, domain: str, data: bytes, signature: bytes) -> None:
     """Checks a signature made by `Identity.sign_bytes`. Raises SignatureError."""
     try:
-        nacl.signing.VerifyKey(node_key).verify(_message(domain, data), signature)
+        with USAGE.timed("signing"):
+            nacl.signing.VerifyKey(node_key).verify(_message(domain, data), signature)
     except (nacl.exceptions.CryptoError, ValueError, TypeError):
         raise SignatureError(
             f"a signature over a {domain} does not verify under node key {node_key.hex()[:16]}"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from smartnodes_core.errors import ProtocolError, SmartnodesError
 from smartnodes_core.sandbox_child import ChildChannel, Incoming
+from smartnodes_core.usage import USAGE
 from tensorlink.allocator import keep_freed_memory
 from tensorlink.compute_errors import translated
 
@@ -34,6 +35,7 @@ class Compute:
         self._serve: dict[str, Serve] = {
             **stages.methods,
             "measure": self._measure,
+            "usage": lambda params: USAGE.read(),
             "examine": self._examine,
         }
 

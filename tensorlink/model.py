@@ -156,6 +156,12 @@ class DistributedModel(torch.nn.Module):
         """Plan, timings, work, audits and reputations so far, as plain data; see `reporting.py`."""
         return self._placement.report(self._calls.step_index)
 
+    def usage(self) -> dict[str, dict[str, int]]:
+        """CPU nanoseconds and bytes that the processes of this job have spent so far, by process ("user", "worker 0",
+        "worker 0 compute"); see `smartnodes_core/usage.py`. A worker's are of all its jobs.
+        """
+        return self._placement.usage()
+
     def audits(self) -> dict[str, int]:
         """How many audits of this job have passed, failed, and come to no finding so far."""
         return self._driver.tally.findings()

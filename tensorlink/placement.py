@@ -16,6 +16,7 @@ from tqdm import tqdm
 from smartnodes_core.errors import NoWorkersError
 from smartnodes_core.jobs import Job, spec_digest
 from smartnodes_core.records import NO_DIGEST, Announcement, Assignment, AuditTerms, JobRecord, Plan, Record
+from smartnodes_core.usage import USAGE
 from tensorlink.audit.commitments import initial_root
 from tensorlink.errors import TraceError
 from tensorlink.pipeline.batching import micro_batches as split_into
@@ -66,6 +67,16 @@ class Placement:
     def step_input_root(roots: Mapping[str, bytes]) -> bytes:
         """The root over all inputs of a step, by "call.micro_batch"."""
         return set_root(dict(roots)) if roots else NO_DIGEST
+
+    def usage(self) -> dict[str, dict[str, int]]:
+        """See `DistributedModel.usage`."""
+        found = {"user": USAGE.read()}
+        workers = [placed.worker.node_key for placed in self.table.stages]
+        for index, worker in enumerate(dict.fromkeys(workers)):
+            reply = self.driver.call(workers.index(worker), "usage", {})
+            found[f"worker {index}"] = dict(reply.params["node"])
+            found[f"worker {index} compute"] = dict(reply.params["compute"])
+        return found
 
     def report(self, num_steps: int) -> dict[str, Any]:
         """See `reporting.report`."""

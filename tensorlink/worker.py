@@ -16,6 +16,7 @@ from smartnodes_core.identity import verify
 from smartnodes_core.jobs import Buffer, OpenedUnit, StageOfJob, WorkerPort, spec_digest
 from smartnodes_core.nesting import bounded_json
 from smartnodes_core.records import Commitment, NodeKey, OpeningItem, Signed
+from smartnodes_core.usage import USAGE
 from tensorlink.pipeline.headers import MAX_TENSOR_BYTES, field_of, num_tensor_bytes
 from tensorlink.records import Decide, Prepare, StepOrder
 from tensorlink.stage_compute import COMPUTE, StageCompute
@@ -104,6 +105,7 @@ class StageHandler:
             "decide": self._decide,
             "state": self._state,
             "set_state": self._set_state,
+            "usage": self._usage,
         }.get(method)
         if serve is None:
             raise ProtocolError(f"stages have no method {method!r:.40}")
@@ -221,6 +223,10 @@ class StageHandler:
 
     def _set_state(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
         return self._compute.call(stage, "set_state", {"weights": self._compute.put(body)}), []
+
+    def _usage(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
+        """What this rig has spent since it started, all its jobs together; see `smartnodes_core/usage.py`."""
+        return {"node": USAGE.read(), "compute": self._compute.call(stage, "usage", {})}, []
 
     def _check_plan(self, stage: StageOfJob, record: Prepare | Decide) -> None:
         if record.job != stage.job.id or record.plan_version != stage.job.plan.version:

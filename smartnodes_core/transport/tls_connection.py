@@ -22,6 +22,7 @@ from smartnodes_core.transport.base import LINGER_S, SEND_TIMEOUT_S, Peer
 from smartnodes_core.transport.handshake import Handshake, Terms
 from smartnodes_core.transport.outbox import Outbox, OutFrame
 from smartnodes_core.transport.welcome import no_body
+from smartnodes_core.usage import USAGE
 from smartnodes_core.wire import Buffer, FrameReader, Header, byte_views, encode_prefix_and_header
 
 logger = logging.getLogger(__name__)
@@ -207,9 +208,11 @@ class TlsConnection:
         reader, sink = self._reader, self._terms.sink
         while num_bytes < _READ_BYTES:
             try:
-                count = self._tls.recv_into(reader.target(), _RECORD_BYTES)
+                with USAGE.timed("encryption"):
+                    count = self._tls.recv_into(reader.target(), _RECORD_BYTES)
             except SSL.WantReadError:
                 return False
+            USAGE.add("received_bytes", count)
             num_bytes += count
             frame = reader.advance(count)
             if frame is not None:
@@ -227,9 +230,11 @@ class TlsConnection:
                 self._unsent = _pieces(self._sending)
             piece = self._unsent[0][:_WRITE_BYTES]
             try:
-                count = self._tls.send(piece)
+                with USAGE.timed("encryption"):
+                    count = self._tls.send(piece)
             except SSL.WantWriteError:
                 return True  # the same piece comes again: TLS holds its first records already
+            USAGE.add("sent_bytes", count)
             num_bytes += count
             if count == len(self._unsent[0]):
                 del self._unsent[0]

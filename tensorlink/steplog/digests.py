@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from smartnodes_core.usage import USAGE
 from tensorlink.program.values import DTYPE_NAMES
 from tensorlink.records import set_root, tensor_digest
 
@@ -21,7 +22,8 @@ def tensor_view(tensor: Tensor) -> memoryview:
 def digest(name: str, tensor: Tensor) -> bytes:
     """32 bytes that bind name, dtype, shape and content. Zero-dimensional, strided and device tensors are welcome."""
     tensor = tensor.detach().cpu().contiguous()
-    return tensor_digest(name, DTYPE_NAMES[tensor.dtype], list(tensor.shape), tensor_view(tensor))
+    with USAGE.timed("hashing"):
+        return tensor_digest(name, DTYPE_NAMES[tensor.dtype], list(tensor.shape), tensor_view(tensor))
 
 
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
