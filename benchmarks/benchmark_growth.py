@@ -3,7 +3,7 @@
     python benchmarks/benchmark_growth.py [--floor-ms 20] [--steps 5] [--stages 2,4,6] [--micro-batches 4,8,16,32,64]
 
 Workers are real processes over TLS whose every action takes `--floor-ms` (`yardstick/paced.py`), so that what shows
-is the pipeline and not the number of cores. The prediction is the simulator's, with that floor as the cost of F, I and W.
+is the pipeline and not the number of cores. The prediction is the simulator's, the floor as the cost of F, I, W.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, load {os.getloadavg()}")
     print(
-        f"{'schedule':9} {'workers':>7} {'micro-b.':>8} {'step s':>7} {'min':>6} {'max':>6} {'predicted':>9} {'of it':>6}"
-        f" {'MB/worker':>9} {'sent MB':>8} {'predicted':>9}"
+        f"{'schedule':9} {'workers':>7} {'micro-b.':>8} {'step s':>7} {'min':>6} {'max':>6} {'predicted':>9}"
+        f" {'of it':>6} {'MB/worker':>9} {'sent MB':>8} {'predicted':>9}"
     )
     for workers in [int(number) for number in options.stages.split(",")]:
         command = (sys.executable, str(PACED), "worker", str(options.floor_ms))
