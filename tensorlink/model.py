@@ -37,6 +37,8 @@ class DistributedModel(torch.nn.Module):
     `seed` fixes dropout.
     `timeout_s` is the shortest time after which silence of the pipeline is an error; it grows with what is measured.
     `audit_rates` are (per micro-batch, per step) probabilities; `progress` shows a bar while the job is set up.
+    `schedule` is that of `train_step`: "1f1b" or "gpipe", or "auto" for what is predicted to be fastest in the workers'
+    memory. The loop with `loss.backward()` runs all forwards before the first backward, whatever the schedule.
 
     The activations of a forward whose graph is dropped are freed on the workers with the next forward or step.
 
@@ -56,12 +58,13 @@ class DistributedModel(torch.nn.Module):
         timeout_s: float = 60.0,
         audit_rates: tuple[float, float] | None = None,
         progress: bool = True,
+        schedule: str = "auto",
     ):
         super().__init__()
         if not 1 <= micro_batches <= MAX_MICRO_BATCHES:
             raise JobError(f"found micro_batches={micro_batches}, needed 1 to {MAX_MICRO_BATCHES}")
         self._placement = place(
-            module, network, stages, micro_batches, example_inputs, seed, timeout_s, audit_rates, progress
+            module, network, stages, micro_batches, example_inputs, seed, timeout_s, audit_rates, progress, schedule
         )
         self._driver = self._placement.driver
         self._remote = self._placement.state.remote_parameters()
@@ -88,7 +91,7 @@ class DistributedModel(torch.nn.Module):
         loss_reduction: LossReduction = "mean",
         clip_norm: float | None = None,
     ) -> torch.Tensor:
-        """One whole step with the loss computed in the last stage (1F1B): zeroes gradients, trains on `batch`, updates.
+        """One whole step with the loss computed in the last stage: zeroes gradients, trains on `batch`, updates.
 
         `batch` is the module's inputs (one map, for a module traced with keywords) followed by the target of
         `loss_fn(output, target)`: a tensor, or tensors in tuples, lists and dicts. `loss_fn` is traced once: what it

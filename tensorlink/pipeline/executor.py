@@ -14,11 +14,9 @@ from typing import Any
 from smartnodes_core.errors import ProtocolError
 from tensorlink.pipeline.backward import ForwardPass
 from tensorlink.pipeline.inbox import Delivery
-from tensorlink.pipeline.schedule import generate, max_in_flight
+from tensorlink.pipeline.schedule import RUNNABLE, generate, max_in_flight
 
 MAX_MICRO_BATCHES = 1 << 16
-#: Schedules with a worker for each stage and a whole backward.
-SCHEDULES = ("gpipe", "1f1b")
 
 
 @dataclass
@@ -139,9 +137,9 @@ class Executor:
         num, kind, schedule = params["num_micro_batches"], params["type"], params.get("schedule", "gpipe")
         if type(num) is not int or not 0 < num <= MAX_MICRO_BATCHES:
             raise ProtocolError(f"{num!r:.20} micro-batches: 1 to {MAX_MICRO_BATCHES} are run")
-        if kind not in ("forward", "train_step") or schedule not in SCHEDULES:
+        if kind not in ("forward", "train_step") or schedule not in RUNNABLE:
             raise ProtocolError(
-                f"a call of type {kind!r:.20} with schedule {schedule!r:.20}: known are {sorted(SCHEDULES)}"
+                f"a call of type {kind!r:.20} with schedule {schedule!r:.20}: known are {sorted(RUNNABLE)}"
             )
         weights = [float.fromhex(weight) for weight in params.get("weights", [])]
         if kind == "train_step" and len(weights) != num:

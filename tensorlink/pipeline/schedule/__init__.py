@@ -6,7 +6,7 @@ when everything ran, simulated or recorded, as a grid of text, and `picture.py` 
 """
 
 from tensorlink.pipeline.schedule.actions import Action, Kind, Schedule, max_held, max_in_flight
-from tensorlink.pipeline.schedule.catalogue import GENERATORS, generate
+from tensorlink.pipeline.schedule.catalogue import GENERATORS, RUNNABLE, generate
 from tensorlink.pipeline.schedule.generators import gpipe, interleaved, one_forward_one_backward
 from tensorlink.pipeline.schedule.simulation import UNIT_COSTS, Costs, simulate
 from tensorlink.pipeline.schedule.timetable import Run, Timetable
@@ -14,6 +14,7 @@ from tensorlink.pipeline.schedule.zero_bubble import zero_bubble, zero_bubble_v
 
 __all__ = [
     "GENERATORS",
+    "RUNNABLE",
     "UNIT_COSTS",
     "Action",
     "Costs",

@@ -18,6 +18,8 @@ GENERATORS: dict[str, Callable[[int, int], Schedule]] = {
     "zb": zero_bubble,
     "zbv": zero_bubble_v,
 }
+#: Those that the executor runs: a worker for each stage, and a whole backward.
+RUNNABLE = ("1f1b", "gpipe")
 
 
 @lru_cache(maxsize=8)
