@@ -1,14 +1,13 @@
 """What each node of a traced model costs: seconds measured on this machine, or derived from operation counts.
 
-Forward and backward are timed node by node (median of the repeats): in the backward a hook on each node's result
-says when its gradient is there and the node's own turn comes. `partition.py` balances the proportions, `plan.py`
-scales the seconds to the speed of a rig.
+Forward and backward are timed node by node, the quickest of the repeats: what other programs took meanwhile says nothing
+of the model. In the backward a hook on each node's result says when its gradient is there and the node's own turn
+comes. `partition.py` balances the proportions, `plan.py` scales the seconds to the speed of a rig.
 """
 
 from __future__ import annotations
 
 import functools
-import statistics
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +58,7 @@ def profile(
     traced: TracedModel,
     example_inputs: tuple[Any, ...] | dict[str, Any],
     *,
-    repeats: int = 3,
+    repeats: int = 5,
     measured: bool = True,
     samples: int | None = None,
 ) -> Profile:
@@ -108,7 +107,7 @@ def _derived(node_flops: dict[int, tuple[int, int]], value_bytes: dict[int, int]
 
 
 def _timed(traced: TracedModel, inputs: list[Tensor], repeats: int) -> tuple[dict[int, float], dict[int, float]]:
-    """Median forward and backward seconds of each node."""
+    """The least forward and backward seconds of each node."""
     parameters = {
         name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in traced.parameters.items()
     }
@@ -129,11 +128,11 @@ def _timed(traced: TracedModel, inputs: list[Tensor], repeats: int) -> tuple[dic
             for node in graph.nodes:
                 forwards[node.id].append(clock.forward_s.get(node.id, 0.0))
                 backwards[node.id].append(clock.backward_s.get(node.id, 0.0))
-    return _medians(forwards), _medians(backwards)
+    return _least(forwards), _least(backwards)
 
 
-def _medians(samples: dict[int, list[float]]) -> dict[int, float]:
-    return {node: statistics.median(found) for node, found in samples.items()}
+def _least(samples: dict[int, list[float]]) -> dict[int, float]:
+    return {node: min(found, default=0.0) for node, found in samples.items()}
 
 
 class _Clock:
