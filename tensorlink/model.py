@@ -39,7 +39,8 @@ class DistributedModel(torch.nn.Module):
     `timeout_s` is the shortest time after which silence of the pipeline is an error; it grows with what is measured.
     `audit_rates` are (per micro-batch, per step) probabilities; `progress` shows a bar while the job is set up.
     `schedule` is that of `train_step`: "1f1b" or "gpipe", or "auto" for what is predicted to be fastest in the workers'
-    memory. The loop with `loss.backward()` runs all forwards before the first backward, whatever the schedule.
+    memory. The loop with `loss.backward()` runs all forwards before the first backward, whatever the schedule: with
+    "gpipe" the plan reckons with the memory that this takes.
 
     The activations of a forward whose graph is dropped are freed on the workers with the next forward or step.
 

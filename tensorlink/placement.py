@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +116,7 @@ def place(
         audit_terms = _audit_terms(network, audit_rates)
         training = Training(micro_batches, audit_terms.window_steps)
 
-        def cut(shares: Sequence[float]) -> list[StageNeed]:
+        def cut(shares: tuple[float, ...]) -> list[StageNeed]:
             return needs_of(partition(traced, costs, len(shares), speeds=shares), costs, samples)
 
         table = _plan_on_living(network, cut, workers, training, stages, schedule)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from smartnodes_core.errors import NoWorkersError
 from smartnodes_core.records import Announcement
@@ -28,7 +28,7 @@ REPAIRS = 6
 STAGES_PER_WORKER = {"interleaved": (2, 3), "zbv": (2,)}
 
 #: The model cut into as many stages as there are figures, in proportion to them. Raises PartitionError.
-CutModel = Callable[[Sequence[float]], Sequence[StageNeed]]
+CutModel = Callable[[tuple[float, ...]], Sequence[StageNeed]]
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,7 @@ def plan(
             f"found {len(free)} free workers ({len(workers)} announced), needed {num_workers or 1}: start more with "
             "tensorlink-worker, or ask for fewer stages"
         )
+    cut = cache(cut)  # schedules share cuts
     free.sort(key=lambda rig: (-rig.flops_per_s, rig.worker.node_key))
     found: list[PlacementPlan] = []
     refused: list[PartitionError] = []
@@ -184,7 +185,7 @@ def _fitted(
     shares = [float(rigs[worker].flops_per_s) for worker in schedule.placement]
     best: PlacementPlan | None = None
     for _ in range(REPAIRS):
-        made = _made(cut(shares), schedule, rigs, free, training, flops_per_s, tuple(shares))
+        made = _made(cut(tuple(shares)), schedule, rigs, free, training, flops_per_s, tuple(shares))
         if best is None or max(made.overfull) < max(best.overfull):
             best = made
         if max(made.overfull) <= 1:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tensorlink
+from tensorlink.errors import PartitionError
 from tensorlink.network import LocalNetwork
 
 SMALL_BYTES = 700 << 20
@@ -32,9 +33,14 @@ def losses_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]
     return [float(model.train_step(X, Y, loss_fn=F.mse_loss, optimizer=optimizer)) for _ in range(3)]
 
 
-def test_the_rig_with_little_memory_gets_what_it_can_hold_and_losses_are_the_same(unequal):
+@pytest.fixture(scope="module")
+def expected():
+    """The losses of one plain process."""
     plain = tensorlink.reference(model_of(LAYERS), micro_batches=4, example_inputs=(X,))
-    expected = losses_of(plain, torch.optim.AdamW(plain.parameters(), lr=1e-3))
+    return losses_of(plain, torch.optim.AdamW(plain.parameters(), lr=1e-3))
+
+
+def test_the_rig_with_little_memory_gets_what_it_can_hold_and_losses_are_the_same(unequal, expected):
     with tensorlink.DistributedModel(
         model_of(LAYERS), network=unequal, stages=2, micro_batches=4, example_inputs=(X,), progress=False
     ) as model:
@@ -48,3 +54,19 @@ def test_the_rig_with_little_memory_gets_what_it_can_hold_and_losses_are_the_sam
     assert all(stage["memory_bytes"] <= offers[stage["endpoint"]] for stage in report["stages"])
     assert report["schedule"] in report["plan"]
     assert report["step_s"] > 0
+
+
+def test_a_schedule_that_is_asked_for_is_planned_and_run(unequal, expected):
+    with tensorlink.DistributedModel(
+        model_of(LAYERS),
+        network=unequal,
+        stages=2,
+        micro_batches=4,
+        example_inputs=(X,),
+        progress=False,
+        schedule="gpipe",
+    ) as model:
+        assert losses_of(model, tensorlink.DistributedOptimizer(model, torch.optim.AdamW, lr=1e-3)) == expected
+        assert model.report()["schedule"] == "gpipe"
+    with pytest.raises(PartitionError, match="found schedule='zigzag', needed 'auto' or one of 1f1b, gpipe"):
+        tensorlink.DistributedModel(model_of(2), network=unequal, example_inputs=(X,), schedule="zigzag")
