@@ -1,8 +1,8 @@
 """What each node of a traced model costs: seconds measured on this machine, or derived from operation counts.
 
 Forward and backward are timed node by node, the quickest of the repeats: what other programs took meanwhile says
-nothing of the model. In the backward a hook on each node's result says when its gradient is there and the node's own turn
-comes. `partition.py` balances the proportions, `plan.py` scales the seconds to the speed of a rig.
+nothing of the model. In the backward a hook on each node's result says when its gradient is there and the node's own
+turn comes. `partition.py` balances the proportions, `plan.py` scales the seconds to the speed of a rig.
 """
 
 from __future__ import annotations
