@@ -30,6 +30,8 @@ from tensorlink.local_process import NodeProcess, children, resident_bytes
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 3.0
 NETWORK_ID = 1
+#: What workers say of their lines, which never leave this machine.
+LOOPBACK_MBIT = 10_000
 USER_SNO = 100_000
 
 
@@ -38,7 +40,8 @@ class LocalSettings:
     """Of a network on one machine. Times in seconds; `audit_rates` per micro-batch and per step.
 
     `commands` puts another program in the place of a node's own, by the node's name ("worker-1"): the flags follow it.
-    It is how tests start nodes that cheat; nothing else uses it.
+    It is how tests start nodes that cheat; nothing else uses it. `flags` gives a node settings of its own, by its
+    name ({"worker-0": {"max-memory-bytes": 1 << 30}}).
     """
 
     workers: int = 2
@@ -52,6 +55,7 @@ class LocalSettings:
     log_level: str = "INFO"
     say: Callable[[str], None] = lambda line: None
     commands: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    flags: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.workers < 1 or self.validators < 1:
@@ -226,6 +230,8 @@ class LocalProcesses:
         else:
             flags["num-threads"] = self.settings.threads_per_worker
             flags["num-slots"] = self.settings.slots_per_worker
+            flags["up-mbit"] = flags["down-mbit"] = LOOPBACK_MBIT
+        flags |= self.settings.flags.get(name, {})
         program = self.settings.commands.get(name, (sys.executable, "-m", f"tensorlink.cli.{role}"))
         command = [*program, "--exit-with-parent"]
         for key, value in flags.items():

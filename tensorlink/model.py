@@ -32,11 +32,15 @@ MAX_MICRO_BATCHES = 1024
 class DistributedModel(torch.nn.Module):
     """`module`, trained by the workers of `network`.
 
-    `stages` is how many workers share it (default: all that are free), `micro_batches` how many pieces a batch is cut
+    `stages` is how many workers share it (default: all that are free, but for those so slow that a step takes longer
+    with them), `micro_batches` how many pieces a batch is cut
     into, `example_inputs` a tuple (or a dict, for keyword inputs) of tensors like those of training, batch first.
     `seed` fixes dropout.
     `timeout_s` is the shortest time after which silence of the pipeline is an error; it grows with what is measured.
     `audit_rates` are (per micro-batch, per step) probabilities; `progress` shows a bar while the job is set up.
+    `schedule` is that of `train_step`: "1f1b" or "gpipe", or "auto" for what is predicted to be fastest in the workers'
+    memory. The loop with `loss.backward()` runs all forwards before the first backward, whatever the schedule: with
+    "gpipe" the plan reckons with the memory that this takes.
 
     The activations of a forward whose graph is dropped are freed on the workers with the next forward or step.
 
@@ -56,7 +60,7 @@ class DistributedModel(torch.nn.Module):
         timeout_s: float = 60.0,
         audit_rates: tuple[float, float] | None = None,
         progress: bool = True,
-        schedule: str = "1f1b",
+        schedule: str = "auto",
     ):
         super().__init__()
         if not 1 <= micro_batches <= MAX_MICRO_BATCHES:
@@ -89,7 +93,7 @@ class DistributedModel(torch.nn.Module):
         loss_reduction: LossReduction = "mean",
         clip_norm: float | None = None,
     ) -> torch.Tensor:
-        """One whole step with the loss computed in the last stage (1F1B): zeroes gradients, trains on `batch`, updates.
+        """One whole step with the loss computed in the last stage: zeroes gradients, trains on `batch`, updates.
 
         `batch` is the module's inputs (one map, for a module traced with keywords) followed by the target of
         `loss_fn(output, target)`: a tensor, or tensors in tuples, lists and dicts. `loss_fn` is traced once: what it

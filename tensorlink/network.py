@@ -21,6 +21,7 @@ from smartnodes_core.nodes.station import Station
 from smartnodes_core.nodes.user import UserNode
 from smartnodes_core.records import Announcement, AuditTerms, NodeKey
 from tensorlink.local import LocalProcesses, LocalSettings
+from tensorlink.sharding.rigs import free_slots
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Network:
         pause = threading.Event()
         while True:
             found = self.station.find("worker")
-            free = [worker for worker in found if int(worker.offers.get("free_slots", 0)) > 0]
+            free = [worker for worker in found if free_slots(worker) > 0]
             if len(free) >= wanted:
                 return free
             if time.monotonic() >= deadline:

@@ -5,6 +5,7 @@ Read `place` from top to bottom: it is the first story of the architecture up to
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,28 +20,30 @@ from smartnodes_core.records import NO_DIGEST, Announcement, Assignment, AuditTe
 from smartnodes_core.usage import USAGE
 from tensorlink.audit.commitments import initial_root
 from tensorlink.errors import TraceError
+from tensorlink.measure import flops_per_s
 from tensorlink.pipeline.batching import micro_batches as split_into
 from tensorlink.pipeline.driver import Driver
 from tensorlink.program.graph import StageProgram
 from tensorlink.program.inputs import flatten_inputs
-from tensorlink.program.limits import Estimate, check
+from tensorlink.program.limits import Estimate
 from tensorlink.program.trace import TracedModel, trace
 from tensorlink.program.weights import dump
 from tensorlink.records import set_root
 from tensorlink.remote_state import RemoteState
 from tensorlink.reporting import report
+from tensorlink.sharding.memory import StageNeed, Training
+from tensorlink.sharding.needs import estimate, needs_of
 from tensorlink.sharding.partition import partition
-from tensorlink.sharding.plan import PlacementPlan, StageNeed, plan
+from tensorlink.sharding.plan import CutModel, PlacementPlan, check_schedule, plan
 from tensorlink.sharding.profile import profile
 from tensorlink.worker import JOB_TYPE
 
 if TYPE_CHECKING:
     from tensorlink.network import Network
 
-#: Caps under which the user's side estimates a stage; a worker checks it again under its own.
-MAX_STAGE_BYTES = 1 << 40
-MAX_STAGE_FLOPS = 1 << 60
 WAIT_FOR_WORKERS_S = 20.0
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -53,9 +56,8 @@ class Placement:
     driver: Driver
     job: Job
     table: PlacementPlan
+    training: Training
     state: RemoteState
-    schedule: str
-    num_workers: int
     set_up_s: float = 0.0
     closed: bool = False
 
@@ -103,10 +105,11 @@ def place(
     timeout_s: float,
     audit_rates: tuple[float, float] | None,
     progress: bool,
-    schedule: str = "1f1b",
+    schedule: str = "auto",
 ) -> Placement:
     """Bring `module` onto the network's workers. Raises TraceError, PartitionError, NoWorkersError, JobError."""
     began = time.monotonic()
+    check_schedule(schedule)
     with tqdm(total=5, disable=not progress, leave=False, unit="") as bar:
         bar.set_description("trace")
         traced = trace(module, example_inputs)
@@ -116,42 +119,30 @@ def place(
         workers = network.find_workers(wanted, WAIT_FOR_WORKERS_S)
         if stages is None:  # as many as there are: those that died and are still announced do not count
             workers = [worker for worker in workers if network.reaches(worker)]
-        num_workers = stages or max(1, len(workers))
-        num_stages = num_workers * (2 if schedule in ("zbv", "interleaved") else 1)
         bar.update()
         bar.set_description("partition")
-        programs = partition(traced, profile(traced, example_inputs), num_stages)
-        samples = _samples(traced, example_inputs, micro_batches)
         _check_outputs(traced)
-        estimates = [
-            check(program, batch=samples, max_bytes=MAX_STAGE_BYTES, max_flops=MAX_STAGE_FLOPS) for program in programs
-        ]
+        samples = _samples(traced, example_inputs, micro_batches)
+        costs = profile(traced, example_inputs, samples=samples)
+        audit_terms = _audit_terms(network, audit_rates)
+        training = Training(micro_batches, audit_terms.window_steps)
+
+        def cut(shares: tuple[float, ...]) -> list[StageNeed]:
+            return needs_of(partition(traced, costs, len(shares), speeds=shares), costs, samples)
+
+        table = _plan_on_living(network, cut, workers, training, stages, schedule)
+        programs = partition(traced, costs, len(table.shares), speeds=table.shares)
+        estimates = [estimate(program, samples) for program in programs]
+        logger.info("the plan:\n%s", table.table())
         bar.update()
         bar.set_description("open the job")
-        needs = [_need(estimate, num_stages, stage) for stage, estimate in enumerate(estimates)]
-        from tensorlink.pipeline.schedule import generate
-
-        placed_on = generate(schedule, num_workers, micro_batches, num_stages).placement
-        whole = [
-            StageNeed(
-                *(
-                    sum(getattr(needs[s], f) for s in range(num_stages) if placed_on[s] == w)
-                    for f in ("parameter_bytes", "activation_bytes", "flops")
-                )
-            )
-            for w in range(num_workers)
-        ]
-        table = _plan_on_living(network, whole, workers, micro_batches)
-        from dataclasses import replace
-
-        table = replace(table, stages=[replace(table.stages[placed_on[s]], stage=s) for s in range(num_stages)])
         driver = Driver(network.user, programs[0].inputs, programs[-1].outputs, timeout_s)
         states = [traced.state(program) for program in programs]
-        record = _record(network, programs, estimates, states, {"seed": seed, "samples": samples}, audit_rates)
+        record = _record(network, programs, estimates, states, {"seed": seed, "samples": samples}, audit_terms)
         job = network.user.open_job(record, _plan(network, record, table), driver)
         driver.attach(job)
         state = RemoteState(traced, programs, driver)
-        placement = Placement(network, traced, programs, driver, job, table, state, schedule, num_workers)
+        placement = Placement(network, traced, programs, driver, job, table, training, state)
         try:
             bar.update()
             bar.set_description("send weights")
@@ -172,23 +163,34 @@ def _samples(traced: TracedModel, example_inputs: Any, micro_batches: int) -> in
 
 
 def _plan_on_living(
-    network: Network, needs: list[StageNeed], workers: list[Announcement], micro_batches: int
+    network: Network,
+    cut: CutModel,
+    workers: list[Announcement],
+    training: Training,
+    num_workers: int | None,
+    schedule: str,
 ) -> PlacementPlan:
     """A plan whose workers all answer: an announcement outlives the rig that made it by minutes."""
+    speed = flops_per_s()  # of this machine, whose seconds the profile has
     while True:
-        table = plan(needs, workers, micro_batches)
+        table = plan(cut, workers, training, flops_per_s=speed, num_workers=num_workers, schedule=schedule)
         gone = [placed.worker for placed in table.stages if not network.reaches(placed.worker)]
         if not gone:
             return table
         workers = [worker for worker in workers if worker not in gone]
 
 
-def _need(estimate: Estimate, num_stages: int, stage: int) -> StageNeed:
-    in_flight = num_stages - stage
-    return StageNeed(
-        estimate.parameter_bytes,
-        estimate.saved_bytes * in_flight + estimate.peak_activation_bytes,
-        estimate.work_units,
+def _audit_terms(network: Network, audit_rates: tuple[float, float] | None) -> AuditTerms:
+    audit = network.audit_terms
+    if audit_rates is None:
+        return audit
+    unit_rate, step_rate = audit_rates
+    return AuditTerms(
+        unit_rate_ppm=round(unit_rate * 1e6),
+        step_rate_ppm=round(step_rate * 1e6),
+        window_steps=audit.window_steps,
+        window_s=audit.window_s,
+        auditors=audit.auditors,
     )
 
 
@@ -198,18 +200,8 @@ def _record(
     estimates: list[Estimate],
     states: list[dict[str, torch.Tensor]],
     terms: dict[str, int],
-    audit_rates: tuple[float, float] | None,
+    audit: AuditTerms,
 ) -> JobRecord:
-    audit = network.audit_terms
-    if audit_rates is not None:
-        unit_rate, step_rate = audit_rates
-        audit = AuditTerms(
-            unit_rate_ppm=round(unit_rate * 1e6),
-            step_rate_ppm=round(step_rate * 1e6),
-            window_steps=audit.window_steps,
-            window_s=audit.window_s,
-            auditors=audit.auditors,
-        )
     return JobRecord(
         network_id=network.network_id,
         job_type=JOB_TYPE,
@@ -241,7 +233,7 @@ def _plan(network: Network, record: JobRecord, table: PlacementPlan) -> Plan:
         ],
         spares=[_key(worker) for worker in table.spares],
         validators=validators,
-        reason=f"first plan: {len(table.stages)} stages, predicted step {table.step_s * 1e3:.0f} ms",
+        reason=f"first plan: {len(table.stages)} stages, {table.schedule.name}, predicted {table.step_s * 1e3:.0f} ms",
     )
 
 

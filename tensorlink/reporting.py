@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,16 +11,21 @@ if TYPE_CHECKING:
 
 
 def report(placement: Placement, num_steps: int) -> dict[str, Any]:
-    """`job`, `num_steps`, `set_up_s`, `predicted_step_s`, `work_units` (FLOPs committed to), `audits`, `num_spares`,
-    and per stage its worker, endpoint, parameters, predicted and busy seconds, work, audits and reputation on chain.
+    """`job`, `num_steps`, `set_up_s`, `plan` (a table in text), `schedule`, `predicted_step_s` beside `step_s` (the
+    median of `train_step`, with what the user's side adds; None before the first), `work_units` (FLOPs committed to),
+    `audits`, `num_spares`, and per stage its worker, endpoint, parameters, predicted and real busy seconds, bytes of
+    memory by use, work, audits and reputation on chain.
     """
-    stages = [_stage(placement, stage) for stage in range(len(placement.programs))]
+    stages = [_stage(placement, stage, num_steps) for stage in range(len(placement.programs))]
     return {
         "job": placement.job.id.hex(),
         "num_steps": num_steps,
         "num_stages": len(stages),
         "set_up_s": placement.set_up_s,
+        "plan": placement.table.table(),
+        "schedule": placement.table.schedule.name,
         "predicted_step_s": placement.table.step_s,
+        "step_s": placement.driver.tally.step_s,
         "work_units": _total(stages, "work_units"),
         "audits": placement.driver.tally.findings(),
         "stages": stages,
@@ -27,16 +33,19 @@ def report(placement: Placement, num_steps: int) -> dict[str, Any]:
     }
 
 
-def _stage(placement: Placement, stage: int) -> dict[str, Any]:
+def _stage(placement: Placement, stage: int, num_steps: int) -> dict[str, Any]:
     placed, tally = placement.table.stages[stage], placement.driver.tally
-    worker = placed.worker.node_key
+    worker, training = placed.worker.node_key, placement.training
+    memory = placed.need.memory(placed.held, training)  # with the optimizer that there is by now
     return {
         "stage": stage,
         "worker": worker.hex(),
         "endpoint": placed.worker.endpoints[0],
         "parameters": list(placement.programs[stage].parameters),
         "predicted_micro_batch_s": placed.micro_batch_s,
-        "memory_bytes": placed.need.memory_bytes,
+        "predicted_busy_s": placed.micro_batch_s * training.num_micro_batches * num_steps,
+        "memory_bytes": memory.total,
+        "memory": asdict(memory),
         "work_units": tally.work_units(stage),
         "busy_s": tally.busy_s(stage),
         **{f"audits_{name}": count for name, count in tally.findings(worker).items()},

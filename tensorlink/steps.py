@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from smartnodes_core.errors import JobError
@@ -17,6 +18,7 @@ from tensorlink.calls import Calls
 from tensorlink.errors import NonFiniteError, OptimizerError
 from tensorlink.placement import Placement
 from tensorlink.records import Decide, Prepare, StepOrder
+from tensorlink.sharding.memory import optimizer_copies
 
 if TYPE_CHECKING:
     from tensorlink.optimizer import DistributedOptimizer
@@ -38,6 +40,8 @@ class Steps:
         data = json.dumps(content).encode()  # in the body: the names of a large model's parameters fill no header
         self._driver.call_all("set_optimizer", lambda stage: {}, lambda stage: [data])
         self._optimizer = optimizer
+        copies = optimizer_copies(optimizer.optimizer_name, optimizer.defaults)
+        self._placement.training = replace(self._placement.training, optimizer_copies=copies)
 
     def check(self, optimizer: object) -> None:
         """Raises OptimizerError unless this is the optimizer in force."""

@@ -1,4 +1,4 @@
-"""A whole training step in one call, with the loss computed in the last stage: 1F1B.
+"""A whole training step in one call, with the loss computed in the last stage, under the plan's schedule.
 
 Targets go straight from the user to the last stage; what comes back is each micro-batch's loss. Neighbours:
 `steps.py` closes the step, `program/loss.py` turns the loss function into data.
@@ -6,6 +6,7 @@ Targets go straight from the user to the last stage; what comes back is each mic
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from types import FunctionType
@@ -59,6 +60,7 @@ class TrainStep:
         training: bool,
     ) -> torch.Tensor:
         """See `DistributedModel.train_step`."""
+        began = time.monotonic()
         self._steps.check(optimizer)
         args, kwargs, target = bind_batch(batch, self._by_keyword)
         flat = flat_inputs(self._calls.traced, args, kwargs)
@@ -75,8 +77,8 @@ class TrainStep:
             "training": training,
             "grad": True,
             "weights": [weight.hex() for weight in weights],
-            "schedule": self._placement.schedule,
-            "num_workers": self._placement.num_workers,
+            "schedule": self._placement.table.schedule.name,
+            "num_workers": self._placement.table.schedule.num_workers,
         }
         call = self._calls.open(pieces, samples, options)
         call.num_backwards, call.freed = 1, True
@@ -88,10 +90,10 @@ class TrainStep:
         self._driver.wait_for(
             lambda: call.is_done("train_step", 0, last + 1) and len(call.losses) == len(samples), "a training step"
         )
-        self.timelines = call.timelines
         value = sum(weight * call.losses[i] for i, weight in enumerate(weights))
         prepared = self._steps.prepare(self._calls.num_units)
         self._steps.decide(optimizer, prepared, loss.digest, weights, clip_norm)
+        self._driver.tally.step(time.monotonic() - began)
         return torch.tensor(value, dtype=DTYPES[loss.outputs.slots[0].dtype])
 
     def _send_loss(self, loss_fn: LossFunction, target: Any, num_samples: int) -> LossProgram:

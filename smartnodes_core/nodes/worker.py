@@ -42,6 +42,8 @@ ListOrReveal = TypeVar("ListOrReveal", ReceivedList, Reveal)
 STREAM = "job"
 MAX_STATE_BYTES = 8 << 30
 MAX_VERDICTS = 1000
+#: Stages of one job on one rig: schedules use two or three.
+MAX_STAGES_PER_JOB = 8
 #: Lists and preimages that come with a challenge: of each assigned validator one.
 MAX_PREIMAGES = NUM_ASSIGNED
 #: How long a stage of a job that ended is kept for audits that some validator still has.
@@ -52,7 +54,8 @@ DRAIN_TIMEOUT_S = 2.0
 class WorkerNode:
     """Runs stages for jobs whose plan names this node.
 
-    `tip` gives a validator's hash-chain tip as posted on chain; `num_slots` is how many stages this rig runs at once.
+    `tip` gives a validator's hash-chain tip as posted on chain; `num_slots` is how many jobs this rig works on at once;
+    of one job it may hold several stages.
     """
 
     def __init__(
@@ -84,7 +87,7 @@ class WorkerNode:
     @property
     def num_free_slots(self) -> int:
         with self._lock:
-            return self._num_slots - len(self._held.stages)
+            return self._num_slots - len({stage.job.id for stage in self._held.stages.values()})
 
     # -- placement ----------------------------------------------------------------------------------------------------
 
@@ -115,10 +118,10 @@ class WorkerNode:
                         f"stage {stage.stage} runs here under plan {held.job.plan.version}: release it first"
                     )
             fresh = [stage for stage in stages if stage.key not in self._held.stages]
-            if len(fresh) > self.num_free_slots:
-                raise BusyError(
-                    f"{len(fresh)} stages asked for, {self.num_free_slots} of {self._num_slots} slots are free"
-                )
+            if len(stages) > MAX_STAGES_PER_JOB:
+                raise JobError(f"{len(stages)} stages of one job asked for, at most {MAX_STAGES_PER_JOB} are held")
+            if len(fresh) == len(stages) and self.num_free_slots < 1:
+                raise BusyError(f"no job more is taken: 0 of {self._num_slots} slots are free")
             taken: list[StageOfJob] = []
             try:
                 for stage in fresh:
@@ -212,8 +215,15 @@ class WorkerNode:
         return stage
 
     def stream(self, to: NodeKey, header: dict[str, Any], body: Buffer, on_sent: Callable[[], None]) -> None:
-        """`WorkerPort`: a frame to the author or a neighbour."""
-        self.node.stream(to, STREAM, header, [body], on_sent)
+        """`WorkerPort`: a frame to the author or a neighbour, which may be another stage here."""
+        if to != self.node.node_key:
+            self.node.stream(to, STREAM, header, [body], on_sent)
+            return
+        stage = self._held.stage(text_in(header, "key"))
+        view = self.handler.allocate(stage, to, header, len(body))
+        view[:] = body
+        self.handler.receive(stage, to, header, view)
+        on_sent()
 
     def tell_author(self, stage: StageOfJob, event: str, params: dict[str, Any]) -> None:
         """`WorkerPort`: a one-way message to the author."""

@@ -28,7 +28,9 @@ class RigConfig(WorkerConfig):
     """Settings of a rig that computes stages."""
 
     num_threads: Annotated[int, "threads that compute"] = 1
-    num_slots: Annotated[int, "stages that this rig runs at once"] = 1
+    num_slots: Annotated[int, "jobs that this rig works on at once"] = 1
+    up_mbit: Annotated[int, "what the line carries from here, in Mbit/s; 0: an ordinary line of 100"] = 0
+    down_mbit: Annotated[int, "what the line carries to here, in Mbit/s; 0: an ordinary line of 100"] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,7 +81,8 @@ def _run(config: RigConfig, life: Life) -> None:
                 lambda peer, reason: worker.release_jobs_of(peer, f"the author is gone: {reason}")
             )
             station.join()
-            station.announce(lambda: {**handler.offers(), "free_slots": worker.num_free_slots})
+            line = {"up_mbit": config.up_mbit, "down_mbit": config.down_mbit}
+            station.announce(lambda: {**handler.offers(), **line, "free_slots": worker.num_free_slots})
             life.say_ready(station.node)
             life.wait()
             worker.drain("the rig is stopping")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import threading
 from collections import Counter, deque
 
@@ -9,6 +10,8 @@ from smartnodes_core.records import Commitment, Finding, NodeKey, Verdict
 
 #: Verdicts kept whole; counts go on for ever.
 MAX_VERDICTS = 10_000
+#: Steps whose time is remembered.
+MAX_STEPS = 256
 
 
 class Tally:
@@ -21,6 +24,7 @@ class Tally:
         self._work_units: Counter[int] = Counter()
         self._steps: dict[int, int] = {}
         self._busy_s: dict[int, float] = {}
+        self._step_s: deque[float] = deque(maxlen=MAX_STEPS)
 
     def verdict(self, verdict: Verdict) -> None:
         """An auditor found something."""
@@ -39,6 +43,17 @@ class Tally:
         """A stage computed for this long."""
         with self._lock:
             self._busy_s[stage] = self._busy_s.get(stage, 0.0) + seconds
+
+    def step(self, seconds: float) -> None:
+        """A whole training step took this long."""
+        with self._lock:
+            self._step_s.append(seconds)
+
+    @property
+    def step_s(self) -> float | None:
+        """The median of the newest training steps, None before the first."""
+        with self._lock:
+            return statistics.median(self._step_s) if self._step_s else None
 
     def verdicts(self) -> list[Verdict]:
         """The newest verdicts, oldest first."""

@@ -36,6 +36,18 @@ def test_every_unit_is_drawn_opened_and_found_honest_and_all_validators_hold_the
     eventually(lambda: len(net.heard.verdicts) == 12 and len(net.heard.commitments) == 6)
 
 
+def test_both_stages_of_a_worker_that_holds_two_are_audited(net, eventually):
+    net.workers[0].handler.wrong = {1}
+    record = net.record(num_stages=3)
+    first, second, _ = net.workers
+    job = net.open(record, net.plan(record, workers=[first, second, first]))
+    net.work(job, range(2))
+    eventually(lambda: net.everyone_has(3 * 2 * 2, job))
+    verdicts = [verdict for verdict, _ in net.audited(net.validators[0], job).verdicts.values()]
+    found = {(v.worker, v.stage, v.step) for v in verdicts if v.finding == "fraudulent"}
+    assert found == {(first.key, 0, 1), (first.key, 2, 1)}
+
+
 def test_the_seed_of_every_draw_follows_from_the_preimages_that_lead_to_the_tips(net, eventually):
     job = net.open()
     net.work(job, range(2))

@@ -67,6 +67,17 @@ def test_assigning_is_refused_when_no_slot_is_free(bare, stage):
         assign(bare, bare.job(record, bare.plan(record)), bare.workers[0])
 
 
+def test_a_slot_holds_all_stages_of_a_job_and_a_job_has_so_many_at_most(bare):
+    worker = bare.workers[0]
+    record = bare.record(num_stages=3)
+    job = bare.job(record, bare.plan(record, workers=[worker, bare.workers[1], worker]))
+    assert assign(bare, job, worker).params == {"stages": [0, 2]}
+    assert worker.role.num_free_slots == 0
+    record = bare.record(num_stages=module.MAX_STAGES_PER_JOB + 1)
+    with pytest.raises(JobError, match="9 stages of one job asked for, at most 8"):
+        assign(bare, bare.job(record, bare.plan(record, workers=[worker] * record.num_stages)), worker)
+
+
 def test_only_validators_of_the_plan_assign(bare):
     record = bare.record()
     job = bare.job(record, bare.plan(record, validators=[bare.validators[1].key]))
@@ -80,14 +91,13 @@ def test_only_validators_of_the_plan_assign(bare):
 
 def test_all_stages_of_a_worker_are_taken_or_none(bare):
     worker = bare.workers[0]
-    worker.role._num_slots = 2
     worker.handler.refuse_stage = 1
     record = bare.record()
     job = bare.job(record, bare.plan(record, workers=[worker, worker]))
     with pytest.raises(PeerFault, match="not that stage"):
         assign(bare, job, worker)
     assert worker.handler.stages == {}
-    assert worker.role.num_free_slots == 2
+    assert worker.role.num_free_slots == 1
 
 
 def test_another_plan_for_a_stage_that_runs_is_refused(bare, stage):
@@ -139,6 +149,19 @@ def test_frames_come_from_the_author_and_neighbours_only(bare, stage, eventually
     stranger.node.stream(worker.key, "job", {"key": stage.key}, [b"poison"])
     eventually(lambda: worker.key not in [peer.node_key for peer in stranger.node.peers()])
     assert len(worker.handler.frames) == 2
+
+
+def test_a_frame_to_another_stage_of_the_same_worker_stays_on_it(bare):
+    worker = bare.workers[0]
+    record = bare.record(num_stages=2)
+    job = bare.job(record, bare.plan(record, workers=[worker, worker]))
+    assign(bare, job, worker)
+    sent = []
+    worker.role.stream(worker.key, {"key": StageOfJob(job, 1, 0).key}, memoryview(b"tensor"), lambda: sent.append(1))
+    assert (worker.handler.frames, sent) == ([b"tensor"], [1])
+    with pytest.raises(JobError, match="does not run that stage"):
+        worker.role.stream(worker.key, {"key": "nothing"}, memoryview(b"tensor"), lambda: sent.append(2))
+    assert sent == [1]
 
 
 def test_a_frame_for_no_stage_is_skipped(bare, stage, eventually):

@@ -39,3 +39,20 @@ def test_profiling_changes_nothing_of_the_module() -> None:
     profile(trace(MODULE, (x,)), (x,))
     assert all(torch.equal(before[name], tensor) for name, tensor in MODULE.state_dict().items())
     assert all(parameter.grad is None for parameter in MODULE.parameters())
+
+
+def test_a_backward_is_timed_where_it_is_done() -> None:
+    module = nn.Sequential(nn.Linear(8, 512), nn.Tanh(), nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 8))
+    x = torch.randn(128, 8)
+    traced = trace(module, (x,))
+    found = profile(traced, (x,))
+    first, middle, last = (node.id for node in traced.train.graph.nodes if node.op == "aten.linear.default")
+    assert found.backward_s[middle] > 5 * max(found.backward_s[first], found.backward_s[last])
+
+
+def test_a_profile_of_fewer_samples_has_their_bytes() -> None:
+    x = torch.randn(8, 64)
+    traced = trace(MODULE, (x,))
+    assert profile(traced, (x,), samples=4).value_bytes[0] == 4 * 64 * 4
+    assert profile(traced, (x,), samples=1).batch == 2  # BatchNorm needs two
+    assert profile(traced, (x,), samples=20).batch == 8
