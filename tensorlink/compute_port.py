@@ -10,7 +10,9 @@ from torch import Tensor
 from smartnodes_core.sandbox_child import ChildChannel
 from tensorlink.audit.opening import Opened
 from tensorlink.pipeline.executor import CallState
+from tensorlink.pipeline.headers import SHARED
 from tensorlink.pipeline.inbox import Delivery
+from tensorlink.pipeline.tied import SumId
 from tensorlink.program.values import DTYPE_NAMES
 
 #: How long a stage waits for the node to have sent what fills the arena: the pace of the slowest link.
@@ -20,25 +22,22 @@ SEND_TIMEOUT_S = 120.0
 class ChannelPort:
     """A `pipeline.stage.Port` over the pipe."""
 
-    def __init__(self, channel: ChildChannel, key: str) -> None:
+    def __init__(self, channel: ChildChannel, key: str, stage: int) -> None:
         self._channel = channel
-        self._key = key
+        self._key, self._stage = key, stage
 
     def send(self, to: str, delivery: Delivery, slot: int, tensor: Tensor) -> None:
         """Copies the tensor, contiguous, into the arena and names it to the node."""
-        place = put_tensor(self._channel, tensor, SEND_TIMEOUT_S)
-        self._channel.event(
-            "send",
-            {
-                "key": self._key,
-                "to": to,
-                **delivery._asdict(),
-                "slot": slot,
-                "dtype": DTYPE_NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                **place,
-            },
-        )
+        self._send(to, {**delivery._asdict(), "slot": slot}, tensor)
+
+    def share(self, to: int, id: SumId, slot: int, tensor: Tensor) -> None:
+        """See `Port`."""
+        self._send(to, {**id._asdict(), "type": SHARED, "from_stage": self._stage, "slot": slot}, tensor)
+
+    def _send(self, to: str | int, place: dict[str, Any], tensor: Tensor) -> None:
+        piece = put_tensor(self._channel, tensor, SEND_TIMEOUT_S)
+        described = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        self._channel.event("send", {"key": self._key, "to": to, **place, **described, **piece})
 
     def loss(self, call: CallState, micro_batch: int, value: float) -> None:
         """See `Port`."""
