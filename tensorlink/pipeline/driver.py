@@ -127,15 +127,19 @@ class Driver(JobListener):
         max_body_bytes: Callable[[int], int] = lambda stage: 0,
         wait_s: float = 0.0,
     ) -> list[Reply]:
-        """Call every stage at once; the answers by stage. The first error is raised when all have ended."""
+        """Call every stage at once; the answers by stage. The error that came first is raised when all have ended."""
+        errors: list[BaseException] = []
 
         def one(stage: int) -> Reply:
-            size = max_body_bytes(stage)
-            return self.call(stage, method, params(stage), body(stage), max_body_bytes=size, wait_s=wait_s)
+            try:
+                size = max_body_bytes(stage)
+                return self.call(stage, method, params(stage), body(stage), max_body_bytes=size, wait_s=wait_s)
+            except BaseException as error:
+                errors.append(error)
+                raise
 
         futures = [_beside(one, stage) for stage in range(self.num_stages)]
-        errors = [error for future in futures if (error := future.exception()) is not None]
-        if errors:
+        if [future.exception() for future in futures] != [None] * len(futures):
             self.check()
             raise errors[0]
         return [future.result() for future in futures]

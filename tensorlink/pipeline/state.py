@@ -104,8 +104,11 @@ class StageState(ABC):
         settled = self._settled(step)
         if settled is None:
             return self.gradients.squared_norm()
-        gradients = {**self.gradients.sums(), **settled.totals}
-        return squared_norm({name: tensor for name, tensor in gradients.items() if self.tied.ties.counts(name)})
+        if settled.norm is None:
+            gradients = {**self.gradients.sums(), **settled.totals}
+            counted = {name: tensor for name, tensor in gradients.items() if self.tied.ties.counts(name)}
+            settled.norm = squared_norm(counted)
+        return settled.norm
 
     def _settled(self, step: int) -> Settled | None:
         """All holders' sums for what is added up now; None where nothing is tied."""

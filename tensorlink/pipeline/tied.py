@@ -34,13 +34,17 @@ class SumId(NamedTuple):
     num_units: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Settled:
-    """All holders' sums of one id: `received` by stage, `totals` the gradients that they add up to."""
+    """All holders' sums of one id: `received` by stage, `totals` the gradients that they add up to.
+
+    `norm` keeps what `StageState.squared_norm` found with them.
+    """
 
     id: SumId
     received: Mapping[int, Mapping[str, Tensor]]
     totals: Mapping[str, Tensor]
+    norm: tuple[float, str] | None = None
 
 
 class Ties:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 
+import pytest
 import torch
 from torch.nn import functional as F
 
+from tensorlink.errors import ProgramError
 from tensorlink.program.graph import BufferSpec, Graph, LossProgram, Node, ParameterSpec, StageProgram
 from tensorlink.program.interpreter import Interpreter
 from tensorlink.program.loss import constants_of
@@ -82,3 +86,19 @@ def test_other_constants_make_another_digest() -> None:
 
     assert program(1.0).digest != program(2.0).digest
     assert program(2.0).digest == program(2.0).digest
+
+
+@pytest.mark.parametrize("holders", [(1,), (0, 2), (1, 0), (0, 1, 1), (1, 3)])
+def test_a_parameter_is_held_by_stages_that_there_are_and_by_this_one(holders: tuple[int, ...]) -> None:
+    spec = ParameterSpec("float32", (3, 3), True, holders)
+    program = dataclasses.replace(_program(), parameters={"layer.weight": spec})
+    with pytest.raises(ProgramError, match=r"layer\.weight"):
+        StageProgram.from_json(program.to_json())
+
+
+@pytest.mark.parametrize("item", [True, [-1, 1], [0, "1"], [0, True], 1, None])
+def test_holders_are_a_list_of_numbers(item: object) -> None:
+    document = json.loads(_program().to_json())
+    document["parameters"]["layer.weight"][3] = item
+    with pytest.raises(ProgramError):
+        StageProgram.from_json(json.dumps(document, sort_keys=True, separators=(",", ":")).encode())
