@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,11 +22,13 @@ from torch import Tensor
 
 from smartnodes_core.errors import AuditError, DeadlineError, ProtocolError, SmartnodesError
 from smartnodes_core.sandbox_child import ChildChannel
+from tensorlink.allocator import give_back_freed_memory
 from tensorlink.audit import commitments
 from tensorlink.audit.opening import opening
 from tensorlink.compute_errors import translated
 from tensorlink.compute_port import ChannelPort, put, put_opened
 from tensorlink.errors import TensorError
+from tensorlink.pipeline.executor import Ready
 from tensorlink.pipeline.headers import CALL_FIELDS, SHARED_FIELDS
 from tensorlink.pipeline.inbox import Delivery
 from tensorlink.pipeline.stage import Place, Stage
@@ -105,20 +107,33 @@ class Stages:
     # -- the loop's side ----------------------------------------------------------------------------------------------
 
     def run_one(self) -> bool:
-        """Runs one action of one stage, taking turns; False where none is ready."""
-        hosted = list(self._hosted.values())
-        for index in range(len(hosted)):
-            one = hosted[(self._turn + index) % len(hosted)]
-            if one.failed is not None:
-                continue
-            try:
-                if one.stage.run_next():
-                    self._turn += 1
-                    self._answer_prepares(one)
-                    return True
-            except Exception as error:
-                self.fail(one.key, translated(error))
-        return False
+        """Runs one action: jobs take turns, among a job's stages the schedule says; False where none is ready."""
+        ready: dict[tuple[bytes, int, int], tuple[Hosted, Ready]] = {}
+        for one in self._hosted.values():
+            found = one.stage.ready() if one.failed is None else None
+            if found is not None:
+                place = one.stage.place
+                job = (place.job, place.plan_version, place.replica)
+                if job not in ready or found.rank < ready[job][1].rank:
+                    ready[job] = (one, found)
+        if not ready:
+            return False
+        self._turn += 1
+        one, found = list(ready.values())[self._turn % len(ready)]
+        try:
+            one.stage.run(found)
+        except Exception as error:
+            self.fail(one.key, translated(error))
+        return True
+
+    def _neighbour(self, place: Place, to: str | int) -> Stage | None:
+        """The stage of the same job before or after one, or with a number, where this process has it."""
+        if to == "user":
+            return None
+        wanted = replace(place, stage=to if isinstance(to, int) else place.stage + (1 if to == "next" else -1))
+        found = (one for one in self._hosted.values() if one.stage.place == wanted and one.failed is None)
+        one = next(found, None)
+        return one.stage if one is not None else None
 
     def fail(self, key: str, error: SmartnodesError) -> None:
         """A stage cannot go on: tells the node and fails what waits for it."""
@@ -139,37 +154,46 @@ class Stages:
         wait_s = min(float(params.get("wait_s", PREPARE_TIMEOUT_S)), threading.TIMEOUT_MAX)
         waiting = Waiting(call_id, int(params["step"]), int(params["num_units"]), time.monotonic() + wait_s)
         one.prepares.append(waiting)
-        self._answer_prepares(one)
 
-    def _answer_prepares(self, one: Hosted) -> None:
-        try:
-            for waiting in [item for item in one.prepares if one.stage.num_units >= item.num_units]:
-                if not one.stage.share(waiting.step):
-                    total, bad = one.stage.squared_norm(waiting.step)
-                    one.prepares.remove(waiting)
-                    self._channel.reply(waiting.call_id, {"squared_norm": total.hex(), "non_finite": bad})
-        except Exception as error:
-            self.fail(one.key, translated(error))
+    def tend_prepares(self) -> None:
+        """Answers the prepares that have what they need, and fails those that have waited too long.
+
+        All stages send their sums before any is answered: stages of this process send them to each other.
+        """
+        for act in (self._share, self._answer):
+            for one in list(self._hosted.values()):
+                for waiting in list(one.prepares):
+                    try:
+                        if one.failed is None:
+                            act(one, waiting)
+                    except Exception as error:
+                        self.fail(one.key, translated(error))
 
     def patience_s(self) -> float | None:
         """Seconds until the next prepare has waited too long; None where none waits."""
         deadlines = [waiting.deadline_s for one in self._hosted.values() for waiting in one.prepares]
         return max(0.001, min(deadlines) - time.monotonic()) if deadlines else None
 
-    def expire(self) -> None:
-        """Fails the prepares that have waited too long, saying for whom."""
-        now_s = time.monotonic()
-        for one in self._hosted.values():
-            for waiting in [item for item in one.prepares if item.deadline_s <= now_s]:
-                one.prepares.remove(waiting)
-                self._channel.fail(waiting.call_id, DeadlineError(self._lacking(one.stage, waiting)))
+    def _share(self, one: Hosted, waiting: Waiting) -> None:
+        if one.stage.num_units >= waiting.num_units:
+            one.stage.share(waiting.step)
 
-    def _lacking(self, stage: Stage, waiting: Waiting) -> str:
-        here = f"stage {stage.place.stage} cannot prepare step {waiting.step}: "
-        if stage.num_units < waiting.num_units:
-            return here + f"{stage.num_units} of {waiting.num_units} backwards of micro-batches are in"
-        late = ", ".join(str(other) for other in stage.share(waiting.step))
-        return here + f"the sums of tied parameters have not come from stage {late}"
+    def _answer(self, one: Hosted, waiting: Waiting) -> None:
+        units = one.stage.num_units
+        late = one.stage.share(waiting.step) if units >= waiting.num_units else []
+        lacks = ""
+        if units < waiting.num_units:
+            lacks = f"{units} of {waiting.num_units} backwards of micro-batches are in"
+        elif late:
+            lacks = f"the sums of tied parameters have not come from stage {', '.join(map(str, late))}"
+        if not lacks:
+            total, bad = one.stage.squared_norm(waiting.step)
+            one.prepares.remove(waiting)
+            self._channel.reply(waiting.call_id, {"squared_norm": total.hex(), "non_finite": bad})
+        elif waiting.deadline_s <= time.monotonic():
+            one.prepares.remove(waiting)
+            here = f"stage {one.stage.place.stage} cannot prepare step {waiting.step}"
+            self._channel.fail(waiting.call_id, DeadlineError(f"{here}: {lacks}"))
 
     def decide(self, call_id: int, params: dict[str, Any]) -> None:
         """Commits or drops the step; answers first and hashes afterwards, beside the next step's work."""
@@ -244,7 +268,7 @@ class Stages:
             program,
             parameters,
             buffers,
-            ChannelPort(self._channel, key, place.stage),
+            ChannelPort(self._channel, key, place.stage, lambda to: self._neighbour(place, to)),
             pool,
             window_steps=window,
             shared_bytes=self._channel.inbound.num_bytes // LOG_SHARE,
@@ -265,6 +289,8 @@ class Stages:
         one = self._hosted.pop(str(params["key"]), None)
         if one is not None:
             one.pool.shutdown(wait=True)  # the last step's commitment goes out
+            del one
+            give_back_freed_memory()
         return {}
 
     def _set_loss(self, params: dict[str, Any]) -> dict[str, Any]:
@@ -302,9 +328,7 @@ class Stages:
     def _shared(self, params: dict[str, Any]) -> dict[str, Any]:
         tensor = self._wrap(params)
         step, call, num_units, from_stage, slot = _counts(params, SHARED_FIELDS)
-        one = self._of(params)
-        one.stage.receive_sum(SumId(step, call, num_units), from_stage, slot, tensor)
-        self._answer_prepares(one)
+        self._of(params).stage.receive_sum(SumId(step, call, num_units), from_stage, slot, tensor)
         return {}
 
     def _wrap(self, params: dict[str, Any]) -> Tensor:

@@ -55,6 +55,8 @@ class Placement:
     job: Job
     table: PlacementPlan
     state: RemoteState
+    schedule: str
+    num_workers: int
     set_up_s: float = 0.0
     closed: bool = False
 
@@ -97,6 +99,7 @@ def place(
     timeout_s: float,
     audit_rates: tuple[float, float] | None,
     progress: bool,
+    schedule: str = "1f1b",
 ) -> Placement:
     """Bring `module` onto the network's workers. Raises TraceError, PartitionError, NoWorkersError, JobError."""
     began = time.monotonic()
@@ -109,7 +112,8 @@ def place(
         workers = network.find_workers(wanted, WAIT_FOR_WORKERS_S)
         if stages is None:  # as many as there are: those that died and are still announced do not count
             workers = [worker for worker in workers if network.reaches(worker)]
-        num_stages = stages or max(1, len(workers))
+        num_workers = stages or max(1, len(workers))
+        num_stages = num_workers * (2 if schedule in ("zbv", "interleaved") else 1)
         bar.update()
         bar.set_description("partition")
         programs = partition(traced, profile(traced, example_inputs), num_stages)
@@ -121,14 +125,29 @@ def place(
         bar.update()
         bar.set_description("open the job")
         needs = [_need(estimate, num_stages, stage) for stage, estimate in enumerate(estimates)]
-        table = _plan_on_living(network, needs, workers, micro_batches)
+        from tensorlink.pipeline.schedule import generate
+
+        placed_on = generate(schedule, num_workers, micro_batches, num_stages).placement
+        whole = [
+            StageNeed(
+                *(
+                    sum(getattr(needs[s], f) for s in range(num_stages) if placed_on[s] == w)
+                    for f in ("parameter_bytes", "activation_bytes", "flops")
+                )
+            )
+            for w in range(num_workers)
+        ]
+        table = _plan_on_living(network, whole, workers, micro_batches)
+        from dataclasses import replace
+
+        table = replace(table, stages=[replace(table.stages[placed_on[s]], stage=s) for s in range(num_stages)])
         driver = Driver(network.user, programs[0].inputs, programs[-1].outputs, timeout_s)
         states = [traced.state(program) for program in programs]
         record = _record(network, programs, estimates, states, {"seed": seed, "samples": samples}, audit_rates)
         job = network.user.open_job(record, _plan(network, record, table), driver)
         driver.attach(job)
         state = RemoteState(traced, programs, driver)
-        placement = Placement(network, traced, programs, driver, job, table, state)
+        placement = Placement(network, traced, programs, driver, job, table, state, schedule, num_workers)
         try:
             bar.update()
             bar.set_description("send weights")

@@ -8,6 +8,7 @@ import queue
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -77,8 +78,8 @@ class Node:
         }  # fmt: skip
         self.post("tensor", **{**params, **changes})
 
-    def state(self):
-        reply = self.call("state")
+    def state(self, **place):
+        reply = self.call("state", **place)
         data = bytes(self.sandbox.outbound.view(reply["offset"], reply["num_bytes"]))
         self.sandbox.post("sent", {"offset": reply["offset"]})
         return load(data)
@@ -402,6 +403,36 @@ def test_a_prepare_names_the_holder_whose_sum_has_not_come_and_goes_through_when
     )
     assert torch.equal(node.state()["first.weight"], before - (own + 2.0))
     assert sorted(node.wait("commitment")["shared_roots"]) == ["from/1", "to/1"]
+    assert node.sends.empty()
+
+
+def test_two_holders_in_one_process_share_without_the_node(nodes, rig):
+    torch.manual_seed(0)
+    module, x = Tied(), torch.randn(3, 6)
+    traced = trace(module, (x,))
+    programs = partition(traced, profile(traced, (x,), measured=False), 2)
+    node = nodes(0, 2)
+    node.sends = queue.Queue()
+    keys = [{"key": "a"}, {"key": "b"}]
+    for stage, (program, key) in enumerate(zip(programs, keys, strict=True)):
+        node.load(program, traced.state(program), rig.JOB, stage=stage, **key)
+        node.call("set_optimizer", optimizer={"name": "SGD", "groups": group(program, lr=1.0)}, **key)
+        node.post("begin", **begin(n=1, type="forward", schedule="gpipe"), **key)
+        node.post("backward", step=0, call=0, backward_pass=0, num_micro_batches=1, retain=False, **key)
+    node.tensor(x, **keys[0])
+    node.tensor(torch.ones(3, 6), type="activation_gradient", **keys[1])
+    with ThreadPoolExecutor(2) as pool:
+        prepared = pool.map(lambda key: node.call("prepare", step=0, num_units=1, wait_s=30, **key), keys)
+        squared = sum(float.fromhex(answer["squared_norm"]) for answer in prepared)
+    module(x).sum().backward()
+    gradients = [parameter.grad for parameter in module.parameters()]
+    assert squared**0.5 == pytest.approx(nn.utils.get_total_norm(gradients).item(), rel=1e-6)
+    decide = {"step": 0, "decision": "commit", "clip_coefficient": (1.0).hex(), "order": b""}
+    for program, key in zip(programs, keys, strict=True):
+        node.call("decide", options=group(program, lr=1.0), **decide, **key)
+    one, other = (node.state(**key)["first.weight"] for key in keys)
+    assert torch.equal(one, other)
+    torch.testing.assert_close(one, (module.first.weight - module.first.weight.grad).detach())
     assert node.sends.empty()
 
 
