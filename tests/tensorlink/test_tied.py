@@ -37,16 +37,26 @@ def batch(step):
     return {"input_ids": tokens[:, :-1].contiguous()}, tokens[:, 1:].contiguous()
 
 
-@pytest.mark.parametrize(("num_stages", "p"), [(2, 0.0), (3, 0.1)])
-def test_a_language_model_with_a_tied_head_trains_in_stages_and_passes_its_audits(network, processes, num_stages, p):
+@pytest.mark.parametrize(
+    ("num_workers", "p", "schedule"),
+    [
+        (2, 0.0, "1f1b"),
+        (3, 0.1, "1f1b"),  # the holders are no neighbours
+        (2, 0.0, "zbv"),  # both holders are on the first worker
+    ],
+)
+def test_a_language_model_with_a_tied_head_trains_in_stages_and_passes_its_audits(
+    network, processes, num_workers, p, schedule
+):
     module, (x, _) = gpt2(p), batch(0)
     twin = copy.deepcopy(module)
     arguments = {"micro_batches": 2, "example_inputs": x, "seed": 5}
     with tensorlink.DistributedModel(
-        module, network=network, stages=num_stages, progress=False, audit_rates=EVERY_STEP, **arguments
-    ) as model:
-        holders = model.programs[0].parameters["transformer.wte.weight"].holders
-        assert holders == (0, num_stages - 1)  # in three stages they are no neighbours
+        module, network=network, stages=num_workers, schedule=schedule, progress=False, audit_rates=EVERY_STEP,
+        **arguments,
+    ) as model:  # fmt: skip
+        num_stages = len(model.programs)
+        assert model.programs[0].parameters["transformer.wte.weight"].holders == (0, num_stages - 1)
         plain = tensorlink.reference(twin, stages=model.programs, **arguments)
         optimizer = tensorlink.DistributedOptimizer(model, torch.optim.AdamW, lr=1e-2)
         plain_optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2, foreach=False)
