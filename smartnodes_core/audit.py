@@ -231,3 +231,22 @@ def link_disagreements(before: Commitment, after: Commitment) -> list[str]:
         for call, micro_batch, _ in upstream
     ]
     return found
+
+
+def sent_to(stage: int) -> str:
+    """The name, in a commitment's `shared_roots`, of what this stage says it sent to `stage` for the whole step."""
+    return f"to/{stage}"
+
+
+def received_from(stage: int) -> str:
+    """The name of what this stage says it received from `stage` for the whole step."""
+    return f"from/{stage}"
+
+
+def sharing_disagreements(one: Commitment, other: Commitment) -> list[str]:
+    """Where two stages say different things of what one sent the other for a whole step, in words; empty if nowhere."""
+    return [
+        f"what stage {sender.stage} sent to stage {receiver.stage} is not what {receiver.stage} received"
+        for sender, receiver in ((one, other), (other, one))
+        if sender.shared_roots.get(sent_to(receiver.stage)) != receiver.shared_roots.get(received_from(sender.stage))
+    ]

@@ -115,12 +115,19 @@ class StageOfJob:
         last = self.stage == self.job.record.num_stages - 1
         return None if last else self.job.worker_of(self.stage + 1, self.replica)
 
+    def is_beside(self, worker: NodeKey) -> bool:
+        """Whether `worker` runs another stage of the same replica; who of them sends what is the handler's to know."""
+        return any(
+            item.worker == worker and item.replica == self.replica and item.stage != self.stage
+            for item in self.job.plan.assignments
+        )
+
 
 class WorkerPort(Protocol):
     """What a worker node does for its handler."""
 
     def stream(self, to: NodeKey, header: dict[str, Any], body: Buffer, on_sent: Callable[[], None]) -> None:
-        """Send a frame to the author or a neighbouring stage; `on_sent` when `body` may be reused, sent or lost."""
+        """Send a frame to the author or another stage; `on_sent` when `body` may be reused, sent or lost."""
 
     def tell_author(self, stage: StageOfJob, event: str, params: dict[str, Any]) -> None:
         """A one-way message to the job's author."""

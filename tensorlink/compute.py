@@ -43,10 +43,11 @@ class Compute:
         """Until the node closes the pipe, which ends the process."""
         while True:
             worked = self._stages.run_one()
-            message = self._channel.receive(0 if worked else None)
+            message = self._channel.receive(0 if worked else self._stages.patience_s())
             while message is not None:
                 self.serve(message)
                 message = self._channel.receive(0)
+            self._stages.tend_prepares()
 
     def serve(self, message: Incoming) -> None:
         """Serves one message; whatever goes wrong is answered, or told as the event `failed`."""

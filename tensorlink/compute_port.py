@@ -11,7 +11,9 @@ from torch import Tensor
 from smartnodes_core.sandbox_child import ChildChannel
 from tensorlink.audit.opening import Opened
 from tensorlink.pipeline.executor import CallState, Timeline
+from tensorlink.pipeline.headers import SHARED
 from tensorlink.pipeline.inbox import Delivery
+from tensorlink.pipeline.tied import SumId
 from tensorlink.program.values import DTYPE_NAMES
 
 if TYPE_CHECKING:
@@ -24,13 +26,15 @@ MAX_TIMELINE = 1024
 
 
 class ChannelPort:
-    """A `pipeline.stage.Port` over the pipe; `neighbour("next")` gives a neighbouring stage that is in this process,
-    which then takes tensors as they are.
+    """A `pipeline.stage.Port` over the pipe; `neighbour("next")` or `neighbour(2)` gives a stage that is in this
+    process, which then takes tensors as they are.
     """
 
-    def __init__(self, channel: ChildChannel, key: str, neighbour: Callable[[str], Stage | None]) -> None:
+    def __init__(
+        self, channel: ChildChannel, key: str, stage: int, neighbour: Callable[[str | int], Stage | None]
+    ) -> None:
         self._channel = channel
-        self._key = key
+        self._key, self._stage = key, stage
         self._neighbour = neighbour
 
     def send(self, to: str, delivery: Delivery, slot: int, tensor: Tensor) -> None:
@@ -38,20 +42,21 @@ class ChannelPort:
         here = self._neighbour(to)
         if here is not None:
             here.receive(delivery, slot, tensor.detach().contiguous())
-            return
-        place = put_tensor(self._channel, tensor, SEND_TIMEOUT_S)
-        self._channel.event(
-            "send",
-            {
-                "key": self._key,
-                "to": to,
-                **delivery._asdict(),
-                "slot": slot,
-                "dtype": DTYPE_NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                **place,
-            },
-        )
+        else:
+            self._send(to, {**delivery._asdict(), "slot": slot}, tensor)
+
+    def share(self, to: int, id: SumId, slot: int, tensor: Tensor) -> None:
+        """See `Port`."""
+        here = self._neighbour(to)
+        if here is not None:
+            here.receive_sum(id, self._stage, slot, tensor.detach().contiguous())
+        else:
+            self._send(to, {**id._asdict(), "type": SHARED, "from_stage": self._stage, "slot": slot}, tensor)
+
+    def _send(self, to: str | int, place: dict[str, Any], tensor: Tensor) -> None:
+        piece = put_tensor(self._channel, tensor, SEND_TIMEOUT_S)
+        described = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        self._channel.event("send", {"key": self._key, "to": to, **place, **described, **piece})
 
     def loss(self, call: CallState, micro_batch: int, value: float) -> None:
         """See `Port`."""

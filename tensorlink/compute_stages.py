@@ -1,16 +1,18 @@
 """What the computing process serves about stages: methods, one-way messages and events of the pipe.
 
 Calls: `load`, `set_loss`, `set_optimizer`, `prepare`, `decide`, `zero_grad`, `state`, `optimizer_state`, `set_state`,
-`open`, `unload`. One-way: `begin`, `backward`, `drop_call`, `tensor`. Events: `send`, `loss`, `done`, `commitment`,
-`failed` (and `released`, which the channel sends). Every message names its stage by `key`; tensors lie in the arenas
-and are named by `offset` and `num_bytes`.
+`open`, `unload`. One-way: `begin`, `backward`, `drop_call`, `tensor`, `shared` (a tied parameter's sum). Events:
+`send`, `loss`, `done`, `commitment`, `failed` (and `released`, which the channel sends). Every message names its stage
+by `key`; tensors lie in the arenas and are named by `offset` and `num_bytes`.
 """
 
 from __future__ import annotations
 
 import math
+import threading
+import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smartnodes_core.errors import AuditError, ProtocolError, SmartnodesError
+from smartnodes_core.errors import AuditError, DeadlineError, ProtocolError, SmartnodesError
 from smartnodes_core.sandbox_child import ChildChannel
 from tensorlink.allocator import give_back_freed_memory
 from tensorlink.audit import commitments
@@ -27,8 +29,10 @@ from tensorlink.compute_errors import translated
 from tensorlink.compute_port import ChannelPort, put, put_opened
 from tensorlink.errors import TensorError
 from tensorlink.pipeline.executor import Ready
+from tensorlink.pipeline.headers import CALL_FIELDS, SHARED_FIELDS
 from tensorlink.pipeline.inbox import Delivery
 from tensorlink.pipeline.stage import Place, Stage
+from tensorlink.pipeline.tied import SumId
 from tensorlink.program.graph import LossProgram, StageProgram
 from tensorlink.program.limits import check
 from tensorlink.program.values import DTYPES
@@ -41,6 +45,18 @@ MAX_DIMS = 32
 #: The log keeps at most this share of the inbound arena; beyond it, it copies.
 LOG_SHARE = 4
 OPEN_TIMEOUT_S = 30.0
+#: How long a prepare waits for what it needs where the node says nothing.
+PREPARE_TIMEOUT_S = 120.0
+
+
+@dataclass(eq=False)
+class Waiting:
+    """A prepare that is not answered yet; `deadline_s` on the monotonic clock."""
+
+    call_id: int
+    step: int
+    num_units: int
+    deadline_s: float
 
 
 @dataclass
@@ -53,7 +69,7 @@ class Hosted:
     work_units: int
     pool: ThreadPoolExecutor
     hashing: Future[None] | None = None
-    prepares: list[tuple[int, int, int]] = field(default_factory=list)  # call id, step, units
+    prepares: list[Waiting] = field(default_factory=list)
     failed: SmartnodesError | None = None
     committed: set[int] = field(default_factory=set)
 
@@ -79,6 +95,7 @@ class Stages:
             "backward": self._backward,
             "drop_call": self._drop_call,
             "tensor": self._tensor,
+            "shared": self._shared,
             "zero_grad": self._zero_grad,
             "state": self._state,
             "optimizer_state": self._optimizer_state,
@@ -105,16 +122,15 @@ class Stages:
         one, found = list(ready.values())[self._turn % len(ready)]
         try:
             one.stage.run(found)
-            self._answer_prepares(one)
         except Exception as error:
             self.fail(one.key, translated(error))
         return True
 
-    def _neighbour(self, place: Place, to: str) -> Stage | None:
-        """The stage of the same job before or after one, where this process has it."""
+    def _neighbour(self, place: Place, to: str | int) -> Stage | None:
+        """The stage of the same job before or after one, or with a number, where this process has it."""
         if to == "user":
             return None
-        wanted = replace(place, stage=place.stage + (1 if to == "next" else -1))
+        wanted = replace(place, stage=to if isinstance(to, int) else place.stage + (1 if to == "next" else -1))
         found = (one for one in self._hosted.values() if one.stage.place == wanted and one.failed is None)
         one = next(found, None)
         return one.stage if one is not None else None
@@ -126,23 +142,58 @@ class Stages:
             if one.failed is not None:
                 return  # the node knows
             one.failed = error
-            for call_id, _, _ in one.prepares:
-                self._channel.fail(call_id, error)
+            for waiting in one.prepares:
+                self._channel.fail(waiting.call_id, error)
             one.prepares.clear()
         self._channel.event("failed", {"key": key, "code": error.code, "message": str(error)[:2000]})
 
     def prepare(self, call_id: int, params: dict[str, Any]) -> None:
         """Answers with `squared_norm` and `non_finite` once `num_units` backwards of micro-batches are in this step's
-        sum."""
+        sum, and the sums of tied parameters have come from their other holders; fails after `wait_s`."""
         one = self._of(params)
-        one.prepares.append((call_id, int(params["step"]), int(params["num_units"])))
-        self._answer_prepares(one)
+        wait_s = min(float(params.get("wait_s", PREPARE_TIMEOUT_S)), threading.TIMEOUT_MAX)
+        waiting = Waiting(call_id, int(params["step"]), int(params["num_units"]), time.monotonic() + wait_s)
+        one.prepares.append(waiting)
 
-    def _answer_prepares(self, one: Hosted) -> None:
-        for waiting in [item for item in one.prepares if one.stage.num_units >= item[2]]:
+    def tend_prepares(self) -> None:
+        """Answers the prepares that have what they need, and fails those that have waited too long.
+
+        All stages send their sums before any is answered: stages of this process send them to each other.
+        """
+        for act in (self._share, self._answer):
+            for one in list(self._hosted.values()):
+                for waiting in list(one.prepares):
+                    try:
+                        if one.failed is None:
+                            act(one, waiting)
+                    except Exception as error:
+                        self.fail(one.key, translated(error))
+
+    def patience_s(self) -> float | None:
+        """Seconds until the next prepare has waited too long; None where none waits."""
+        deadlines = [waiting.deadline_s for one in self._hosted.values() for waiting in one.prepares]
+        return max(0.001, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def _share(self, one: Hosted, waiting: Waiting) -> None:
+        if one.stage.num_units >= waiting.num_units:
+            one.stage.share(waiting.step)
+
+    def _answer(self, one: Hosted, waiting: Waiting) -> None:
+        units = one.stage.num_units
+        late = one.stage.share(waiting.step) if units >= waiting.num_units else []
+        lacks = ""
+        if units < waiting.num_units:
+            lacks = f"{units} of {waiting.num_units} backwards of micro-batches are in"
+        elif late:
+            lacks = f"the sums of tied parameters have not come from stage {', '.join(map(str, late))}"
+        if not lacks:
+            total, bad = one.stage.squared_norm(waiting.step)
             one.prepares.remove(waiting)
-            total, bad = one.stage.gradients.squared_norm()
-            self._channel.reply(waiting[0], {"squared_norm": total.hex(), "non_finite": bad})
+            self._channel.reply(waiting.call_id, {"squared_norm": total.hex(), "non_finite": bad})
+        elif waiting.deadline_s <= time.monotonic():
+            one.prepares.remove(waiting)
+            here = f"stage {one.stage.place.stage} cannot prepare step {waiting.step}"
+            self._channel.fail(waiting.call_id, DeadlineError(f"{here}: {lacks}"))
 
     def decide(self, call_id: int, params: dict[str, Any]) -> None:
         """Commits or drops the step; answers first and hashes afterwards, beside the next step's work."""
@@ -201,6 +252,7 @@ class Stages:
         return {
             "initial_root": commitments.initial_root(program, state),
             "work_units": one.work_units,
+            "tied_with": one.stage.tied.ties.others,
             "memory_bytes": estimate.parameter_bytes + estimate.saved_bytes + estimate.peak_activation_bytes,
         }
 
@@ -216,7 +268,7 @@ class Stages:
             program,
             parameters,
             buffers,
-            ChannelPort(self._channel, key, lambda to: self._neighbour(place, to)),
+            ChannelPort(self._channel, key, place.stage, lambda to: self._neighbour(place, to)),
             pool,
             window_steps=window,
             shared_bytes=self._channel.inbound.num_bytes // LOG_SHARE,
@@ -268,12 +320,15 @@ class Stages:
 
     def _tensor(self, params: dict[str, Any]) -> dict[str, Any]:
         tensor = self._wrap(params)
-        names = ("step", "call", "micro_batch", "slot", "backward_pass")
-        step, call, micro_batch, slot, backward_pass = (int(params[name]) for name in names)
-        if min(step, call, micro_batch, slot, backward_pass) < 0:
-            raise ProtocolError(f"a tensor's {', '.join(names)} are counted from 0")
+        step, call, micro_batch, slot, backward_pass = _counts(params, CALL_FIELDS)
         delivery = Delivery(step, call, micro_batch, str(params["type"]), backward_pass)
         self._of(params).stage.receive(delivery, slot, tensor)
+        return {}
+
+    def _shared(self, params: dict[str, Any]) -> dict[str, Any]:
+        tensor = self._wrap(params)
+        step, call, num_units, from_stage, slot = _counts(params, SHARED_FIELDS)
+        self._of(params).stage.receive_sum(SumId(step, call, num_units), from_stage, slot, tensor)
         return {}
 
     def _wrap(self, params: dict[str, Any]) -> Tensor:
@@ -336,3 +391,10 @@ class Stages:
         if one.failed is not None:
             raise one.failed
         return one
+
+
+def _counts(params: dict[str, Any], names: Sequence[str]) -> list[int]:
+    counts = [int(params[name]) for name in names]
+    if min(counts) < 0:
+        raise ProtocolError(f"a tensor's {', '.join(names)} are counted from 0")
+    return counts

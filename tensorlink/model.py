@@ -24,6 +24,7 @@ from tensorlink.train_step import LossFunction, TrainStep
 if TYPE_CHECKING:
     from tensorlink.network import Network
     from tensorlink.optimizer import DistributedOptimizer
+    from tensorlink.program.graph import StageProgram
 
 #: The announcement of a call lists its micro-batches in a frame's header, which is small.
 MAX_MICRO_BATCHES = 1024
@@ -153,6 +154,11 @@ class DistributedModel(torch.nn.Module):
             "the parameters live on workers and keep the wrapped module's dtype and device: move or cast the module "
             "before wrapping it"
         )
+
+    @property
+    def programs(self) -> list[StageProgram]:
+        """What each stage computes; `tensorlink.reference` takes them as `stages`."""
+        return list(self._placement.programs)
 
     # -- telling and ending -------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ Read `place` from top to bottom: it is the first story of the architecture up to
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from tensorlink.program.graph import StageProgram
 from tensorlink.program.inputs import flatten_inputs
 from tensorlink.program.limits import Estimate
 from tensorlink.program.trace import TracedModel, trace
+from tensorlink.program.values import DTYPES
 from tensorlink.program.weights import dump
 from tensorlink.records import set_root
 from tensorlink.remote_state import RemoteState
@@ -64,6 +66,11 @@ class Placement:
     def sign(self, record: Record) -> bytes:
         """The record signed by the user's node key."""
         return self.network.identity.sign(record).encode()
+
+    @property
+    def tied_bytes(self) -> int:
+        """The most that one worker sends and receives of tied parameters' gradients in a step."""
+        return max(_tied_bytes(program) for program in self.programs)
 
     @staticmethod
     def step_input_root(roots: Mapping[str, bytes]) -> bytes:
@@ -191,6 +198,14 @@ def _audit_terms(network: Network, audit_rates: tuple[float, float] | None) -> A
         window_steps=audit.window_steps,
         window_s=audit.window_s,
         auditors=audit.auditors,
+    )
+
+
+def _tied_bytes(program: StageProgram) -> int:
+    return sum(
+        2 * (len(spec.holders) - 1) * math.prod(spec.shape) * DTYPES[spec.dtype].itemsize
+        for spec in program.parameters.values()
+        if spec.holders
     )
 
 

@@ -3,21 +3,23 @@
 `Reference` computes what `DistributedModel` computes, with plain torch: the same micro-batches, forwards in order,
 and gradients added in the order of `(call, micro_batch)`. Without dropout it runs the module itself; with dropout,
 the uncut program with the masks that the stages draw. Losses and gradients of a distributed run on the same thread
-count are bitwise equal to these.
+count are bitwise equal to these. Where a parameter is tied over a cut, its gradients are added stage by stage: tell
+the reference the stages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from smartnodes_core.errors import JobError
 from tensorlink.pipeline.batching import LossReduction, bind_batch, boundaries, flat_inputs, loss_weights, split_targets
 from tensorlink.pipeline.batching import micro_batches as split_into
 from tensorlink.pipeline.seeds import seed_for
+from tensorlink.plain_stages import PlainStages
+from tensorlink.program.graph import StageProgram
 from tensorlink.program.inputs import flatten_inputs, unflatten_outputs
 from tensorlink.program.interpreter import Interpreter
 from tensorlink.program.trace import TracedModel, trace
@@ -27,7 +29,8 @@ class Reference(torch.nn.Module):
     """`module` trained in this process as the network would train it; its own parameters hold weights and gradients.
 
     Use any torch optimizer on `module.parameters()`; call `end_step()` after each of its steps, so that dropout masks
-    follow the same numbering as in the network (`train_step` does both).
+    follow the same numbering as in the network (`train_step` does both). `stages` are the programs of a partition
+    (`DistributedModel.programs`): gradients of tied parameters are then sums over each stage, added in stage order.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class Reference(torch.nn.Module):
         micro_batches: int = 8,
         example_inputs: tuple[Any, ...] | dict[str, Any],
         seed: int = 0,
+        stages: Sequence[StageProgram] = (),
     ):
         super().__init__()
         self.module = module
@@ -45,7 +49,9 @@ class Reference(torch.nn.Module):
         self._by_keyword = isinstance(example_inputs, dict)
         self._seed = seed
         self._step_index = self._num_calls = 0
-        self._program = _program(self.traced, module) if self._draws_masks(example_inputs) else None
+        if not stages and self._draws_masks(example_inputs):
+            stages = [self.traced.whole()]
+        self._stages = PlainStages(self.traced, stages) if stages else None
         self.train(module.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -70,11 +76,13 @@ class Reference(torch.nn.Module):
         targets = split_targets(target, samples)
         weights = loss_weights(loss_reduction, samples, targets)
         call, losses = self._num_calls, []
+        self._before_backward()
         for micro_batch, piece in enumerate(pieces):
             outputs = unflatten_outputs(self.traced, self._run(piece, call, micro_batch))
             loss = loss_fn(outputs, targets[micro_batch])
             loss.backward(torch.tensor(weights[micro_batch], dtype=loss.dtype))
             losses.append(loss.item())
+        self._after_backward()
         optimizer.step()
         self.end_step()
         return torch.tensor(sum(w * value for w, value in zip(weights, losses, strict=True)), dtype=loss.dtype)
@@ -104,12 +112,19 @@ class Reference(torch.nn.Module):
         return bool(asked)
 
     def _run(self, piece: list[Any], call: int, micro_batch: int) -> list[Any]:
-        if self._program is None:
+        if self._stages is None:
             args, kwargs = self.traced.binding.rebuild(piece)
             leaves = pytree.tree_leaves(self.module(*args, **kwargs))
             return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        interpreter = self._program[self.training]
-        return interpreter.run(piece, seed_for(self._seed, 0, self._step_index, call, micro_batch))
+        return self._stages.run(piece, seed_for(self._seed, 0, self._step_index, call, micro_batch), self.training)
+
+    def _before_backward(self) -> None:
+        if self._stages is not None:
+            self._stages.before_backward()
+
+    def _after_backward(self) -> None:
+        if self._stages is not None:
+            self._stages.after_backward()
 
 
 class _InOrder(torch.autograd.Function):
@@ -117,7 +132,7 @@ class _InOrder(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, reference: Reference, call: int, anchor: torch.Tensor, *flat: torch.Tensor) -> Any:
-        ctx.dynamic = reference.traced.binding.dynamic
+        ctx.reference, ctx.dynamic = reference, reference.traced.binding.dynamic
         ctx.wanted = [slot for slot, tensor in enumerate(flat) if anchor.requires_grad and tensor.requires_grad]
         pieces, _ = split_into(reference.traced, [tensor.detach() for tensor in flat], reference._micro_batches)
         ctx.pieces = [
@@ -143,28 +158,18 @@ class _InOrder(torch.autograd.Function):
         for piece in ctx.pieces:
             for slot in ctx.wanted:
                 piece[slot].grad = None
+        ctx.reference._before_backward()
         for index, run in enumerate(ctx.runs):
             wanted = [(out, split[slot][index]) for slot, out in enumerate(run) if out.requires_grad]
             torch.autograd.backward(
                 [out for out, _ in wanted], [gradient.contiguous() for _, gradient in wanted], retain_graph=retain
             )
+        ctx.reference._after_backward()
         found: list[torch.Tensor | None] = [None] * len(ctx.dynamic)
         for slot in ctx.wanted:
             parts = [torch.zeros_like(p[slot]) if p[slot].grad is None else p[slot].grad for p in ctx.pieces]
             found[slot] = torch.cat(parts) if ctx.dynamic[slot] else sum(parts[1:], parts[0])
         return None, None, None, *found
-
-
-def _program(traced: TracedModel, module: torch.nn.Module) -> dict[bool, Interpreter]:
-    whole = traced.whole()
-    parameters: dict[str, torch.Tensor] = {
-        name: parameter for name, parameter in module.named_parameters() if name in whole.parameters
-    }
-    missing = set(whole.parameters) - set(parameters)
-    if missing:
-        raise JobError(f"the module has no parameters {sorted(missing)}, which its trace names")
-    buffers = {name: tensor for name, tensor in traced.state(whole).items() if name in whole.buffers}
-    return {mode: Interpreter(whole.graph(mode), parameters, buffers) for mode in (True, False)}
 
 
 reference = Reference

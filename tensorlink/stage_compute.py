@@ -16,6 +16,7 @@ from typing import Any
 import tensorlink.errors  # noqa: F401 - the computing process's errors find their classes among those that are loaded
 from smartnodes_core.errors import BusyError, JobError, SandboxError, SmartnodesError, WorkerLostError
 from smartnodes_core.jobs import StageOfJob, WorkerPort
+from smartnodes_core.records import NodeKey
 from smartnodes_core.remote_errors import from_wire
 from smartnodes_core.sandbox import Limits, Sandbox
 from tensorlink.inflight import ARENA_TIMEOUT_S, LEAST_LIMIT_BYTES, Inflight, Reserved
@@ -100,9 +101,12 @@ class StageCompute:
 
     # -- messages and memory ------------------------------------------------------------------------------------------
 
-    def call(self, stage: StageOfJob, method: str, params: dict[str, Any]) -> dict[str, Any]:
-        """Call the process about a stage and wait. Raises what it raised, or SandboxError."""
-        return self._sandbox.call(method, {**params, "key": stage.key}, timeout_s=CALL_TIMEOUT_S)
+    def call(self, stage: StageOfJob, method: str, params: dict[str, Any], wait_s: float = 0.0) -> dict[str, Any]:
+        """Call the process about a stage and wait, `wait_s` longer where others are waited for.
+
+        Raises what it raised, or SandboxError.
+        """
+        return self._sandbox.call(method, {**params, "key": stage.key}, timeout_s=CALL_TIMEOUT_S + wait_s)
 
     def post(self, stage: StageOfJob, method: str, params: dict[str, Any]) -> None:
         """Tell the process something about a stage."""
@@ -163,11 +167,9 @@ class StageCompute:
             self.fail(stage, JobError(f"stage {stage.stage} cannot commit to its work: {error}"))
 
     def _send(self, stage: StageOfJob, params: dict[str, Any]) -> None:
-        """A tensor leaves: to a neighbour (under its stage's key) or to the author, from shared memory."""
+        """A tensor leaves: to another stage (under that stage's key) or to the author, from shared memory."""
         to, offset, num_bytes = params.pop("to"), params.pop("offset"), params.pop("num_bytes")
-        neighbour = {"next": (stage.next, 1), "previous": (stage.previous, -1)}.get(to, (None, 0))
-        target = neighbour[0] or stage.author
-        there = StageOfJob(stage.job, stage.stage + neighbour[1], stage.replica) if neighbour[0] else stage
+        target, there = _destination(stage, to)
         view = self._sandbox.outbound.view(offset, num_bytes)
 
         def sent() -> None:
@@ -200,6 +202,17 @@ class StageCompute:
                 self._sandbox.start()
             except SandboxError as error:
                 logger.error("the computing process could not be started again: %s", error)
+
+
+def _destination(stage: StageOfJob, to: str | int) -> tuple[NodeKey, StageOfJob]:
+    """Who gets what goes `to` "next", "previous", a stage's number, or (else) the author; and the stage it is for.
+
+    The first stage's "previous" and the last one's "next" are the author too.
+    """
+    number = to if isinstance(to, int) else stage.stage + {"next": 1, "previous": -1}.get(to, 0)
+    if number == stage.stage or not 0 <= number < stage.job.record.num_stages:
+        return stage.author, stage
+    return stage.job.worker_of(number, stage.replica), StageOfJob(stage.job, number, stage.replica)
 
 
 def _death(stage: StageOfJob, reason: str) -> WorkerLostError:

@@ -1,4 +1,5 @@
-"""What the node of a rig keeps of a stage for its auditors: the program, the losses, the author's signed orders."""
+"""What the node of a rig keeps of a stage: the program and what it says of others; for auditors, the losses and the
+author's signed orders."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ class StagePapers:
 
     window_steps: int
     program: bytes | None = None
+    tied_with: frozenset[int] = frozenset()  # the stages that hold parameters which this one holds too
     _losses: OrderedDict[bytes, bytes] = field(default_factory=OrderedDict)
     _orders: OrderedDict[int, tuple[bytes, bytes]] = field(default_factory=OrderedDict)
 

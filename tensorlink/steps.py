@@ -7,6 +7,7 @@ one call.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,10 @@ class Steps:
         """Each stage's squared gradient norm, and the first of its gradients that is not finite."""
         job = self._placement.job
         record = Prepare(job=job.id, plan_version=job.plan.version, step=self._calls.step_index, num_units=num_units)
-        return self._driver.call_all("prepare", lambda stage: {"prepare": record.encode()})
+        # holders of tied parameters send each other their sums before they answer
+        wait_s = math.ceil(self._driver.transfer_s(self._placement.tied_bytes))
+        params = {"prepare": record.encode(), "wait_s": wait_s}
+        return self._driver.call_all("prepare", lambda stage: params, wait_s=wait_s)
 
     def decide(
         self,

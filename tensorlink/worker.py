@@ -17,7 +17,7 @@ from smartnodes_core.jobs import Buffer, OpenedUnit, StageOfJob, WorkerPort, spe
 from smartnodes_core.nesting import bounded_json
 from smartnodes_core.records import Commitment, NodeKey, OpeningItem, Signed
 from smartnodes_core.usage import USAGE
-from tensorlink.pipeline.headers import MAX_TENSOR_BYTES, field_of, num_tensor_bytes
+from tensorlink.pipeline.headers import MAX_TENSOR_BYTES, SHARED, counts_of, field_of, num_tensor_bytes
 from tensorlink.records import Decide, Prepare, StepOrder
 from tensorlink.stage_compute import COMPUTE, StageCompute
 from tensorlink.stage_papers import StagePapers
@@ -26,8 +26,8 @@ JOB_TYPE = "tensorlink/1"
 
 #: What the author may tell a stage one-way; everything else is a call.
 _POSTS = frozenset({"begin", "backward", "drop_call"})
-_COUNTS = ("step", "call", "micro_batch", "slot", "backward_pass")
-_TENSOR_FIELDS = (*_COUNTS, "type", "dtype", "shape")
+#: No prepare waits longer for what other stages send.
+MAX_PREPARE_S = 3600
 _FROM = {"activation": "previous", "activation_gradient": "next", "target": "author"}
 _TERMS = ("seed", "samples")
 
@@ -117,15 +117,9 @@ class StageHandler:
         Raises ProtocolError for a header that is malformed or belies the body, JobError while the stage is not loaded,
         BusyError for more than a stage may have waiting, of which the author is told.
         """
-        source = _FROM.get(str(header.get("type")))
-        expected = {
-            "previous": stage.previous or stage.author,
-            "next": stage.next or stage.author,
-            "author": stage.author,
-        }
-        if source is None or sender != expected[source]:
+        if sender != self._source(stage, header):
             raise ProtocolError(f"stage {stage.stage} takes no {header.get('type')!r:.40} from this peer")
-        for name in _COUNTS:
+        for name in counts_of(header):
             field_of(header, name)
         if num_tensor_bytes(header) != num_bytes or num_bytes > MAX_TENSOR_BYTES:
             raise ProtocolError(
@@ -135,10 +129,21 @@ class StageHandler:
         header["reserved"], view = self._compute.reserve(stage, num_bytes)
         return view
 
+    def _source(self, stage: StageOfJob, header: dict[str, Any]) -> NodeKey | None:
+        """Whom tensors with this header come from: a sum from a stage that holds a parameter tied to one here."""
+        if header.get("type") == SHARED:
+            number = field_of(header, "from_stage")
+            tied = number in self._papers_of(stage).tied_with
+            return stage.job.worker_of(number, stage.replica) if tied else None
+        source = _FROM.get(str(header.get("type")))
+        places = {"previous": stage.previous, "next": stage.next, "author": None}
+        return None if source is None else places[source] or stage.author
+
     def receive(self, stage: StageOfJob, sender: NodeKey, header: dict[str, Any], body: memoryview) -> None:
-        message = {name: header[name] for name in _TENSOR_FIELDS}
+        method = "shared" if header["type"] == SHARED else "tensor"
+        message = {name: header[name] for name in (*counts_of(header), "type", "dtype", "shape")}
         offset = header.pop("reserved").keep()
-        self._compute.post(stage, "tensor", {**message, "offset": offset, "num_bytes": len(body)})
+        self._compute.post(stage, method, {**message, "offset": offset, "num_bytes": len(body)})
 
     def spec(self, stage: StageOfJob) -> bytes:
         return self._papers_of(stage).the_program()
@@ -176,7 +181,8 @@ class StageHandler:
         reply = self._compute.call(stage, "load", content)
         if bytes(reply["initial_root"]) != record.initial_roots[stage.stage]:
             raise RecordError("the weights are not those that the job record names for this stage")
-        self._papers_of(stage).program = program
+        papers = self._papers_of(stage)
+        papers.program, papers.tied_with = program, frozenset(int(number) for number in reply["tied_with"])
         return reply, []
 
     def _set_loss(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
@@ -198,7 +204,9 @@ class StageHandler:
     def _prepare(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
         prepare = Prepare.decode(_record(params, "prepare"))
         self._check_plan(stage, prepare)
-        return self._compute.call(stage, "prepare", {"step": prepare.step, "num_units": prepare.num_units}), []
+        wait_s = min(field_of(params, "wait_s"), MAX_PREPARE_S)
+        content = {"step": prepare.step, "num_units": prepare.num_units, "wait_s": wait_s}
+        return self._compute.call(stage, "prepare", content, wait_s), []
 
     def _decide(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
         """Commit or abort as the author's signed order says: its options, nothing of this rig's own."""

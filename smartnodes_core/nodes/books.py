@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from smartnodes_core.audit import CHAIN_LENGTH, Selection, link_disagreements
+from smartnodes_core.audit import CHAIN_LENGTH, Selection, link_disagreements, sharing_disagreements
 from smartnodes_core.errors import AuthorityError, BusyError, RecordError
 from smartnodes_core.jobs import Job
 from smartnodes_core.records import Commitment, NodeKey, ReceivedList, Reveal, Verdict
@@ -125,15 +125,18 @@ class AuditedJob:
             raise RecordError("the work claimed is not the units times what the job says each is worth")
 
     def compare_links(self, commitment: Commitment) -> list[str]:
-        """T0: where the stages beside this one say something else of the links between them."""
+        """T0: where other stages say something else of the links between them and this one."""
 
-        def beside(stage: int) -> Commitment | None:
+        def of(stage: int) -> Commitment | None:
             place = (commitment.plan_version, commitment.replica, stage, commitment.step)
             return self.commitments.get(self.by_place.get(place, b""))
 
-        before, after = beside(commitment.stage - 1), beside(commitment.stage + 1)
+        before, after = of(commitment.stage - 1), of(commitment.stage + 1)
         faults = link_disagreements(before, commitment) if before else []
         faults += link_disagreements(commitment, after) if after else []
+        for stage in range(self.job.record.num_stages):
+            other = of(stage) if stage != commitment.stage else None
+            faults += sharing_disagreements(commitment, other) if other else []
         self.link_faults.extend(f"step {commitment.step}: {fault}" for fault in faults)
         return faults
 

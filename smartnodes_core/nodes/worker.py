@@ -188,7 +188,7 @@ class WorkerNode:
         self.on_slots_changed()
         logger.info("released stage %s: %s", stage.stage, reason)
 
-    # -- the author's calls, the neighbours' tensors ------------------------------------------------------------------
+    # -- the author's calls, the other stages' tensors ----------------------------------------------------------------
 
     @allow(roles=("user",), max_body_bytes=MAX_STATE_BYTES, check="_check_author")
     def rpc_job(self, caller: Peer, params: dict[str, Any], body: memoryview) -> tuple[dict[str, Any], Any]:
@@ -210,20 +210,13 @@ class WorkerNode:
 
     def _stage_for_frame(self, peer: Peer, header: dict[str, Any]) -> StageOfJob:
         stage = self._held.stage(text_in(header, "key"))
-        if peer.node_key not in (stage.author, stage.previous, stage.next):
-            raise ProtocolError(f"stage {stage.stage} takes frames from its author and its neighbours only")
+        if peer.node_key not in (stage.author, stage.previous, stage.next) and not stage.is_beside(peer.node_key):
+            raise ProtocolError(f"stage {stage.stage} takes frames from its author and the job's other workers only")
         return stage
 
     def stream(self, to: NodeKey, header: dict[str, Any], body: Buffer, on_sent: Callable[[], None]) -> None:
-        """`WorkerPort`: a frame to the author or a neighbour, which may be another stage here."""
-        if to != self.node.node_key:
-            self.node.stream(to, STREAM, header, [body], on_sent)
-            return
-        stage = self._held.stage(text_in(header, "key"))
-        view = self.handler.allocate(stage, to, header, len(body))
-        view[:] = body
-        self.handler.receive(stage, to, header, view)
-        on_sent()
+        """`WorkerPort`: a frame to the author or another worker of the job."""
+        self.node.stream(to, STREAM, header, [body], on_sent)
 
     def tell_author(self, stage: StageOfJob, event: str, params: dict[str, Any]) -> None:
         """`WorkerPort`: a one-way message to the author."""

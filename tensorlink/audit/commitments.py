@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from smartnodes_core.audit import received_from, sent_to
 from smartnodes_core.records import canonical, digest_of
 from tensorlink.program.graph import StageProgram
 from tensorlink.records import set_root
-from tensorlink.steplog.digests import digest, root, slots
+from tensorlink.steplog.digests import digest, digests, root, slots
 from tensorlink.steplog.log import ForwardRecord, StepRecord, UnitRecord
 
 
@@ -107,12 +108,22 @@ def build(
             "optimizer_after": roots.after("optimizer", optimizer),
         },
         "units": units,
-        "shared_roots": {},
+        "shared_roots": shared_roots(record),
         "order": record.order,
         "squared_norm": record.squared_norm.hex(),
         "clip_coefficient": record.clip_coefficient.hex(),
         "work_units": work_units * len(record.units),
     }
+
+
+def shared_roots(record: StepRecord) -> dict[str, bytes]:
+    """Per other holder of tied parameters: the root over the sums that were sent to it, and over those it sent."""
+    found = {received_from(stage): root(sums) for stage, sums in record.received_sums.items()}
+    known: dict[str, bytes] = {}  # the same sum goes to every holder
+    for stage, sums in record.sent_sums.items():
+        known.update(digests({name: tensor for name, tensor in sums.items() if name not in known}))
+        found[sent_to(stage)] = set_root({name: known[name] for name in sums})
+    return found
 
 
 def unit_roots(unit: UnitRecord, roots: Roots) -> dict[str, bytes]:

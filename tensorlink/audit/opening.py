@@ -1,9 +1,10 @@
 """The data behind a commitment, as a list of labelled tensors: what a worker opens and an auditor reads.
 
 Labels: `weights/NAME`, `optimizer/NAME` (before the step), `weights_after/NAME`, `optimizer_after/NAME`,
-`gradient/NAME`, `buffers_before/NAME`, `buffers_after/NAME`, and per unit `unit/INDEX/GROUP/NAME` with the groups x,
-y, gy, gx, target, loss, buffers, and `unit/INDEX/mode` (training, train_step). The same tensor under several labels
-travels once: later items name the first by its index.
+`gradient/NAME`, `buffers_before/NAME`, `buffers_after/NAME`; of tied parameters `sent/STAGE/NAME` and
+`received/STAGE/NAME`, the sums that went to another holder and came from it; and per unit `unit/INDEX/GROUP/NAME`
+with the groups x, y, gy, gx, target, loss, buffers, and `unit/INDEX/mode` (training, train_step). The same tensor under
+several labels travels once: later items name the first by its index.
 """
 
 from __future__ import annotations
@@ -100,6 +101,9 @@ def _add_step(
     opened.add_all("buffers_before", before.buffers)
     opened.add_all("buffers_after", record.buffers_after)
     opened.add_all("gradient", record.gradient)
+    for direction, by_stage in (("sent", record.sent_sums), ("received", record.received_sums)):
+        for stage, sums in by_stage.items():
+            opened.add_all(f"{direction}/{stage}", sums)
     opened.add_all("weights_after", weights_after)
     opened.add_all("optimizer_after", optimizer_after)
 

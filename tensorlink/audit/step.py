@@ -13,9 +13,11 @@ from torch import Tensor
 from smartnodes_core.errors import AuditError
 from smartnodes_core.records import NO_DIGEST, Unit
 from tensorlink.audit.compare import Deviation, deviation, update_deviation
+from tensorlink.audit.sums import own_gradient
 from tensorlink.audit.unit import Case, compare, compare_unit, unit_inputs
 from tensorlink.pipeline.backward import GradientSum
 from tensorlink.pipeline.state import clipped
+from tensorlink.pipeline.tied import Ties
 from tensorlink.stage_optimizer import StageOptimizer
 from tensorlink.steplog.digests import root
 from tensorlink.steplog.replay import UnitInputs, UnitResult, Variant
@@ -74,7 +76,9 @@ def _buffers(case: Case, forwards: Sequence[tuple[UnitInputs, UnitResult]]) -> D
 
 
 def _gradient(case: Case, units: Sequence[UnitInputs], native: Mapping[str, Tensor], random: bool) -> Deviation | None:
-    claimed = case.data.checked("gradient", case.commitment.roots, "gradient")
+    gradient = case.data.checked("gradient", case.commitment.roots, "gradient")
+    ties = Ties(case.replayer.program)
+    claimed, wrong = own_gradient(case, ties, gradient)
     if set(claimed) != set(native):
         raise AuditError(f"gradients of {sorted(set(claimed) ^ set(native))[:5]} are missing or too many")
     named = {f"gradient {name}": tensor for name, tensor in native.items()}
@@ -84,11 +88,11 @@ def _gradient(case: Case, units: Sequence[UnitInputs], native: Mapping[str, Tens
 
     renamed = {f"gradient {name}": tensor for name, tensor in claimed.items()}
     found = compare(case, "", renamed, named, results, random)
-    return found or _norm(case, claimed)
+    return found or wrong or _norm(case, {name: g for name, g in gradient.items() if ties.counts(name)})
 
 
 def _norm(case: Case, gradient: Mapping[str, Tensor]) -> Deviation | None:
-    """The norm that the worker reported, and a clip coefficient that the author's order allows."""
+    """The norm over `gradient` that the worker reported, and a clip coefficient that the author's order allows."""
     squared = sum(float(tensor.double().square().sum()) for tensor in gradient.values())
     reported = float.fromhex(case.commitment.squared_norm)
     if not math.isclose(reported, squared, rel_tol=NORM_TOLERANCE, abs_tol=1e-30):

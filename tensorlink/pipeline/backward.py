@@ -118,6 +118,17 @@ def _roots(passed: ForwardPass, gradients: Mapping[int, Tensor]) -> tuple[list[T
     return roots, root_gradients
 
 
+def squared_norm(gradients: Mapping[str, Tensor]) -> tuple[float, str]:
+    """Sum of squares over all gradients, and the name of the first that is not finite ("" for none)."""
+    total, bad = 0.0, ""
+    for name, tensor in sorted(gradients.items()):
+        norm = float(torch.linalg.vector_norm(tensor, dtype=_NORM_DTYPES.get(tensor.dtype, tensor.dtype)))
+        if not bad and not norm < float("inf"):
+            bad = name
+        total += norm * norm
+    return total, bad
+
+
 class GradientSum:
     """Gradients of a step, added in the order of `add`. What `add` was given is never written to."""
 
@@ -145,17 +156,14 @@ class GradientSum:
         return found
 
     def squared_norm(self) -> tuple[float, str]:
-        """Sum of squares over all gradients, and the name of the first that is not finite ("" for none)."""
-        if self._norm is not None:
-            return self._norm
-        total, bad = 0.0, ""
-        for name, tensor in sorted(self._sums.items()):
-            norm = float(torch.linalg.vector_norm(tensor, dtype=_NORM_DTYPES.get(tensor.dtype, tensor.dtype)))
-            if not bad and not norm < float("inf"):
-                bad = name
-            total += norm * norm
-        self._norm = (total, bad)
+        """As the function of this name, over all sums."""
+        if self._norm is None:
+            self._norm = squared_norm(self._sums)
         return self._norm
+
+    def sums(self) -> Mapping[str, Tensor]:
+        """The sums as they are now, not to be written to."""
+        return self._sums
 
     def __len__(self) -> int:
         return len(self._sums)

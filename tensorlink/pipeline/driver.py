@@ -91,14 +91,28 @@ class Driver(JobListener):
         """How long the pipeline may be silent before that is an error."""
         return self._progress.patience_s
 
+    def transfer_s(self, num_bytes: int) -> float:
+        """How long it may take until `num_bytes` have gone over a slow link."""
+        return self._progress.transfer_s(num_bytes)
+
     # -- calls to stages ----------------------------------------------------------------------------------------------
 
     def call(
-        self, stage: int, method: str, params: dict[str, Any], body: Sequence[Any] = (), *, max_body_bytes: int = 0
+        self,
+        stage: int,
+        method: str,
+        params: dict[str, Any],
+        body: Sequence[Any] = (),
+        *,
+        max_body_bytes: int = 0,
+        wait_s: float = 0.0,
     ) -> Reply:
-        """Call one stage. What the connection's end hides, the loss of its worker, is raised instead."""
+        """Call one stage, which may take `wait_s` for other things than the call's and the reply's body.
+
+        What the connection's end hides, the loss of its worker, is raised instead.
+        """
         self.check()
-        timeout_s = self._progress.transfer_s(sum(len(part) for part in body) + max_body_bytes)
+        timeout_s = wait_s + self._progress.transfer_s(sum(len(part) for part in body) + max_body_bytes)
         try:
             return self._user.call(
                 self._stages[stage], method, params, body, timeout_s=timeout_s, max_body_bytes=max_body_bytes
@@ -112,15 +126,21 @@ class Driver(JobListener):
         params: Callable[[int], dict[str, Any]],
         body: Callable[[int], Sequence[Any]] = lambda stage: (),
         max_body_bytes: Callable[[int], int] = lambda stage: 0,
+        wait_s: float = 0.0,
     ) -> list[Reply]:
-        """Call every stage at once; the answers by stage. The first error is raised when all have ended."""
+        """Call every stage at once; the answers by stage. The error that came first is raised when all have ended."""
+        errors: list[BaseException] = []
 
         def one(stage: int) -> Reply:
-            return self.call(stage, method, params(stage), body(stage), max_body_bytes=max_body_bytes(stage))
+            try:
+                size = max_body_bytes(stage)
+                return self.call(stage, method, params(stage), body(stage), max_body_bytes=size, wait_s=wait_s)
+            except BaseException as error:
+                errors.append(error)
+                raise
 
         futures = [_beside(one, stage) for stage in range(self.num_stages)]
-        errors = [error for future in futures if (error := future.exception()) is not None]
-        if errors:
+        if [future.exception() for future in futures] != [None] * len(futures):
             self.check()
             raise errors[0]
         return [future.result() for future in futures]

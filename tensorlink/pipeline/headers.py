@@ -20,6 +20,11 @@ ITEM_BYTES = {
     "uint8": 1,
     "bool": 1,
 }
+#: What names a tensor of a call, by the fields of `inbox.Delivery` and the index in the cut.
+CALL_FIELDS = ("step", "call", "micro_batch", "slot", "backward_pass")
+#: The type of a tensor that holds a stage's sum of a tied parameter's gradients, and what names it (`tied.SumId`).
+SHARED = "shared"
+SHARED_FIELDS = ("step", "call", "num_units", "from_stage", "slot")
 #: Sizes and counts in a header are below this: their products stay far from any overflow.
 MAX_COUNT = 1 << 48
 MAX_DIMS = 32
@@ -33,6 +38,11 @@ def field_of(header: dict[str, Any], name: str) -> int:
     if type(value) is not int or not 0 <= value < MAX_COUNT:
         raise ProtocolError(f"{name} is {value!r:.40} in a tensor's header: a number counted from 0 is needed")
     return value
+
+
+def counts_of(header: dict[str, Any]) -> tuple[str, ...]:
+    """The names of the numbers that a header of this type has."""
+    return SHARED_FIELDS if header.get("type") == SHARED else CALL_FIELDS
 
 
 def num_tensor_bytes(header: dict[str, Any]) -> int:

@@ -23,6 +23,7 @@ from tensorlink.pipeline.executor import BackwardState, CallState, Executor, Rea
 from tensorlink.pipeline.inbox import Delivery, Inbox
 from tensorlink.pipeline.seeds import seed_for
 from tensorlink.pipeline.state import StageState
+from tensorlink.pipeline.tied import SumId
 from tensorlink.program.deferred import Deferred
 from tensorlink.program.graph import LossProgram, StageProgram
 from tensorlink.program.interpreter import Interpreter
@@ -38,6 +39,9 @@ class Port(Protocol):
 
     def send(self, to: str, delivery: Delivery, slot: int, tensor: Tensor) -> None:
         """A tensor leaves; it is not written to afterwards."""
+
+    def share(self, to: int, id: SumId, slot: int, tensor: Tensor) -> None:
+        """A sum of a tied parameter's gradients leaves for the holder `to`; it is not read after the call."""
 
     def loss(self, call: CallState, micro_batch: int, value: float) -> None:
         """The last stage computed the loss of a micro-batch (not weighted)."""
@@ -129,6 +133,13 @@ class Stage(StageState):
             return False
         check_fits(expected, delivery, tensor)
         return self._inbox.put(delivery, slot, tensor)
+
+    def receive_sum(self, id: SumId, stage: int, slot: int, tensor: Tensor) -> bool:
+        """A sum of a tied parameter came from another holder; True where it was new. Raises TensorError."""
+        return id.step >= self.step and self.tied.receive(id, stage, slot, tensor)
+
+    def _send_sum(self, to: int, id: SumId, slot: int, tensor: Tensor) -> None:
+        self._port.share(to, id, slot, tensor)
 
     def _expected(self, type: str, slot: int) -> Slot | None:
         """What the cut says of a slot; None for a gradient that nothing here depends on."""

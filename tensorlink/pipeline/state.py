@@ -1,6 +1,7 @@
 """The state of a stage and how a step changes it: optimizer, gradients, log. No links, no schedule.
 
-Neighbours: `stage.py` adds to it what computes micro-batches; `steplog/` keeps what an audit or a take-over needs.
+Neighbours: `stage.py` adds to it what computes micro-batches; `tied.py` adds the gradients of parameters that several
+stages hold; `steplog/` keeps what an audit or a take-over needs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from smartnodes_core.errors import ProtocolError
-from tensorlink.pipeline.backward import GradientSum
+from tensorlink.pipeline.backward import GradientSum, squared_norm
+from tensorlink.pipeline.tied import Settled, SumId, TiedGradients
 from tensorlink.program.graph import StageProgram
 from tensorlink.stage_optimizer import StageOptimizer
 from tensorlink.steplog import snapshots
@@ -41,12 +43,17 @@ class StageState(ABC):
         self.step = 0
         self.optimizer: StageOptimizer | None = None
         self.gradients = GradientSum()
+        self.tied = TiedGradients(program, self._send_sum)
         self.log = StepLog(window_steps, shared_bytes, shelf)
         self._buffers_at_start = dict(buffers)
 
     @abstractmethod
     def _end_calls(self, step: int) -> None:
         """Calls up to `step` are over; what computes them frees what they held."""
+
+    @abstractmethod
+    def _send_sum(self, to: int, id: SumId, slot: int, tensor: Tensor) -> None:
+        """This stage's sum of a tied parameter goes to stage `to`."""
 
     def set_optimizer(self, name: str, groups: Sequence[Mapping[str, Any]]) -> None:
         """The optimizer of this stage's parameters, with fresh state. Raises OptimizerError."""
@@ -73,6 +80,45 @@ class StageState(ABC):
         """Backwards of single micro-batches that are in this step's gradient."""
         return len(self.log.open.units)
 
+    def share(self, step: int) -> list[int]:
+        """Sends the sums of tied parameters to their other holders; returns the stages whose sums are still to come.
+
+        Called when all of the step's backwards are in, and again whenever a sum has come.
+        """
+        id = self._sum_id(step)
+        return [] if id is None else self.tied.share(id, self.gradients.sums())
+
+    def _sum_id(self, step: int) -> SumId | None:
+        """None where there is nothing to add over stages."""
+        units = self.log.open.units
+        if not units or not self.tied.ties.others:
+            return None
+        return SumId(step, units[-1].forward.call, len(units))
+
+    def squared_norm(self, step: int) -> tuple[float, str]:
+        """Of this step's gradients, and the first that is not finite; tied ones are the first holder's to count.
+
+        Raises ProtocolError while other holders' sums are still to come.
+        """
+        settled = self._settled(step)
+        if settled is None:
+            return self.gradients.squared_norm()
+        if settled.norm is None:
+            gradients = {**self.gradients.sums(), **settled.totals}
+            counted = {name: tensor for name, tensor in gradients.items() if self.tied.ties.counts(name)}
+            settled.norm = squared_norm(counted)
+        return settled.norm
+
+    def _settled(self, step: int) -> Settled | None:
+        """All holders' sums for what is added up now; None where nothing is tied."""
+        id = self._sum_id(step)
+        if id is None:
+            return None
+        settled = self.tied.settled(id)
+        if settled is None:
+            raise ProtocolError(f"step {step} was not prepared: sums of tied parameters are still to come")
+        return settled
+
     def commit(
         self, step: int, clip_coefficient: float, options: Sequence[Mapping[str, Any]], order: bytes
     ) -> StepRecord:
@@ -87,11 +133,16 @@ class StageState(ABC):
                 f"{'is set' if self.optimizer else 'is not set'}"
             )
         record = self.log.open
+        settled = self._settled(step)
         record.step = step
-        record.squared_norm, _ = self.gradients.squared_norm()
+        record.squared_norm, _ = self.squared_norm(step)
         state = self.optimizer.state_tensors()
         record.before = snapshots.take(self.parameters, self._buffers_at_start, state, self.log.make_room())
-        record.gradient = self.gradients.take()
+        own, ties = self.gradients.take(), self.tied.ties
+        record.sent_sums = {to: {name: own[name] for name in ties.names(to) if name in own} for to in ties.others}
+        record.received_sums = {of: dict(settled.received[of]) if settled else {} for of in ties.others}
+        record.gradient = dict(sorted({**own, **settled.totals}.items())) if settled else own
+        self.tied.forget()
         record.clip_coefficient, record.order, record.options = clip_coefficient, order, [dict(o) for o in options]
         record.buffers_after = dict(self.buffers)
         self._update(record, options)
@@ -114,6 +165,7 @@ class StageState(ABC):
         """Drops the gradients added since the last step, and the calls they came from; buffers keep what forwards
         did."""
         self.gradients.take()
+        self.tied.forget()
         self._end_calls(step)
         self.log.begin(max(step, self.step))
         self._buffers_at_start = dict(self.buffers)

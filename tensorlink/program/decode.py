@@ -49,9 +49,7 @@ def decode_stage(data: bytes | memoryview) -> StageProgram:
         num_stages=_count(document["num_stages"], "num_stages"),
         train=_graph_in(document["train"], "train"),
         eval=_graph_in(document["eval"], "eval"),
-        parameters={
-            name: ParameterSpec(*_spec_in(item, name)) for name, item in _names(document["parameters"], "parameters")
-        },
+        parameters={name: _parameter_in(item, name) for name, item in _names(document["parameters"], "parameters")},
         buffers={name: BufferSpec(*_spec_in(item, name)) for name, item in _names(document["buffers"], "buffers")},
         inputs=_cut_in(document["inputs"], "inputs"),
         outputs=_cut_in(document["outputs"], "outputs"),
@@ -152,6 +150,14 @@ def _spec_in(item: Any, name: str) -> tuple[str, tuple[int, ...], bool, bool]:
     if len(fields) != 4 or type(fields[2]) is not bool or type(fields[3]) is not bool:
         raise ProgramError(f"{name!r:.60}: [dtype, shape, flag, flag] is needed, found {fields!r:.80}")
     return _dtype_in(fields[0], name), _shape_in(fields[1], name), fields[2], fields[3]
+
+
+def _parameter_in(item: Any, name: str) -> ParameterSpec:
+    fields = _list(item, name)
+    if len(fields) != 4 or type(fields[2]) is not bool:
+        raise ProgramError(f"{name!r:.60}: [dtype, shape, flag, stages] is needed, found {fields!r:.80}")
+    holders = tuple(_count(stage, name) for stage in _list(fields[3], name))
+    return ParameterSpec(_dtype_in(fields[0], name), _shape_in(fields[1], name), fields[2], holders)
 
 
 def _constant_in(item: Any, name: str) -> Constant:

@@ -49,7 +49,7 @@ def encode_stage(program: StageProgram) -> bytes:
             "train": _graph_out(program.train),
             "eval": _graph_out(program.eval),
             "parameters": {
-                name: [spec.dtype, list(spec.shape), spec.requires_grad, spec.shared]
+                name: [spec.dtype, list(spec.shape), spec.requires_grad, list(spec.holders)]
                 for name, spec in program.parameters.items()
             },
             "buffers": {

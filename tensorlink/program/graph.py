@@ -85,12 +85,16 @@ class Graph:
 
 @dataclass(frozen=True, slots=True)
 class ParameterSpec:
-    """A parameter as the program declares it. `shared`: another stage holds it too and their gradients are added."""
+    """A parameter as the program declares it.
+
+    `holders`: where it is tied over a cut, all stages that hold it, in order; their gradients are added
+    (`pipeline/tied.py`). Empty for a parameter of one stage.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     requires_grad: bool
-    shared: bool = False
+    holders: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

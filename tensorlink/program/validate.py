@@ -26,6 +26,8 @@ def stage(program: StageProgram) -> None:
         raise ProgramError(
             f"stage {program.stage_index} of {program.num_stages}: at most {MAX_STAGES} stages, counted from 0"
         )
+    for name, spec in program.parameters.items():
+        _holders(name, spec.holders, program)
     both = set(program.parameters) & set(program.buffers)
     if both:
         raise ProgramError(f"{sorted(both)!r:.120} are parameters and buffers at once")
@@ -64,6 +66,17 @@ def written_buffers(graph: Graph) -> set[str]:
         if write is not None and len(node.args) > write.flag and node.args[write.flag] is True:
             names.update(arg.name for arg in (node.args[at] for at in write.buffers) if isinstance(arg, Buffer))
     return names
+
+
+def _holders(name: str, holders: tuple[int, ...], program: StageProgram) -> None:
+    if not holders:
+        return
+    in_order = list(holders) == sorted(set(holders)) and holders[-1] < program.num_stages
+    if not in_order or len(holders) < 2 or program.stage_index not in holders:
+        raise ProgramError(
+            f"parameter {name!r:.60} is held by stages {list(holders)!r:.80}: needed are two or more of "
+            f"{program.num_stages}, in order, with {program.stage_index} among them"
+        )
 
 
 def _constant(name: str, constant: Constant) -> None:

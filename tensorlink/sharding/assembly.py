@@ -149,13 +149,17 @@ def _cut(traced: TracedModel, train: CutMap, values: Sequence[int]) -> Cut:
 def _parameters(
     traced: TracedModel, train: Sequence[Graph], evaluation: Sequence[Graph]
 ) -> list[dict[str, ParameterSpec]]:
-    """Each stage's parameters; one that is never used stays with the first stage, so that the state_dict is whole."""
+    """Each stage's parameters; one that is never used stays with the first stage, so that the state_dict is whole.
+
+    One that is used on both sides of a cut is in every stage that uses it, and names them all.
+    """
     used = [set(a.parameter_names()) | set(b.parameter_names()) for a, b in zip(train, evaluation, strict=True)]
     specs: list[dict[str, ParameterSpec]] = [{} for _ in train]
     for name, spec in traced.parameter_specs.items():
         holders = [stage for stage, names in enumerate(used) if name in names] or [0]
         for stage in holders:
-            specs[stage][name] = ParameterSpec(spec.dtype, spec.shape, spec.requires_grad, shared=len(holders) > 1)
+            tied = tuple(holders) if len(holders) > 1 else ()
+            specs[stage][name] = ParameterSpec(spec.dtype, spec.shape, spec.requires_grad, tied)
     return specs
 
 

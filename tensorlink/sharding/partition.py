@@ -28,14 +28,13 @@ def partition(
     num_stages: int,
     *,
     speeds: Sequence[float] | None = None,
-    allow_shared: bool = False,
 ) -> list[StageProgram]:
     """`num_stages` programs that compute, one after the other, what the traced model computes.
 
     Balances the profile's seconds divided by `speeds` (one figure a stage, in order) and then minimises the bytes
-    that cross. Every stage has at least one parameter where the model has any. A parameter used on both sides of a
-    cut is in both programs under one name with `shared` set, if the caller `allow_shared`: it adds their gradients.
-    Raises PartitionError with the number of stages that is possible, or the name of a parameter that is tied.
+    that cross. Every stage has at least one parameter where the model has any. The uses of a tied parameter stay in
+    one stage where that makes the slowest stage at most TIE_TOLERANCE slower; else it is in the program of each stage
+    that uses it, which names them as its `holders`. Raises PartitionError with the number of stages that is possible.
     """
     if num_stages < 1:
         raise PartitionError(f"{num_stages} stages were asked for, at least 1 is needed")
@@ -50,28 +49,15 @@ def partition(
     chosen = choose(candidates, num_stages, figures)
     if chosen is None:
         raise _too_many(candidates, refusals, num_stages)
-    untied = [at for at, candidate in enumerate(candidates) if candidate.position not in _tied_positions(train)]
+    tied = _tied_positions(train)
+    untied = [at for at, candidate in enumerate(candidates) if candidate.position not in tied]
     kept = [candidates[at] for at in untied]
     together = choose(kept, num_stages, figures)
     if together is not None:
         limit = bottleneck(candidates, chosen, figures) * (1 + TIE_TOLERANCE)
-        if not allow_shared or bottleneck(kept, together, figures) <= limit:
+        if bottleneck(kept, together, figures) <= limit:
             chosen = [untied[at] for at in together]
-    programs = assemble(traced, matching, [boundaries[candidates[at].position] for at in chosen])
-    if not allow_shared:
-        _refuse_shared(programs)
-    return programs
-
-
-def _refuse_shared(programs: Sequence[StageProgram]) -> None:
-    for program in programs:
-        for name, spec in program.parameters.items():
-            if spec.shared:
-                stages = [other.stage_index for other in programs if name in other.parameters]
-                raise PartitionError(
-                    f"parameter {name!r} is tied and used in stages {stages}, whose gradients are not added across "
-                    "workers yet: use fewer stages, or give each use a parameter of its own"
-                )
+    return assemble(traced, matching, [boundaries[candidates[at].position] for at in chosen])
 
 
 def _maps(traced: TracedModel) -> tuple[CutMap, CutMap]:

@@ -63,6 +63,8 @@ class StepRecord:
     after: Snapshot | None = None  # only where the state then changed other than by the next step
     buffers_after: dict[str, Tensor] = field(default_factory=dict)
     gradient: dict[str, Tensor] = field(default_factory=dict)
+    sent_sums: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # of tied parameters, by receiving stage
+    received_sums: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # by sending stage
     squared_norm: float = 0.0
     clip_coefficient: float = 1.0
     order: bytes = b""

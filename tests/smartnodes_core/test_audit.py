@@ -20,6 +20,7 @@ from smartnodes_core.audit import (
     link_disagreements,
     seed_of,
     select,
+    sharing_disagreements,
 )
 from smartnodes_core.errors import AuditError
 from smartnodes_core.records import NO_DIGEST, AuditTerms, Challenge, Commitment, ReceivedList, Reveal, Unit
@@ -250,6 +251,31 @@ def test_stages_that_agree_on_their_link_have_no_fault():
 def test_every_contradiction_of_two_neighbours_is_named(roots, fault):
     before = commitment(0, [{"y": b"1" * 32, "gy": b"2" * 32}])
     assert link_disagreements(before, commitment(1, roots)) == [fault]
+
+
+def shared(stage, **roots):
+    return msgspec.structs.replace(
+        commitment(stage), shared_roots={name.replace("_", "/"): r for name, r in roots.items()}
+    )
+
+
+def test_stages_that_agree_on_what_they_shared_have_no_fault():
+    one = shared(0, to_2=b"1" * 32, from_2=b"2" * 32, to_1=b"9" * 32)
+    assert sharing_disagreements(one, shared(2, to_0=b"2" * 32, from_0=b"1" * 32)) == []
+    assert sharing_disagreements(commitment(0), commitment(1)) == []
+
+
+@pytest.mark.parametrize(
+    ("roots", "fault"),
+    [
+        ({"to_0": b"2" * 32, "from_0": b"9" * 32}, "what stage 0 sent to stage 2 is not what 2 received"),
+        ({"to_0": b"9" * 32, "from_0": b"1" * 32}, "what stage 2 sent to stage 0 is not what 0 received"),
+        ({"to_0": b"2" * 32}, "what stage 0 sent to stage 2 is not what 2 received"),
+    ],
+)
+def test_every_contradiction_of_stages_that_share_is_named_whichever_comes_first(roots, fault):
+    one, other = shared(0, to_2=b"1" * 32, from_2=b"2" * 32), shared(2, **roots)
+    assert sharing_disagreements(one, other) == sharing_disagreements(other, one) == [fault]
 
 
 def test_what_a_worker_signs_when_it_opens_is_frozen():

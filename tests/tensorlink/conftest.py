@@ -154,9 +154,13 @@ class Pipe:
         worked = True
         while worked or self.moving:
             while self.moving:
-                index, delivery, slot, tensor = self.moving.popleft()
-                self.stages[index].receive(delivery, slot, tensor)
+                receive, *content = self.moving.popleft()
+                receive(*content)
             worked = any([stage.run_next() for stage in self.stages])
+
+
+def _sent(tensor):
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 class Port:
@@ -164,12 +168,16 @@ class Port:
         self.pipe, self.index = pipe, index
 
     def send(self, to, delivery, slot, tensor):
-        kept = tensor.detach().clone(memory_format=torch.contiguous_format)
+        kept = _sent(tensor)
         if to == "user":
             target = self.pipe.outputs if delivery.type == "output" else self.pipe.input_gradients
             target[(delivery, slot)] = kept
         else:
-            self.pipe.moving.append((self.index + (1 if to == "next" else -1), delivery, slot, kept))
+            neighbour = self.pipe.stages[self.index + (1 if to == "next" else -1)]
+            self.pipe.moving.append((neighbour.receive, delivery, slot, kept))
+
+    def share(self, to, id, slot, tensor):
+        self.pipe.moving.append((self.pipe.stages[to].receive_sum, id, self.index, slot, _sent(tensor)))
 
     def loss(self, call, micro_batch, value):
         self.pipe.losses[(call.step, call.call, micro_batch)] = value

@@ -8,21 +8,25 @@ import queue
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from smartnodes_core.errors import AuditError, ProtocolError, SandboxError
+from smartnodes_core.errors import AuditError, DeadlineError, ProtocolError, SandboxError
 from smartnodes_core.records import Challenge, Commitment, Opening, OpeningItem, Unit
 from smartnodes_core.sandbox import Limits, Sandbox
 from tensorlink.errors import OptimizerError, ProgramError, TensorError
 from tensorlink.measure import numeric_class
 from tensorlink.program.loss import trace_loss
+from tensorlink.program.trace import trace
 from tensorlink.program.values import DTYPES
 from tensorlink.program.weights import dump, load, tensor_bytes
 from tensorlink.records import StepOrder
+from tensorlink.sharding.partition import partition
+from tensorlink.sharding.profile import profile
 from tensorlink.stage_optimizer import encode_options
 
 COMMAND = [sys.executable, "-m", "tensorlink.compute"]
@@ -74,8 +78,8 @@ class Node:
         }  # fmt: skip
         self.post("tensor", **{**params, **changes})
 
-    def state(self):
-        reply = self.call("state")
+    def state(self, **place):
+        reply = self.call("state", **place)
         data = bytes(self.sandbox.outbound.view(reply["offset"], reply["num_bytes"]))
         self.sandbox.post("sent", {"offset": reply["offset"]})
         return load(data)
@@ -96,8 +100,11 @@ class Node:
         tensor = torch.frombuffer(bytearray(view), dtype=torch.uint8)
         tensor = tensor.view(DTYPES[params["dtype"]]).reshape(params["shape"])
         self.sandbox.post("sent", {"offset": params["offset"]})
+        if params["type"] == "shared":
+            self.sends.put((params["to"], tensor))
+            return
         place = [params[n] for n in ("step", "call", "micro_batch", "slot", "type", "backward_pass")]
-        if params["to"] == "user":
+        if params["to"] == "user" or not self.peers:
             self.tensors[tuple(place)] = tensor
         else:
             peer = self.peers[self.index + (1 if params["to"] == "next" else -1)]
@@ -339,6 +346,114 @@ def test_out_of_memory_names_the_setting_and_leaves_the_process_alive(nodes, gpt
     assert failed["code"] == "sandbox"
     assert "raise memory_bytes" in failed["message"]
     assert node.call("measure")["memory_bytes"] == 700 << 20
+
+
+class Tied(nn.Module):
+    """The first layer's weight comes last again: in two stages, both hold it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return torch.tanh(self.middle(torch.tanh(self.first(x)))) @ self.first.weight
+
+
+@pytest.fixture
+def holder(nodes, rig):
+    """The first of two stages that share a weight, with one backward done: (node, its own sum)."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 6)
+    traced = trace(Tied(), (x,))
+    program, _ = partition(traced, profile(traced, (x,), measured=False), 2)
+    state = traced.state(program)
+    node = nodes(0, 2)
+    node.sends = queue.Queue()
+    assert node.load(program, state, rig.JOB)["tied_with"] == [1]
+    node.call("set_optimizer", optimizer={"name": "SGD", "groups": group(program, lr=1.0)})
+    node.post("begin", **begin(n=1, type="forward", schedule="gpipe"))
+    node.post("backward", step=0, call=0, backward_pass=0, num_micro_batches=1, retain=False)
+    node.tensor(x)
+    node.tensor(torch.ones(3, 6), type="activation_gradient")
+    return node, program, state["first.weight"].clone()
+
+
+def sum_from(node, tensor, /, **changes):
+    """The other holder's sum arrives."""
+    params = {
+        "step": 0, "call": 0, "num_units": 1, "from_stage": 1, "slot": 0, "type": "shared",
+        "dtype": str(tensor.dtype)[6:], "shape": list(tensor.shape), **node.put(bytes(tensor_bytes(tensor))),
+    }  # fmt: skip
+    node.post("shared", **{**params, **changes})
+
+
+def test_a_prepare_names_the_holder_whose_sum_has_not_come_and_goes_through_when_it_has(holder):
+    node, program, before = holder
+    with pytest.raises(DeadlineError, match="the sums of tied parameters have not come from stage 1"):
+        node.call("prepare", step=0, num_units=1, wait_s=1)
+    with pytest.raises(DeadlineError, match="1 of 5 backwards"):
+        node.call("prepare", step=0, num_units=5, wait_s=0)
+    to, own = node.sends.get(timeout=5)
+    assert to == 1
+    sum_from(node, torch.full((6, 6), 2.0))
+    prepared = node.call("prepare", step=0, num_units=1, wait_s=60)
+    assert prepared["non_finite"] == ""
+    node.call(
+        "decide", step=0, decision="commit", clip_coefficient=(1.0).hex(), options=group(program, lr=1.0), order=b""
+    )
+    assert torch.equal(node.state()["first.weight"], before - (own + 2.0))
+    assert sorted(node.wait("commitment")["shared_roots"]) == ["from/1", "to/1"]
+    assert node.sends.empty()
+
+
+def test_two_holders_in_one_process_share_without_the_node(nodes, rig):
+    torch.manual_seed(0)
+    module, x = Tied(), torch.randn(3, 6)
+    traced = trace(module, (x,))
+    programs = partition(traced, profile(traced, (x,), measured=False), 2)
+    node = nodes(0, 2)
+    node.sends = queue.Queue()
+    keys = [{"key": "a"}, {"key": "b"}]
+    for stage, (program, key) in enumerate(zip(programs, keys, strict=True)):
+        node.load(program, traced.state(program), rig.JOB, stage=stage, **key)
+        node.call("set_optimizer", optimizer={"name": "SGD", "groups": group(program, lr=1.0)}, **key)
+        node.post("begin", **begin(n=1, type="forward", schedule="gpipe"), **key)
+        node.post("backward", step=0, call=0, backward_pass=0, num_micro_batches=1, retain=False, **key)
+    node.tensor(x, **keys[0])
+    node.tensor(torch.ones(3, 6), type="activation_gradient", **keys[1])
+    with ThreadPoolExecutor(2) as pool:
+        prepared = pool.map(lambda key: node.call("prepare", step=0, num_units=1, wait_s=30, **key), keys)
+        squared = sum(float.fromhex(answer["squared_norm"]) for answer in prepared)
+    module(x).sum().backward()
+    gradients = [parameter.grad for parameter in module.parameters()]
+    assert squared**0.5 == pytest.approx(nn.utils.get_total_norm(gradients).item(), rel=1e-6)
+    decide = {"step": 0, "decision": "commit", "clip_coefficient": (1.0).hex(), "order": b""}
+    for program, key in zip(programs, keys, strict=True):
+        node.call("decide", options=group(program, lr=1.0), **decide, **key)
+    one, other = (node.state(**key)["first.weight"] for key in keys)
+    assert torch.equal(one, other)
+    torch.testing.assert_close(one, (module.first.weight - module.first.weight.grad).detach())
+    assert node.sends.empty()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"from_stage": 0}, {"from_stage": 5}, {"slot": 1}, {"step": -1}, {"num_units": "x"}, {"shape": [36]}]
+)
+def test_a_sum_that_was_not_to_come_fails_the_stage_and_what_waits_for_it(holder, changes):
+    node, _, _ = holder
+    failed = queue.Queue()
+
+    def prepare():
+        with pytest.raises((TensorError, ProtocolError)) as raised:
+            node.call("prepare", step=0, num_units=1, wait_s=60)
+        failed.put(raised.value)
+
+    waiting = threading.Thread(target=prepare, daemon=True)
+    waiting.start()
+    node.sends.get(timeout=10)  # the stage has sent its own sum: it waits
+    sum_from(node, torch.ones(6, 6), **changes)
+    assert node.wait("failed")["code"] in ("tensor", "protocol")
+    assert failed.get(timeout=5)
 
 
 CHEATING = str(Path(__file__).with_name("audit") / "cheating_compute.py")

@@ -523,24 +523,6 @@ def test_an_output_without_a_batch_is_refused(network):
         tensorlink.DistributedModel(Scalar(), network=network, stages=2, example_inputs=(rows(8, 6),), progress=False)
 
 
-def test_weights_tied_across_a_cut_are_refused(network):
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed = nn.Embedding(50, 16)
-            self.middle = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
-            self.head = nn.Linear(16, 50, bias=False)
-            self.head.weight = self.embed.weight
-
-        def forward(self, ids):
-            return self.head(self.middle(self.embed(ids)))
-
-    with pytest.raises(PartitionError, match=r"embed\.weight.* is tied"):
-        tensorlink.DistributedModel(
-            Tied(), network=network, stages=3, example_inputs=(classes(8, 50, shape=(4,)),), progress=False
-        )
-
-
 def test_a_closed_job_says_so(network):
     model = tensorlink.DistributedModel(Mlp(), network=network, stages=1, example_inputs=(rows(8, 6),), progress=False)
     model.close()

@@ -12,7 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import tensorlink
+from smartnodes_core.errors import JobError
 from tensorlink.errors import InputError
+from tensorlink.program.trace import trace
+from tensorlink.sharding.partition import partition
+from tensorlink.sharding.profile import profile
 
 
 def net():
@@ -74,6 +78,53 @@ def test_dropout_masks_depend_on_step_and_call_and_on_nothing_else():
     third = plain(x)
     assert torch.equal(third, again(x))
     assert not torch.equal(third, first)
+
+
+class Tied(nn.Module):
+    """The first layer's weight comes last again, behind batch statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.tanh(self.last(self.norm(self.first(x)))) @ self.first.weight
+
+
+def tied_twins(x):
+    """A tied model in two stages with its reference, and a copy."""
+    torch.manual_seed(0)
+    module = Tied()
+    twin = copy.deepcopy(module)
+    traced = trace(module, (x,))
+    stages = partition(traced, profile(traced, (x,), measured=False), 2)
+    assert stages[1].parameters["first.weight"].holders == (0, 1)
+    return tensorlink.reference(module, micro_batches=3, example_inputs=(x,), stages=stages), twin, stages
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_with_stages_gradients_of_a_tied_parameter_are_sums_over_stages(batch, set_to_none):
+    x = batch[0]
+    plain, twin, _ = tied_twins(x)
+    for steps in range(2):
+        plain.zero_grad(set_to_none)
+        by_use = [torch.zeros(4, 4), torch.zeros(4, 4)]
+        for _ in range(2):  # gradients of several backwards add up
+            plain(x).sum().backward()
+            for piece in x.tensor_split(3):
+                first, last = (twin.first.weight.detach().requires_grad_() for _ in range(2))
+                h = twin.norm(F.linear(piece, first, twin.first.bias))
+                (torch.tanh(twin.last(h)) @ last).sum().backward()
+                by_use = [by_use[0] + first.grad, by_use[1] + last.grad]
+        assert torch.equal(plain.module.first.weight.grad, by_use[0] + by_use[1]), steps
+        assert all(torch.equal(a, b) for a, b in zip(plain.module.buffers(), twin.buffers(), strict=True))
+
+
+def test_stages_are_all_those_of_one_partition_in_order(batch):
+    _, twin, stages = tied_twins(batch[0])
+    for wrong in (stages[:1], stages[::-1]):
+        with pytest.raises(JobError, match="all stages of one partition are needed"):
+            tensorlink.reference(twin, example_inputs=(batch[0],), stages=wrong)
 
 
 def test_inputs_are_checked_as_by_the_network(batch):

@@ -26,11 +26,26 @@ from tensorlink.audit.commitments import initial_root
 from tensorlink.program.trace import trace
 from tensorlink.program.weights import dump, tensor_bytes
 from tensorlink.records import Decide, StepOrder
+from tensorlink.sharding.partition import partition
+from tensorlink.sharding.profile import profile
 from tensorlink.worker import JOB_TYPE, StageHandler
 
 AUTHOR, OTHER = Identity.create(), Identity.create()
-HERE, NEXT = Identity.create(), Identity.create()
+HERE, NEXT, LAST = Identity.create(), Identity.create(), Identity.create()
 X = torch.randn(4, 3)
+
+
+class Tied(nn.Module):
+    """The first of three layers comes last again."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x @ self.layers[0].weight
 
 
 class Port:
@@ -73,7 +88,7 @@ def make_job(program, num_stages=1, job_type=JOB_TYPE, terms=None):
     )  # fmt: skip
     assignments = [
         Assignment(stage=stage, replica=0, worker=worker.node_key, endpoint="127.0.0.1:1")
-        for stage, worker in zip(range(num_stages), (HERE, NEXT), strict=False)
+        for stage, worker in zip(range(num_stages), (HERE, NEXT, LAST), strict=False)
     ]
     plan = Plan(
         job=record.digest(), version=0, assignments=assignments, spares=[], validators=[OTHER.node_key], reason=""
@@ -160,6 +175,37 @@ def test_tensors_come_from_where_they_have_to_come_from(handler, program):
         with pytest.raises(ProtocolError, match="from this peer"):
             handler.allocate(first, sender.node_key, header(type=type), 48)
     handler.release(first, "done")
+
+
+def test_sums_of_tied_parameters_come_from_the_stages_that_hold_them(handler, processes):
+    x = torch.randn(4, 3)
+    traced = trace(Tied(), (x,))
+    programs = partition(traced, profile(traced, (x,), measured=False), 3)
+    here = StageOfJob(make_job((programs[0], traced.state(programs[0])), num_stages=3), 0, 0)
+    frame = {"type": "shared", "step": 0, "call": 0, "num_units": 1, "from_stage": 2, "slot": 0}
+    frame |= {"dtype": "float32", "shape": [3, 3]}
+    handler.assign(here)
+    with pytest.raises(ProtocolError, match="from this peer"):  # before the program says who holds what
+        handler.allocate(here, LAST.node_key, dict(frame), 36)
+    load(handler, here, (programs[0], traced.state(programs[0])))
+    for sender, changes in [
+        (NEXT, {"from_stage": 1}),  # runs a stage of the job, which holds nothing of this
+        (NEXT, {}),
+        (AUTHOR, {}),
+        (OTHER, {}),
+        (LAST, {"from_stage": 0}),
+        (LAST, {"from_stage": 7}),
+        (LAST, {"from_stage": "2"}),
+        (LAST, {"num_units": -1}),
+        (LAST, {"shape": [3]}),
+    ]:
+        with pytest.raises(ProtocolError):
+            handler.allocate(here, sender.node_key, {**frame, **changes}, 36)
+    assert handler._compute.inflight.of(here.key) == 0
+    handler.allocate(here, LAST.node_key, frame, 36)[:] = bytes(36)
+    handler.receive(here, LAST.node_key, frame, memoryview(bytes(36)))
+    assert processes.wait_until(lambda: handler._compute.inflight.of(here.key) == 0, 10) is not None
+    handler.release(here, "done")
 
 
 def test_a_stage_that_is_not_loaded_takes_nothing(handler, stage):

@@ -336,6 +336,16 @@ def test_stages_beside_each_other_that_disagree_are_noted(net):
     assert faults == ["step 0: micro-batch 2 of call 0 is committed by stage 0 only"]
 
 
+def test_stages_that_disagree_on_what_they_shared_are_noted_even_where_they_are_not_beside_each_other(net):
+    job = net.open(num_stages=3)
+    audits = net.validators[0].role.audits
+    audits.take_commitment(net.signed_commitment(job, 0, 0, shared_roots={"to/2": bytes(32), "from/2": bytes(32)}))
+    audits.take_commitment(net.signed_commitment(job, 1, 0))
+    audits.take_commitment(net.signed_commitment(job, 2, 0, shared_roots={"to/0": bytes(32), "from/0": b"x" * 32}))
+    faults = list(net.audited(net.validators[0], job).link_faults)
+    assert faults == ["step 0: what stage 0 sent to stage 2 is not what 2 received"]
+
+
 def test_what_is_settled_is_forgotten_and_cannot_come_back(net, eventually):
     job = net.open(num_stages=1)
     net.work(job, range(2))

@@ -140,7 +140,7 @@ def test_a_call_of_the_author_is_checked_too(bare, stage, changes):
         bare.user.node.call(bare.workers[0].key, "job", {"key": stage.key, "method": "m", "params": {}, **changes})
 
 
-def test_frames_come_from_the_author_and_neighbours_only(bare, stage, eventually):
+def test_frames_come_from_the_author_and_other_workers_of_the_job_only(bare, stage, eventually):
     worker, neighbour, stranger = bare.workers
     for sender in (bare.user, neighbour):
         sender.node.stream(worker.key, "job", {"key": stage.key}, [b"tensor"])

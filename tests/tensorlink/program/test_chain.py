@@ -285,7 +285,7 @@ def traced_models() -> dict[str, tuple[nn.Module, TracedModel, dict[int, list[St
         cache[name] = (
             module,
             traced,
-            {n: partition(traced, measured, n, allow_shared=True) for n in (1, 2, 3) if (name, n) not in UNCUTTABLE},
+            {n: partition(traced, measured, n) for n in (1, 2, 3) if (name, n) not in UNCUTTABLE},
         )
     return cache
 

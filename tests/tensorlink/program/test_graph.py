@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 
+import pytest
 import torch
 from torch.nn import functional as F
 
+from tensorlink.errors import ProgramError
 from tensorlink.program.graph import BufferSpec, Graph, LossProgram, Node, ParameterSpec, StageProgram
 from tensorlink.program.interpreter import Interpreter
 from tensorlink.program.loss import constants_of
@@ -34,7 +38,7 @@ def _program() -> StageProgram:
         num_stages=3,
         train=graph,
         eval=Graph((0,), nodes, (7,)),
-        parameters={"layer.weight": ParameterSpec("float32", (3, 3), True, shared=True)},
+        parameters={"layer.weight": ParameterSpec("float32", (3, 3), True, holders=(0, 1))},
         buffers={"shift": BufferSpec("float32", (3,), True), "mask": BufferSpec("bool", (3,), False)},
         inputs=CUT,
         outputs=CUT,
@@ -49,7 +53,7 @@ def test_a_program_comes_back_from_its_bytes() -> None:
 
 
 def test_the_digest_is_frozen() -> None:
-    assert _program().digest.hex() == "531072ac88f2fb773a078bbd60a3847cb5da55c8841f76f97a842233c957fe2d"
+    assert _program().digest.hex() == "512377eeef4152c2b6dc1e67fa786b3b731fc36cff2c3f0a08a46334fc6c37f5"
 
 
 def test_floats_survive_exactly() -> None:
@@ -82,3 +86,19 @@ def test_other_constants_make_another_digest() -> None:
 
     assert program(1.0).digest != program(2.0).digest
     assert program(2.0).digest == program(2.0).digest
+
+
+@pytest.mark.parametrize("holders", [(1,), (0, 2), (1, 0), (0, 1, 1), (1, 3)])
+def test_a_parameter_is_held_by_stages_that_there_are_and_by_this_one(holders: tuple[int, ...]) -> None:
+    spec = ParameterSpec("float32", (3, 3), True, holders)
+    program = dataclasses.replace(_program(), parameters={"layer.weight": spec})
+    with pytest.raises(ProgramError, match=r"layer\.weight"):
+        StageProgram.from_json(program.to_json())
+
+
+@pytest.mark.parametrize("item", [True, [-1, 1], [0, "1"], [0, True], 1, None])
+def test_holders_are_a_list_of_numbers(item: object) -> None:
+    document = json.loads(_program().to_json())
+    document["parameters"]["layer.weight"][3] = item
+    with pytest.raises(ProgramError):
+        StageProgram.from_json(json.dumps(document, sort_keys=True, separators=(",", ":")).encode())

@@ -61,9 +61,7 @@ def test_masks_depend_on_the_seed_and_not_on_the_cut() -> None:
     module, x = nn.Sequential(Attends(0.2), Attends(0.2), Attends(0.2)), torch.randn(3, 5, 8)
     traced = trace(module, (x,))
     measured = profile(traced, (x,), measured=False)
-    results = [
-        _chain(traced, partition(traced, measured, stages, allow_shared=True), x, seed=1) for stages in (1, 2, 3)
-    ]
+    results = [_chain(traced, partition(traced, measured, stages), x, seed=1) for stages in (1, 2, 3)]
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
     assert not torch.equal(results[0], _chain(traced, [traced.whole()], x, seed=2))

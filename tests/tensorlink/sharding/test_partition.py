@@ -18,7 +18,7 @@ from tensorlink.sharding.profile import profile
 
 def _partition(module: nn.Module, x: Tensor, num_stages: int, **kwargs: object) -> list[StageProgram]:
     traced = trace(module, (x,))
-    return partition(traced, profile(traced, (x,), measured=False), num_stages, **{"allow_shared": True, **kwargs})  # type: ignore[arg-type]
+    return partition(traced, profile(traced, (x,), measured=False), num_stages, **kwargs)  # type: ignore[arg-type]
 
 
 def _deep(layers: int, width: int = 64) -> nn.Module:
@@ -95,13 +95,17 @@ class Tied(nn.Module):
 
 def test_uses_of_a_tied_parameter_stay_together_where_balance_allows() -> None:
     programs = _partition(Tied(middle=2, repeat=2), torch.randn(4, 32), 2)
-    assert not any(spec.shared for program in programs for spec in program.parameters.values())
+    assert not any(spec.holders for program in programs for spec in program.parameters.values())
 
 
-def test_a_parameter_on_both_sides_of_a_cut_is_marked_as_shared() -> None:
-    programs = _partition(Tied(middle=3, repeat=1), torch.randn(4, 32), 2)
-    assert all(program.parameters["first.weight"].shared for program in programs)
-    assert not any(spec.shared for name, spec in programs[0].parameters.items() if name.startswith("middle"))
+@pytest.mark.parametrize("num_stages", [2, 3, 4])
+def test_a_parameter_on_both_sides_of_a_cut_names_the_stages_that_hold_it(num_stages: int) -> None:
+    programs = _partition(Tied(middle=3, repeat=1), torch.randn(4, 32), num_stages)
+    holders = {
+        program.parameters["first.weight"].holders for program in programs if "first.weight" in program.parameters
+    }
+    assert holders == {(0, num_stages - 1)}
+    assert not any(spec.holders for p in programs for name, spec in p.parameters.items() if name.startswith("middle"))
 
 
 def test_more_stages_than_layers_are_refused_with_the_number_that_is_possible() -> None:
@@ -157,8 +161,3 @@ def test_many_candidates_are_thinned_to_the_cheapest_of_each_stretch() -> None:
     assert len(kept) <= 402
     assert (kept[0], kept[-1]) == (candidates[0], candidates[-1])
     assert all(candidate.num_bytes <= 1 for candidate in kept[1:-1])
-
-
-def test_a_parameter_tied_over_a_cut_is_refused_by_name_unless_it_is_allowed() -> None:
-    with pytest.raises(PartitionError, match="is tied and used in stages"):
-        _partition(Tied(middle=3, repeat=1), torch.randn(4, 32), 2, allow_shared=False)

@@ -1,0 +1,84 @@
+"""A tied model over real processes: bitwise the reference with the same cut, and every step passes its audit."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import tensorlink
+
+transformers = pytest.importorskip("transformers")
+
+VOCABULARY = 64
+#: Every step is audited as a whole.
+EVERY_STEP = (0.0, 1.0)
+AUDITED_WITHIN_S = 30.0
+
+
+def gpt2(p=0.0):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_positions=16, n_embd=32, n_layer=3, n_head=4, use_cache=False, bos_token_id=0,
+        eos_token_id=0, resid_pdrop=p, embd_pdrop=p, attn_pdrop=p,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config)
+
+
+def loss_fn(outputs, y):
+    return F.cross_entropy(outputs["logits"].reshape(-1, VOCABULARY), y.reshape(-1))
+
+
+def batch(step):
+    tokens = torch.randint(0, VOCABULARY, (4, 13), generator=torch.Generator().manual_seed(step))
+    return {"input_ids": tokens[:, :-1].contiguous()}, tokens[:, 1:].contiguous()
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "p", "schedule"),
+    [
+        (2, 0.0, "1f1b"),
+        (3, 0.1, "1f1b"),  # the holders are no neighbours
+        (2, 0.0, "zbv"),  # both holders are on the first worker
+    ],
+)
+def test_a_language_model_with_a_tied_head_trains_in_stages_and_passes_its_audits(
+    network, processes, num_workers, p, schedule
+):
+    module, (x, _) = gpt2(p), batch(0)
+    twin = copy.deepcopy(module)
+    arguments = {"micro_batches": 2, "example_inputs": x, "seed": 5}
+    with tensorlink.DistributedModel(
+        module, network=network, stages=num_workers, schedule=schedule, progress=False, audit_rates=EVERY_STEP,
+        **arguments,
+    ) as model:  # fmt: skip
+        num_stages = len(model.programs)
+        assert model.programs[0].parameters["transformer.wte.weight"].holders == (0, num_stages - 1)
+        plain = tensorlink.reference(twin, stages=model.programs, **arguments)
+        optimizer = tensorlink.DistributedOptimizer(model, torch.optim.AdamW, lr=1e-2)
+        plain_optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2, foreach=False)
+        for step in range(3):
+            x, y = batch(step)
+            loss = model.train_step(x, y, loss_fn=loss_fn, optimizer=optimizer)
+            assert loss.item() == plain.train_step(x, y, loss_fn=loss_fn, optimizer=plain_optimizer).item()
+        for each, steps in ((model, optimizer), (plain, plain_optimizer)):
+            steps.zero_grad()
+            for call in range(2):
+                x, y = batch(10 + call)
+                loss_fn(each(**x), y).backward()
+                if each is model:
+                    norm = model.clip_grad_norm_(1e9).item()
+            steps.step()
+        gradients = [parameter.grad for parameter in twin.parameters()]
+        assert norm == pytest.approx(nn.utils.get_total_norm(gradients).item(), rel=1e-6)
+        ours, theirs = model.state_dict(), twin.state_dict()
+        assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+        module.load_state_dict(ours)
+        assert module.lm_head.weight is module.transformer.wte.weight
+        num_audits = 4 * num_stages
+        done = processes.wait_until(lambda: sum(model.audits().values()) >= num_audits, AUDITED_WITHIN_S)
+        assert done is not None, model.audits()
+        assert model.audits() == {"passed": num_audits, "failed": 0, "inconclusive": 0}
