@@ -16,7 +16,8 @@ from tensorlink.pipeline.backward import ForwardPass
 from tensorlink.pipeline.inbox import Delivery
 from tensorlink.pipeline.schedule import RUNNABLE, generate, max_in_flight
 
-MAX_MICRO_BATCHES = 1 << 16
+#: As many as a user may ask for (`model.py`); schedules are made in full.
+MAX_MICRO_BATCHES = 1024
 
 
 @dataclass
