@@ -19,7 +19,8 @@ from tensorlink.pipeline.inbox import Delivery
 from tensorlink.pipeline.orders import StageOrder, stage_order
 from tensorlink.pipeline.schedule import GENERATORS
 
-MAX_MICRO_BATCHES = 4096
+#: As many as a user may ask for (`model.py`); schedules are made in full.
+MAX_MICRO_BATCHES = 1024
 #: Stages times micro-batches of a schedule: making a longer one would keep a worker busy for seconds.
 MAX_SCHEDULED = 1 << 15
 
