@@ -18,6 +18,7 @@ from tensorlink.calls import Calls
 from tensorlink.errors import RemoteParameterError
 from tensorlink.pipeline.batching import LossReduction
 from tensorlink.placement import place
+from tensorlink.sharding.private import Private
 from tensorlink.steps import Steps
 from tensorlink.train_step import LossFunction, TrainStep
 
@@ -37,6 +38,9 @@ class DistributedModel(torch.nn.Module):
     `seed` fixes dropout.
     `timeout_s` is the shortest time after which silence of the pipeline is an error; it grows with what is measured.
     `audit_rates` are (per micro-batch, per step) probabilities; `progress` shows a bar while the job is set up.
+    `private` layers stay on this machine: "first" (no worker sees inputs), "last" (nor labels) or "both" keep the
+    outermost layer with parameters, a list of submodules' names or patterns at least those. Workers see the
+    activations and gradients that cross to them; that is no encryption.
 
     The activations of a forward whose graph is dropped are freed on the workers with the next forward or step.
 
@@ -56,17 +60,17 @@ class DistributedModel(torch.nn.Module):
         timeout_s: float = 60.0,
         audit_rates: tuple[float, float] | None = None,
         progress: bool = True,
+        private: Private = (),
     ):
         super().__init__()
         if not 1 <= micro_batches <= MAX_MICRO_BATCHES:
             raise JobError(f"found micro_batches={micro_batches}, needed 1 to {MAX_MICRO_BATCHES}")
         self._placement = place(
-            module, network, stages, micro_batches, example_inputs, seed, timeout_s, audit_rates, progress
+            module, network, stages, micro_batches, example_inputs, seed, timeout_s, audit_rates, progress, private
         )
         self._driver = self._placement.driver
         self._remote = self._placement.state.remote_parameters()
-        traced, outputs = self._placement.traced, self._placement.programs[-1].outputs
-        self._calls = Calls(self._driver, traced, outputs, micro_batches)
+        self._calls = Calls(self._placement, micro_batches)
         self._steps = Steps(self._placement, self._calls)
         self._train_step = TrainStep(self._placement, self._calls, self._steps, isinstance(example_inputs, dict))
         self._closing = threading.Lock()

@@ -20,6 +20,7 @@ from tensorlink.audit.commitments import initial_root
 from tensorlink.errors import TraceError
 from tensorlink.pipeline.batching import micro_batches as split_into
 from tensorlink.pipeline.driver import Driver
+from tensorlink.private import PrivateLayers
 from tensorlink.program.graph import StageProgram
 from tensorlink.program.inputs import flatten_inputs
 from tensorlink.program.limits import Estimate, check
@@ -28,8 +29,9 @@ from tensorlink.program.weights import dump
 from tensorlink.records import set_root
 from tensorlink.remote_state import RemoteState
 from tensorlink.reporting import report
-from tensorlink.sharding.partition import partition
+from tensorlink.sharding.partition import partition_between
 from tensorlink.sharding.plan import PlacementPlan, StageNeed, plan
+from tensorlink.sharding.private import Private, PrivateCut
 from tensorlink.sharding.profile import profile
 from tensorlink.worker import JOB_TYPE
 
@@ -49,6 +51,7 @@ class Placement:
     network: Network
     traced: TracedModel
     programs: list[StageProgram]
+    private: PrivateLayers
     driver: Driver
     job: Job
     table: PlacementPlan
@@ -90,6 +93,7 @@ def place(
     timeout_s: float,
     audit_rates: tuple[float, float] | None,
     progress: bool,
+    private: Private = (),
 ) -> Placement:
     """Bring `module` onto the network's workers. Raises TraceError, PartitionError, NoWorkersError, JobError."""
     began = time.monotonic()
@@ -105,7 +109,8 @@ def place(
         num_stages = stages or max(1, len(workers))
         bar.update()
         bar.set_description("partition")
-        programs = partition(traced, profile(traced, example_inputs), num_stages)
+        cut = partition_between(traced, profile(traced, example_inputs), num_stages, private)
+        programs = cut.stages
         samples = _samples(traced, example_inputs, micro_batches)
         _check_outputs(traced)
         estimates = [
@@ -120,8 +125,9 @@ def place(
         record = _record(network, programs, estimates, states, {"seed": seed, "samples": samples}, audit_rates)
         job = network.user.open_job(record, _plan(network, record, table), driver)
         driver.attach(job)
-        state = RemoteState(traced, programs, driver)
-        placement = Placement(network, traced, programs, driver, job, table, state)
+        kept = _private_layers(traced, cut, seed)
+        state = RemoteState(traced, programs, driver, kept)
+        placement = Placement(network, traced, programs, kept, driver, job, table, state)
         try:
             bar.update()
             bar.set_description("send weights")
@@ -133,6 +139,11 @@ def place(
     placement.set_up_s = time.monotonic() - began
     network.opened(placement)
     return placement
+
+
+def _private_layers(traced: TracedModel, cut: PrivateCut, seed: int) -> PrivateLayers:
+    state = {n: t for program in (cut.head, cut.tail) if program is not None for n, t in traced.state(program).items()}
+    return PrivateLayers(cut.head, cut.tail, state, seed)
 
 
 def _samples(traced: TracedModel, example_inputs: Any, micro_batches: int) -> int:

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 def report(placement: Placement, num_steps: int) -> dict[str, Any]:
     """`job`, `num_steps`, `set_up_s`, `predicted_step_s`, `work_units` (FLOPs committed to), `audits`, `num_spares`,
-    and per stage its worker, endpoint, parameters, predicted and busy seconds, work, audits and reputation on chain.
+    `private_parameters` (those that stay with the user), and per stage its worker, endpoint, parameters, predicted and
+    busy seconds, work, audits and reputation on chain.
     """
     stages = [_stage(placement, stage) for stage in range(len(placement.programs))]
     return {
@@ -22,6 +23,7 @@ def report(placement: Placement, num_steps: int) -> dict[str, Any]:
         "predicted_step_s": placement.table.step_s,
         "work_units": _total(stages, "work_units"),
         "audits": placement.driver.tally.findings(),
+        "private_parameters": list(placement.private.parameters),
         "stages": stages,
         "num_spares": len(placement.table.spares),
     }
