@@ -1,9 +1,8 @@
 """Forwards and backwards through the pipeline, as one node of the user's autograd graph.
 
 `forward` cuts a batch into micro-batches, sends them to the first stage and joins what comes from the last;
-`loss.backward()` enters `_Pipeline.backward`, which sends gradients the other way. Private layers compute on the way
-out and in. Neighbours: `pipeline/driver.py` moves and waits, `private.py` computes, `steps.py` closes what is counted
-here.
+`loss.backward()` enters `_Pipeline.backward`, which sends gradients the other way. Neighbours: `crossing.py` sends and
+takes a micro-batch, `pipeline/driver.py` moves and waits, `steps.py` closes what is counted here.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from smartnodes_core.errors import JobError
-from tensorlink.audit.commitments import input_root
+from tensorlink.crossing import Crossing
 from tensorlink.lanes import Lane, at_once, run_lanes
 from tensorlink.pipeline.batching import boundaries, check_finite, flat_inputs, micro_batches
 from tensorlink.pipeline.driver import Call
@@ -33,15 +32,12 @@ class Calls:
     """
 
     def __init__(self, placement: Placement, num_micro_batches: int):
-        self.driver, self.traced, self.private = placement.driver, placement.traced, placement.private
+        self.driver, self.traced = placement.driver, placement.traced
+        self.crossing = Crossing(placement)
+        self._private = placement.private
         self.step_index = 0
         self.num_calls = 0
-        self.input_roots: dict[str, bytes] = {}
         self.dirty = False  # gradients were sent to stages since the last step
-        arriving, returned = placement.programs[-1].outputs.slots, placement.programs[0].inputs.slots
-        self._arriving = range(len(arriving))  # slots that come from the last worker
-        self._returned = [at for at, slot in enumerate(returned) if slot.requires_grad]  # gradients from the first
-        self._asked = [at for at, slot in enumerate(arriving) if slot.requires_grad]  # gradients for the last
         self._num_micro_batches = num_micro_batches
         self._open: list[Call] = []
         self._dropped: queue.SimpleQueue[Call] = queue.SimpleQueue()
@@ -83,41 +79,6 @@ class Calls:
         self.driver.tell_all("backward", {**place, "num_micro_batches": call.num_micro_batches, "retain": retain})
         return backward_pass
 
-    def send_inputs(self, call: Call, micro_batch: int, piece: Sequence[Any]) -> None:
-        """Send a micro-batch to the first stage."""
-        inputs = self.private.forward_head(call, micro_batch, piece)
-        tensors = {slot: x.detach() if isinstance(x, Tensor) else torch.tensor(x) for slot, x in enumerate(inputs)}
-        for slot, tensor in tensors.items():
-            self.driver.send(0, call, micro_batch, slot, tensor, type="activation")
-        self.input_roots[f"{call.index}.{micro_batch}"] = input_root(tensors)
-
-    def has_outputs(self, call: Call, micro_batch: int) -> bool:
-        """Whether everything has come from the last stage."""
-        return all((micro_batch, slot) in call.outputs for slot in self._arriving)
-
-    def take_outputs(self, call: Call, micro_batch: int) -> list[Tensor]:
-        """What has come from the last stage, by slot."""
-        return [call.outputs.pop((micro_batch, slot)) for slot in self._arriving]
-
-    def send_gradients(
-        self, call: Call, micro_batch: int, backward_pass: int, gradients: dict[int, Tensor], retain: bool
-    ) -> None:
-        """Send a micro-batch's gradients, of the outputs or the loss, to the last stage."""
-        found = self.private.backward_tail(call, micro_batch, gradients, retain)
-        last = self.driver.num_stages - 1
-        for slot in self._asked:
-            place = {"type": "activation_gradient", "backward_pass": backward_pass}
-            self.driver.send(last, call, micro_batch, slot, found[slot], **place)
-
-    def has_input_gradients(self, call: Call, micro_batch: int, backward_pass: int) -> bool:
-        """Whether the first stage has sent back every gradient."""
-        return all((backward_pass, micro_batch, slot) in call.input_gradients for slot in self._returned)
-
-    def take_input_gradients(self, call: Call, micro_batch: int, backward_pass: int, retain: bool) -> dict[int, Tensor]:
-        """The gradients of a micro-batch's inputs, by slot."""
-        returned = {slot: call.input_gradients.pop((backward_pass, micro_batch, slot)) for slot in self._returned}
-        return self.private.backward_head(call, micro_batch, returned, retain)
-
     def end(self, committed: bool) -> None:
         """The step was committed on every stage, or its gradients were dropped."""
         for call in self._open:
@@ -127,7 +88,7 @@ class Calls:
         if committed:
             self.step_index += 1
             self.num_calls = 0
-            self.input_roots.clear()
+            self.crossing.input_roots.clear()
 
     def free_dropped(self) -> None:
         """Have the stages free the activations of forwards whose graph the user let go of."""
@@ -139,13 +100,13 @@ class Calls:
                     self._open.remove(call)
                     self.driver.forget(call)
                     self.driver.tell_all("drop_call", {"step": call.step, "call": call.index})
-                self.private.forget(call)
+                self._private.forget(call)
                 call.freed = True
 
     def _forget(self, call: Call) -> None:
         """Nothing goes backwards through this call any more."""
         self.driver.forget(call)
-        self.private.forget(call)
+        self._private.forget(call)
         call.freed = True
 
     # -- for autograd -------------------------------------------------------------------------------------------------
@@ -155,15 +116,11 @@ class Calls:
         pieces, samples = self.split(flat)
         options = {"type": "forward", "training": training, "grad": grad, "weights": [], "schedule": "gpipe"}
         call = self.open(samples, options)
+        crossing = self.crossing
         found: list[list[Tensor]] = []
-
-        def collect(micro_batch: int) -> None:
-            arrived = self.take_outputs(call, micro_batch)
-            found.append(self.private.forward_tail(call, micro_batch, arrived))
-
         lanes = [
-            Lane(lambda m: self.has_outputs(call, m), collect),
-            Lane(at_once, lambda m: self.send_inputs(call, m, pieces[m])),
+            Lane(lambda m: crossing.has_outputs(call, m), lambda m: found.append(crossing.take_outputs(call, m))),
+            Lane(at_once, lambda m: crossing.send_inputs(call, m, pieces[m])),
         ]
         run_lanes(self.driver, call.num_micro_batches, lanes, "the outputs of a forward pass")
         by_slot = list(zip(*found, strict=True))
@@ -192,16 +149,16 @@ class Calls:
 
         def send(micro_batch: int) -> None:
             pieces = {slot: pieces[micro_batch] for slot, pieces in split.items()}
-            self.send_gradients(call, micro_batch, backward_pass, pieces, retain)
+            self.crossing.send_gradients(call, micro_batch, backward_pass, pieces, retain)
 
-        def collect(micro_batch: int) -> None:
-            found.append(self.take_input_gradients(call, micro_batch, backward_pass, retain))
+        def may_take(micro_batch: int) -> bool:
+            return micro_batch < sending.next and self.crossing.has_input_gradients(call, micro_batch, backward_pass)
+
+        def take(micro_batch: int) -> None:
+            found.append(self.crossing.take_input_gradients(call, micro_batch, backward_pass, retain))
 
         sending = Lane(at_once, send)
-        lanes = [
-            Lane(lambda m: m < sending.next and self.has_input_gradients(call, m, backward_pass), collect),
-            sending,
-        ]
+        lanes = [Lane(may_take, take), sending]
         run_lanes(self.driver, call.num_micro_batches, lanes, "a backward pass")
         num_stages = self.driver.num_stages
         self.driver.wait_for(lambda: call.is_done("backward", backward_pass, num_stages), "a backward pass")

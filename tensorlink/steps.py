@@ -129,7 +129,7 @@ class Steps:
             job=job.id,
             plan_version=job.plan.version,
             step=self._calls.step_index,
-            input_root=self._placement.step_input_root(self._calls.input_roots),
+            input_root=self._placement.step_input_root(self._calls.crossing.input_roots),
             target_root=NO_DIGEST,
             loss=loss,
             loss_weights=[weight.hex() for weight in weights],

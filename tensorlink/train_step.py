@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +42,18 @@ if TYPE_CHECKING:
     from tensorlink.program.graph import LossProgram
 
 LossFunction = Callable[..., torch.Tensor]
-#: Tensors by micro-batch and slot.
-Pieces = list[list[torch.Tensor]]
 #: Traced losses that are kept: one per function and kind of target.
 MAX_LOSSES = 16
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch in micro-batches: inputs and targets by slot, number of samples, and what each one's loss counts."""
+
+    inputs: list[list[torch.Tensor]]
+    targets: list[list[torch.Tensor]]
+    samples: list[int]
+    weights: list[float]
 
 
 class TrainStep:
@@ -78,11 +87,9 @@ class TrainStep:
         weights = loss_weights(loss_reduction, samples, targets)
         loss = self._traced(loss_fn, targets[0], samples[0])
         self._steps.drop_gradients()
-        whole_targets = [target_tensors(piece) for piece in targets]
-        if self._private.has_tail:
-            losses = self._with_loss_here(pieces, whole_targets, samples, weights, loss, training)
-        else:
-            losses = self._with_loss_there(pieces, whole_targets, samples, weights, loss, training)
+        whole_batch = Batch(pieces, [target_tensors(piece) for piece in targets], samples, weights)
+        run = self._with_loss_here if self._private.has_tail else self._with_loss_there
+        losses = run(whole_batch, loss, training)
         value = sum(weight * losses[i] for i, weight in enumerate(weights))
         prepared = self._steps.prepare(self._calls.num_units)
         # the order goes to workers: what they do not compute is none of their business
@@ -90,79 +97,66 @@ class TrainStep:
         self._steps.decide(optimizer, prepared, *told, clip_norm)
         return torch.tensor(value, dtype=DTYPES[loss.outputs.slots[0].dtype])
 
-    def _with_loss_there(
-        self,
-        pieces: Pieces,
-        targets: Pieces,
-        samples: list[int],
-        weights: list[float],
-        loss: LossProgram,
-        training: bool,
-    ) -> dict[int, float]:
-        """The last stage computes the losses, which are returned by micro-batch."""
+    def _with_loss_there(self, batch: Batch, loss: LossProgram, training: bool) -> dict[int, float]:
+        """The losses by micro-batch, computed by the last stage."""
         calls, last = self._calls, self._driver.num_stages - 1
         if loss.digest != self._sent:
             self._driver.call(last, "set_loss", {}, [loss.to_json()])
             self._sent = loss.digest
-        options = {"type": "train_step", "weights": [weight.hex() for weight in weights], "schedule": "1f1b"}
-        call = calls.open(samples, {**options, "training": training, "grad": True})
+        options = {"type": "train_step", "weights": [weight.hex() for weight in batch.weights], "schedule": "1f1b"}
+        call = calls.open(batch.samples, {**options, "training": training, "grad": True})
         call.num_backwards, call.freed, calls.dirty = 1, True, True
 
         def send(micro_batch: int) -> None:
-            calls.send_inputs(call, micro_batch, pieces[micro_batch])
-            for slot, tensor in enumerate(targets[micro_batch]):
+            calls.crossing.send_inputs(call, micro_batch, batch.inputs[micro_batch])
+            for slot, tensor in enumerate(batch.targets[micro_batch]):
                 self._driver.send(last, call, micro_batch, slot, tensor, type="target")
 
         self._run(call, send, [])
         self._driver.wait_for(
-            lambda: call.is_done("train_step", 0, last + 1) and len(call.losses) == len(samples), "a training step"
+            lambda: call.is_done("train_step", 0, last + 1) and len(call.losses) == len(batch.samples),
+            "a training step",
         )
         return call.losses
 
-    def _with_loss_here(
-        self,
-        pieces: Pieces,
-        targets: Pieces,
-        samples: list[int],
-        weights: list[float],
-        loss: LossProgram,
-        training: bool,
-    ) -> dict[int, float]:
-        """The losses are computed behind the private layers, each as soon as the last stage's output is in, and its
+    def _with_loss_here(self, batch: Batch, loss: LossProgram, training: bool) -> dict[int, float]:
+        """The losses by micro-batch, computed behind the private layers as soon as the last stage's output is in; the
         gradient is sent at once.
         """
         calls = self._calls
         interpreter = Interpreter(loss.graph, {}, constants_of(loss))
         options = {"type": "forward", "weights": [], "schedule": "1f1b"}
-        call = calls.open(samples, {**options, "training": training, "grad": True})
+        call = calls.open(batch.samples, {**options, "training": training, "grad": True})
         calls.begin_backward(call, retain=False)
 
         def turn(micro_batch: int) -> None:
-            arrived = calls.take_outputs(call, micro_batch)
-            value = self._private.forward_loss(call, micro_batch, arrived, interpreter, targets[micro_batch])
+            arrived, targets = calls.crossing.take_arrived(call, micro_batch), batch.targets[micro_batch]
+            value = self._private.forward_loss(call, micro_batch, arrived, interpreter, targets)
             call.losses[micro_batch] = float(value)
-            weight = torch.tensor(weights[micro_batch], dtype=value.dtype)
-            calls.send_gradients(call, micro_batch, 0, {LOSS: weight}, retain=False)
+            weight = torch.tensor(batch.weights[micro_batch], dtype=value.dtype)
+            calls.crossing.send_gradients(call, micro_batch, 0, {LOSS: weight}, retain=False)
 
-        turning = Lane(lambda m: calls.has_outputs(call, m), turn)
-        self._run(call, lambda m: calls.send_inputs(call, m, pieces[m]), [turning])
+        def send(micro_batch: int) -> None:
+            calls.crossing.send_inputs(call, micro_batch, batch.inputs[micro_batch])
+
+        self._run(call, send, [Lane(lambda m: calls.crossing.has_outputs(call, m), turn)])
         self._driver.wait_for(lambda: call.is_done("backward", 0, self._driver.num_stages), "a training step")
         return call.losses
 
     def _run(self, call: Call, send: Callable[[int], None], turning: list[Lane]) -> None:
-        """Send micro-batches, turn them round, take them back: what is furthest goes first.
+        """Send micro-batches, turn them round where the loss is here, take them back: what is furthest goes first.
 
         With private layers, no more are under way than there are stages: the memory of 1F1B.
         """
-        calls = self._calls
+        crossing = self._calls.crossing
         most = self._driver.num_stages + 2 if self._private else call.num_micro_batches
         lanes: list[Lane] = []
 
         def may_take(micro_batch: int) -> bool:
-            return micro_batch < lanes[1].next and calls.has_input_gradients(call, micro_batch, 0)
+            return micro_batch < lanes[1].next and crossing.has_input_gradients(call, micro_batch, 0)
 
         def take(micro_batch: int) -> None:
-            calls.take_input_gradients(call, micro_batch, 0, retain=False)
+            crossing.take_input_gradients(call, micro_batch, 0, retain=False)
 
         def may_send(micro_batch: int) -> bool:
             return micro_batch - min(lane.next for lane in lanes[:-1]) < most

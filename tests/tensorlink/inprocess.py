@@ -86,10 +86,26 @@ class User:
 
     def __init__(self):
         self.sent, self.events = [], []
+        self._condition = self._reached = None
+
+    def watch(self, condition):
+        """Events from here on, and an event that is set when `condition(events)` holds."""
+        self.events[:] = []
+        self._condition, self._reached = condition, threading.Event()
+        return self.events, self._reached
+
+    def stall(self, event):
+        """No stage computes before `event` is set."""
+        self._stages.post(lambda: event.wait(20))
+
+    def note(self, *event):
+        self.events.append(event)
+        if self._condition is not None and self._condition(self.events):
+            self._reached.set()
 
     def open_job(self, record, plan, listener):
         job = Job(record.digest(), record, plan, b"", b"")
-        self._stages = Stages(job, listener, self.events)
+        self._stages = Stages(job, listener, self.note)
         return job
 
     def close_job(self, job):
@@ -108,7 +124,7 @@ class User:
     def stream(self, stage, header, body, on_sent):
         data = bytearray(body)
         self.sent.append(Sent("stream", stage.stage, header["type"], header, bytes(data)))
-        self.events.append(("sent", header["type"], header["micro_batch"]))
+        self.note("sent", header["type"], header["micro_batch"])
         on_sent()
         tensor = torch.empty(header["shape"], dtype=DTYPES[header["dtype"]])
         tensor_bytes(tensor)[:] = data
@@ -119,9 +135,9 @@ class User:
 class Stages:
     """The stages of a job and the thread that they compute on."""
 
-    def __init__(self, job, listener, events):
+    def __init__(self, job, listener, note):
         self.stages = [None] * job.record.num_stages
-        self.events = events
+        self._note = note
         self._job, self._listener = job, listener
         self._work = queue.Queue()
         threading.Thread(target=self._run, daemon=True).start()
@@ -198,7 +214,7 @@ class Stages:
         return Stage(place, program, parameters, buffers, Port(self, index), Inline(), window_steps=2)
 
     def to_user(self, index, delivery, slot, tensor):
-        self.events.append(("came", delivery.type, delivery.micro_batch))
+        self._note("came", delivery.type, delivery.micro_batch)
         body = tensor_bytes(tensor)
         header = {**delivery._asdict(), "slot": slot, "dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}
         view = self._listener.allocate(index, header, len(body))

@@ -1,4 +1,4 @@
-"""Layers that stay with the user change no bit of the training, and nothing that they are to hide leaves the machine."""
+"""Layers that stay with the user change no bit of the training, and what they are to hide leaves no trace outside."""
 
 from __future__ import annotations
 
@@ -37,6 +37,13 @@ def mlp():
     return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12), nn.Linear(12, 4))
 
 
+def frozen():
+    """The private head has nothing to train: no gradient comes back from the workers."""
+    module = mlp()
+    module[0].requires_grad_(False)
+    return module
+
+
 class Cnn(nn.Module):
     """Batch norm at both ends and in the middle."""
 
@@ -73,7 +80,7 @@ class Transformer(nn.Module):
     def __init__(self, tied=False):
         super().__init__()
         self.token, self.position, self.drop = nn.Embedding(32, 16), nn.Embedding(8, 16), nn.Dropout(0.2)
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
         self.norm, self.last, self.head = nn.LayerNorm(16), nn.Dropout(0.2), nn.Linear(16, 32, bias=False)
         if tied:
             self.head.weight = self.token.weight
@@ -108,13 +115,13 @@ def loss_fn(output, target):
     return F.cross_entropy(output.reshape(-1, output.shape[-1]), target.reshape(-1))
 
 
-def pair(network, module, private, **options):
+def pair(network, module, private, audit_rates=None, **options):
     """The module with private layers on a network, and its twin in this process."""
     x = batch(module, 0)[0]
     arguments = {"micro_batches": 4, "example_inputs": (x,), "seed": 3, **options}
     plain = tensorlink.reference(copy.deepcopy(module), **arguments)
     model = tensorlink.DistributedModel(
-        module, network=network, stages=2, progress=False, private=private, timeout_s=20, **arguments
+        module, network=network, stages=2, private=private, audit_rates=audit_rates, progress=False, **arguments
     )
     return model, plain
 
@@ -127,6 +134,7 @@ def assert_same_state(model, plain):
 
 CASES = [
     *[(make, private) for make in (mlp, Cnn, Transformer) for private in ENDS],
+    (frozen, "both"),
     (Cnn, ["stem", "norm", "head"]),
     (Transformer, ["token", "position", "drop", "norm", "head"]),
     (Transformer, ["token", "position", "blocks.0"]),
@@ -241,7 +249,7 @@ def test_clipping_counts_private_gradients(fresh):
 
 @pytest.mark.parametrize("by_train_step", [False, True])
 def test_a_gradient_that_is_not_finite_leaves_no_trace_here_or_there(inside, by_train_step):
-    """NaN in a private weight of the tail alone: workers' gradients are dropped because of it."""
+    """Batch statistics of the dropped step are forgotten too."""
     torch.manual_seed(0)
     module = Cnn()
     model, plain = pair(inside, module, "both")
@@ -254,12 +262,15 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace_here_or_there(inside, by_
         def broken(output, target):
             return F.cross_entropy(output * float("inf"), target)
 
-        with pytest.raises(NonFiniteError, match="no parameter changed"):
+        def step():
             if by_train_step:
                 model.train_step(x, y, loss_fn=broken, optimizer=optimizer)
             else:
                 broken(model(x), y).backward()
                 optimizer.step()
+
+        with pytest.raises(NonFiniteError, match="no parameter changed"):
+            step()
         after = model.state_dict()
         assert [name for name in before if not torch.equal(before[name], after[name])] == []
         assert train(model, optimizer, x, y) == train(plain, plain_optimizer, x, y)
@@ -303,7 +314,7 @@ def test_private_parameters_are_stand_ins_that_say_where_they_are(fresh):
     stages = {name: parameter.stage for name, parameter in model.named_parameters()}
     assert [name for name, stage in stages.items() if stage == PRIVATE] == ["0.weight", "0.bias", "5.weight", "5.bias"]
     assert model.report()["private_parameters"] == ["0.weight", "0.bias", "5.weight", "5.bias"]
-    with pytest.raises(RemoteParameterError, match="lives on this machine, in a private layer.*state_dict"):
+    with pytest.raises(RemoteParameterError, match=r"lives on this machine, in a private layer.*state_dict"):
         _ = next(model.parameters()).grad
 
 
@@ -351,47 +362,37 @@ def _records(message):
 @pytest.mark.parametrize(
     ("private", "seen"), [("both", set()), ("first", {"y"}), ("last", {"x"}), ((), {"x", "y"})], ids=str
 )
-def test_inputs_labels_and_losses_leave_the_machine_only_where_no_private_layer_hides_them(inside, private, seen):
+def test_inputs_and_labels_leave_the_machine_only_where_no_private_layer_hides_them(inside, private, seen):
     torch.manual_seed(0)
-    model, _ = pair(inside, Transformer(), private, micro_batches=3)
+    x, y = classes(9, 32, 5, (8,)), classes(9, 32, 6, (8,))
+    pieces = {
+        f"{name}.{m}": piece for name, tensor in (("x", x), ("y", y)) for m, piece in enumerate(tensor.tensor_split(3))
+    }
+    module = nn.Sequential(nn.Embedding(32, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 32))
+    model, _ = pair(inside, module, private, micro_batches=3, example_inputs=(x,))
+    sent = inside.user.sent
     with model:
         optimizer = tensorlink.DistributedOptimizer(model, torch.optim.SGD, lr=0.1)
-        x, y = classes(9, 32, 5, (8,)), classes(9, 32, 6, (8,))
 
         def weight(target):
             return float((target > 3).sum())
 
         model.train_step(x, y, loss_fn=loss_fn, optimizer=optimizer, loss_reduction=weight)
-        micro_batches = {
-            name: {f"{name}.{m}": piece for m, piece in enumerate(tensor.tensor_split(3))}
-            for name, tensor in (("x", x), ("y", y))
-        }
-        sent = inside.user.sent
-        for name, pieces in micro_batches.items():
-            assert leaks(sent, {**pieces, name: tensor_of(name, x, y)}) >= set(pieces if name in seen else ())
-            assert name in seen or leaks(sent, {**pieces, name: tensor_of(name, x, y)}) == set()
-        hidden = "y" not in seen
-        assert [s.name for s in sent if s.name in ("set_loss", "target")] == (
-            [] if hidden else ["set_loss"] + 3 * ["target"]
-        )
-        (order,) = {s.order.digest(): s.order for s in sent if s.order is not None}.values()
-        assert (order.loss == NO_DIGEST, order.loss_weights == [], order.target_root == NO_DIGEST) == (
-            hidden,
-            hidden,
-            True,
-        )
-        begin = next(s.params for s in sent if s.name == "begin")
-        assert (begin["weights"] == []) == hidden
-        # the drop-in loop keeps labels here in any case
-        del sent[:]
+        assert leaks(sent, {**pieces, "x": x, "y": y}) == {name for name in pieces if name[0] in seen}
+        told = [message.name for message in sent if message.name in ("set_loss", "target")]
+        begin = next(message.params for message in sent if message.name == "begin")
+        order = next(message.order for message in sent if message.order is not None)
+        if "y" in seen:
+            assert told == ["set_loss", "target", "target", "target"]
+            assert (len(begin["weights"]), len(order.loss_weights)) == (3, 3)
+        else:
+            assert told == []
+            assert (begin["weights"], order.loss_weights, order.loss) == ([], [], NO_DIGEST)
+        assert order.target_root == NO_DIGEST
+        del sent[:]  # the drop-in loop keeps labels here in any case
         loss_fn(model(x), y).backward()
         optimizer.step()
-        assert leaks(sent, micro_batches["y"]) == set()
-        assert leaks(sent, micro_batches["x"]) == set(micro_batches["x"] if "x" in seen else ())
-
-
-def tensor_of(name, x, y):
-    return {"x": x, "y": y}[name]
+        assert leaks(sent, pieces) == {name for name in pieces if name[0] == "x" and "x" in seen}
 
 
 def test_private_weights_never_leave_the_machine(fresh):
@@ -410,28 +411,30 @@ def test_private_weights_never_leave_the_machine(fresh):
 
 @pytest.mark.parametrize("private", ENDS)
 def test_a_training_step_streams_and_holds_no_more_than_there_are_stages(inside, private):
+    """The workers stand still until as many micro-batches are under way as there are stages, private ones included."""
     torch.manual_seed(0)
     module = mlp()
     model, _ = pair(inside, module, private, micro_batches=12)
     with model:
         optimizer = tensorlink.DistributedOptimizer(model, torch.optim.SGD, lr=0.1)
         x, y = batch(module, 0, count=12)
-        events = inside.user.events
-        del events[:]
         model.train_step(x, y, loss_fn=F.cross_entropy, optimizer=optimizer)
-        # what ends a micro-batch's way as the user sees it
-        ends = ("sent", "activation_gradient") if private == "last" else ("came", "activation_gradient")
-        under_way = most = 0
-        for what, kind, _ in events:
-            under_way += ((what, kind) == ("sent", "activation")) - ((what, kind) == ends)
-            most = max(most, under_way)
-        assert under_way == 0
-        assert 2 <= most <= 2 + 2 + 1
-        sent = [m for what, kind, m in events if (what, kind) == ("sent", "activation")]
-        assert sent == sorted(sent) == list(range(12))
-        turned = [event for event in events if event[:2] == ends]
-        # the first is through while the last has not been sent
-        assert events.index(turned[0]) < events.index(("sent", "activation", 11))
+        events, full = inside.user.watch(lambda events: count(events, "sent", "activation") == 2 + 2)
+        inside.user.stall(full)
+        model.train_step(x, y, loss_fn=F.cross_entropy, optimizer=optimizer)
+    # what ends a micro-batch's way, as the user sees it
+    end = ("sent", "activation_gradient") if private == "last" else ("came", "activation_gradient")
+    under_way = [count(events[:at], "sent", "activation") - count(events[:at], *end) for at in range(len(events) + 1)]
+    assert (max(under_way), under_way[-1]) == (4, 0)
+    for kind in ("activation", "activation_gradient"):
+        order = [event[2] for event in events if event[:2] == ("sent", kind)]
+        assert order == (list(range(12)) if kind == "activation" or private != "first" else [])
+    first_through = next(at for at, event in enumerate(events) if event[:2] == end)
+    assert first_through < events.index(("sent", "activation", 4))
+
+
+def count(events, what, kind):
+    return sum(event[:2] == (what, kind) for event in events)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
