@@ -1,8 +1,8 @@
 """Forwards and backwards through the pipeline, as one node of the user's autograd graph.
 
 `forward` cuts a batch into micro-batches, sends them to the first stage and joins what comes from the last;
-`loss.backward()` enters `_Pipeline.backward`, which sends gradients the other way. Neighbours: `pipeline/driver.py`
-moves and waits, `steps.py` closes what is counted here.
+`loss.backward()` enters `_Pipeline.backward`, which sends gradients the other way. Neighbours: `crossing.py` sends and
+takes a micro-batch, `pipeline/driver.py` moves and waits, `steps.py` closes what is counted here.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ import torch
 from torch import Tensor
 
 from smartnodes_core.errors import JobError
-from tensorlink.audit.commitments import input_root
+from tensorlink.crossing import Crossing
+from tensorlink.lanes import Lane, at_once, run_lanes
 from tensorlink.pipeline.batching import boundaries, check_finite, flat_inputs, micro_batches
-from tensorlink.pipeline.driver import Call, Driver
+from tensorlink.pipeline.driver import Call
+from tensorlink.placement import Placement
 from tensorlink.program.inputs import unflatten_outputs
-from tensorlink.program.trace import TracedModel
-from tensorlink.records import Cut
 
 
 class Calls:
-    """All calls of the open step. `outputs` is the cut at the pipeline's end.
+    """All calls of the open step.
 
     `step_index` counts committed steps, `num_calls` forwards since the last one (evaluation too): an index is never
     used twice, so that a late tensor is never taken for another's.
     """
 
-    def __init__(self, driver: Driver, traced: TracedModel, outputs: Cut, num_micro_batches: int):
-        self.driver, self.traced = driver, traced
+    def __init__(self, placement: Placement, num_micro_batches: int):
+        self.driver, self.traced = placement.driver, placement.traced
+        self.crossing = Crossing(placement)
+        self._private = placement.private
         self.step_index = 0
         self.num_calls = 0
-        self.input_roots: dict[str, bytes] = {}
         self.dirty = False  # gradients were sent to stages since the last step
-        self._outputs = outputs
         self._num_micro_batches = num_micro_batches
         self._open: list[Call] = []
         self._dropped: queue.SimpleQueue[Call] = queue.SimpleQueue()
@@ -62,31 +62,33 @@ class Calls:
         """A batch as micro-batches, and their sizes."""
         return micro_batches(self.traced, flat, self._num_micro_batches)
 
-    def open(self, pieces: Sequence[Sequence[Any]], samples: list[int], options: dict[str, Any]) -> Call:
-        """Announce a call to every stage and send its inputs to the first."""
+    def open(self, samples: list[int], options: dict[str, Any]) -> Call:
+        """Announce a call to every stage."""
         self.free_dropped()
-        call = Call(self.step_index, self.num_calls, samples)
+        call = Call(self.step_index, self.num_calls, samples, training=options["training"], grad=options["grad"])
         self.num_calls += 1
         self._open.append(call)
         self.driver.begin(call, options)
-        for micro_batch, piece in enumerate(pieces):
-            tensors = {slot: x if isinstance(x, Tensor) else torch.tensor(x) for slot, x in enumerate(piece)}
-            for slot, tensor in tensors.items():
-                self.driver.send(0, call, micro_batch, slot, tensor, type="activation")
-            self.input_roots[f"{call.index}.{micro_batch}"] = input_root(tensors)
         return call
+
+    def begin_backward(self, call: Call, retain: bool) -> int:
+        """Announce a backward to every stage; returns the number of the pass."""
+        backward_pass, call.num_backwards, call.freed = call.num_backwards, call.num_backwards + 1, not retain
+        self.dirty = True
+        place = {"step": call.step, "call": call.index, "backward_pass": backward_pass}
+        self.driver.tell_all("backward", {**place, "num_micro_batches": call.num_micro_batches, "retain": retain})
+        return backward_pass
 
     def end(self, committed: bool) -> None:
         """The step was committed on every stage, or its gradients were dropped."""
         for call in self._open:
-            self.driver.forget(call)
-            call.freed = True
+            self._forget(call)
         self._open.clear()
         self.dirty = False
         if committed:
             self.step_index += 1
             self.num_calls = 0
-            self.input_roots.clear()
+            self.crossing.input_roots.clear()
 
     def free_dropped(self) -> None:
         """Have the stages free the activations of forwards whose graph the user let go of."""
@@ -98,7 +100,14 @@ class Calls:
                     self._open.remove(call)
                     self.driver.forget(call)
                     self.driver.tell_all("drop_call", {"step": call.step, "call": call.index})
+                self._private.forget(call)
                 call.freed = True
+
+    def _forget(self, call: Call) -> None:
+        """Nothing goes backwards through this call any more."""
+        self.driver.forget(call)
+        self._private.forget(call)
+        call.freed = True
 
     # -- for autograd -------------------------------------------------------------------------------------------------
 
@@ -106,18 +115,20 @@ class Calls:
         """Send a batch through; returns the outputs by slot."""
         pieces, samples = self.split(flat)
         options = {"type": "forward", "training": training, "grad": grad, "weights": [], "schedule": "gpipe"}
-        call = self.open(pieces, samples, options)
-        num_slots = len(self._outputs.slots)
-        wanted = len(samples) * num_slots
-        self.driver.wait_for(lambda: len(call.outputs) == wanted, "the outputs of a forward pass")
-        pieces_of = [[call.outputs[(i, slot)] for i in range(len(samples))] for slot in range(num_slots)]
-        call.sizes = [[len(piece) for piece in pieces] for pieces in pieces_of]
-        outputs = [torch.cat(pieces) for pieces in pieces_of]
-        call.outputs.clear()
+        call = self.open(samples, options)
+        crossing = self.crossing
+        found: list[list[Tensor]] = []
+        lanes = [
+            Lane(lambda m: crossing.has_outputs(call, m), lambda m: found.append(crossing.take_outputs(call, m))),
+            Lane(at_once, lambda m: crossing.send_inputs(call, m, pieces[m])),
+        ]
+        run_lanes(self.driver, call.num_micro_batches, lanes, "the outputs of a forward pass")
+        by_slot = list(zip(*found, strict=True))
+        call.sizes = [[len(piece) for piece in pieces] for pieces in by_slot]
         if not grad:
             self._open.remove(call)
             self.driver.forget(call)
-        return call, outputs
+        return call, [torch.cat(pieces) for pieces in by_slot]
 
     def run_backward(self, call: Call, gradients: Sequence[Tensor | None], retain: bool) -> dict[int, Tensor]:
         """Send the outputs' gradients through the stages; returns those of the inputs that want one, by slot."""
@@ -128,29 +139,34 @@ class Calls:
             )
         if call.freed:
             raise JobError("a second backward through the same forward: pass retain_graph=True to the first")
-        backward_pass, call.num_backwards, call.freed = call.num_backwards, call.num_backwards + 1, not retain
-        self.dirty = True
-        place = {"step": call.step, "call": call.index, "backward_pass": backward_pass}
-        self.driver.tell_all("backward", {**place, "num_micro_batches": call.num_micro_batches, "retain": retain})
-        last = self.driver.num_stages - 1
-        for slot, gradient in enumerate(gradients):
-            if gradient is None or not self._outputs.slots[slot].requires_grad:
-                continue
-            for micro_batch, piece in enumerate(torch.tensor_split(gradient, boundaries(call.sizes[slot]))):
-                self.driver.send(
-                    last, call, micro_batch, slot, piece, type="activation_gradient", backward_pass=backward_pass
-                )
-        slots = [index for index, slot in enumerate(self.traced.inputs.slots) if slot.requires_grad]
-        wanted = {(backward_pass, i, slot) for i in range(call.num_micro_batches) for slot in slots}
-        self.driver.wait_for(
-            lambda: call.is_done("backward", backward_pass, last + 1) and call.input_gradients.keys() >= wanted,
-            "a backward pass",
-        )
-        return {slot: self._join(slot, call, backward_pass) for slot in slots}
+        backward_pass = self.begin_backward(call, retain)
+        split = {
+            slot: torch.tensor_split(gradient, boundaries(call.sizes[slot]))
+            for slot, gradient in enumerate(gradients)
+            if gradient is not None and self.differentiable(slot)
+        }
+        found: list[dict[int, Tensor]] = []
 
-    def _join(self, slot: int, call: Call, backward_pass: int) -> Tensor:
+        def send(micro_batch: int) -> None:
+            pieces = {slot: pieces[micro_batch] for slot, pieces in split.items()}
+            self.crossing.send_gradients(call, micro_batch, backward_pass, pieces, retain)
+
+        def may_take(micro_batch: int) -> bool:
+            return micro_batch < sending.next and self.crossing.has_input_gradients(call, micro_batch, backward_pass)
+
+        def take(micro_batch: int) -> None:
+            found.append(self.crossing.take_input_gradients(call, micro_batch, backward_pass, retain))
+
+        sending = Lane(at_once, send)
+        lanes = [Lane(may_take, take), sending]
+        run_lanes(self.driver, call.num_micro_batches, lanes, "a backward pass")
+        num_stages = self.driver.num_stages
+        self.driver.wait_for(lambda: call.is_done("backward", backward_pass, num_stages), "a backward pass")
+        slots = [index for index, slot in enumerate(self.traced.inputs.slots) if slot.requires_grad]
+        return {slot: self._join(slot, [pieces[slot] for pieces in found]) for slot in slots}
+
+    def _join(self, slot: int, pieces: list[Tensor]) -> Tensor:
         """The gradient of a whole input: its pieces one after the other, or their sum where each had all of it."""
-        pieces = [call.input_gradients.pop((backward_pass, i, slot)) for i in range(call.num_micro_batches)]
         return torch.cat(pieces) if self.traced.binding.dynamic[slot] else sum(pieces[1:], pieces[0])
 
     def drop_when_gone(self, graph: object, call: Call) -> None:
@@ -162,7 +178,7 @@ class Calls:
 
     def differentiable(self, slot: int) -> bool:
         """Whether a gradient can come for this output."""
-        return self._outputs.slots[slot].requires_grad
+        return self.traced.outputs.slots[slot].requires_grad
 
 
 class _Graph:

@@ -18,6 +18,7 @@ from tensorlink.calls import Calls
 from tensorlink.errors import RemoteParameterError
 from tensorlink.pipeline.batching import LossReduction
 from tensorlink.placement import place
+from tensorlink.sharding.private import Private
 from tensorlink.steps import Steps
 from tensorlink.train_step import LossFunction, TrainStep
 
@@ -42,6 +43,9 @@ class DistributedModel(torch.nn.Module):
     `schedule` is that of `train_step`: "1f1b" or "gpipe", or "auto" for what is predicted to be fastest in the workers'
     memory. The loop with `loss.backward()` runs all forwards before the first backward, whatever the schedule: with
     "gpipe" the plan reckons with the memory that this takes.
+    `private` layers stay on this machine: "first" (no worker sees inputs), "last" (nor labels) or "both" keep the
+    outermost layer with parameters, a list of submodules' names or patterns at least those. Workers see the
+    activations and gradients that cross to them; that is no encryption.
 
     The activations of a forward whose graph is dropped are freed on the workers with the next forward or step.
 
@@ -62,17 +66,27 @@ class DistributedModel(torch.nn.Module):
         audit_rates: tuple[float, float] | None = None,
         progress: bool = True,
         schedule: str = "auto",
+        private: Private = (),
     ):
         super().__init__()
         if not 1 <= micro_batches <= MAX_MICRO_BATCHES:
             raise JobError(f"found micro_batches={micro_batches}, needed 1 to {MAX_MICRO_BATCHES}")
         self._placement = place(
-            module, network, stages, micro_batches, example_inputs, seed, timeout_s, audit_rates, progress, schedule
+            module,
+            network,
+            stages,
+            micro_batches,
+            example_inputs,
+            seed,
+            timeout_s,
+            audit_rates,
+            progress,
+            schedule,
+            private,
         )
         self._driver = self._placement.driver
         self._remote = self._placement.state.remote_parameters()
-        traced, outputs = self._placement.traced, self._placement.programs[-1].outputs
-        self._calls = Calls(self._driver, traced, outputs, micro_batches)
+        self._calls = Calls(self._placement, micro_batches)
         self._steps = Steps(self._placement, self._calls)
         self._train_step = TrainStep(self._placement, self._calls, self._steps, isinstance(example_inputs, dict))
         self._closing = threading.Lock()

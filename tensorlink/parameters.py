@@ -18,6 +18,8 @@ _REMEDY = (
 )
 #: The stage of a parameter that no stage computes with.
 UNUSED = -1
+#: The stage of a parameter that stays on the user's machine.
+PRIVATE = -2
 #: What looks at a parameter without touching values.
 _HARMLESS = {
     "__repr__",
@@ -37,7 +39,8 @@ _VALUES = {"data", "T", "mT", "H", "mH", "real", "imag"}
 
 
 class RemoteParameter(torch.nn.Parameter):
-    """A stand-in on the meta device for a parameter that a worker holds; `stage` says which stage (UNUSED: none)."""
+    """A stand-in on the meta device for a parameter that a worker holds; `stage` says which stage (UNUSED: none;
+    PRIVATE: a layer that stays here, which is used in the same way)."""
 
     remote_name: str
     stage: int
@@ -79,4 +82,6 @@ def _refusal(what: str, parameter: RemoteParameter | None) -> RemoteParameterErr
 
 
 def _where(parameter: RemoteParameter) -> str:
+    if parameter.stage == PRIVATE:
+        return "this machine, in a private layer"
     return "no worker, for no stage uses it" if parameter.stage == UNUSED else f"the worker of stage {parameter.stage}"

@@ -24,6 +24,7 @@ from tensorlink.errors import TraceError
 from tensorlink.measure import flops_per_s
 from tensorlink.pipeline.batching import micro_batches as split_into
 from tensorlink.pipeline.driver import Driver
+from tensorlink.private import PrivateLayers
 from tensorlink.program.graph import StageProgram
 from tensorlink.program.inputs import flatten_inputs
 from tensorlink.program.limits import Estimate
@@ -35,8 +36,9 @@ from tensorlink.remote_state import RemoteState
 from tensorlink.reporting import report
 from tensorlink.sharding.memory import StageNeed, Training
 from tensorlink.sharding.needs import estimate, needs_of
-from tensorlink.sharding.partition import partition
+from tensorlink.sharding.partition import partition_between
 from tensorlink.sharding.plan import CutModel, PlacementPlan, check_schedule, plan
+from tensorlink.sharding.private import Private, PrivateCut
 from tensorlink.sharding.profile import profile
 from tensorlink.worker import JOB_TYPE
 
@@ -55,6 +57,7 @@ class Placement:
     network: Network
     traced: TracedModel
     programs: list[StageProgram]
+    private: PrivateLayers
     driver: Driver
     job: Job
     table: PlacementPlan
@@ -113,6 +116,7 @@ def place(
     audit_rates: tuple[float, float] | None,
     progress: bool,
     schedule: str = "auto",
+    private: Private = (),
 ) -> Placement:
     """Bring `module` onto the network's workers. Raises TraceError, PartitionError, NoWorkersError, JobError."""
     began = time.monotonic()
@@ -135,10 +139,12 @@ def place(
         training = Training(micro_batches, audit_terms.window_steps)
 
         def cut(shares: tuple[float, ...]) -> list[StageNeed]:
-            return needs_of(partition(traced, costs, len(shares), speeds=shares), costs, samples)
+            parts = partition_between(traced, costs, len(shares), private, speeds=shares)
+            return needs_of(parts.stages, costs, samples)
 
         table = _plan_on_living(network, cut, workers, training, stages, schedule)
-        programs = partition(traced, costs, len(table.shares), speeds=table.shares)
+        parts = partition_between(traced, costs, len(table.shares), private, speeds=table.shares)
+        programs = parts.stages
         estimates = [estimate(program, samples) for program in programs]
         logger.info("the plan:\n%s", table.table())
         bar.update()
@@ -148,8 +154,9 @@ def place(
         record = _record(network, programs, estimates, states, {"seed": seed, "samples": samples}, audit_terms)
         job = network.user.open_job(record, _plan(network, record, table), driver)
         driver.attach(job)
-        state = RemoteState(traced, programs, driver)
-        placement = Placement(network, traced, programs, driver, job, table, training, state)
+        kept = _private_layers(traced, parts, seed)
+        state = RemoteState(traced, programs, driver, kept)
+        placement = Placement(network, traced, programs, kept, driver, job, table, training, state)
         try:
             bar.update()
             bar.set_description("send weights")
@@ -161,6 +168,11 @@ def place(
     placement.set_up_s = time.monotonic() - began
     network.opened(placement)
     return placement
+
+
+def _private_layers(traced: TracedModel, cut: PrivateCut, seed: int) -> PrivateLayers:
+    state = {n: t for program in (cut.head, cut.tail) if program is not None for n, t in traced.state(program).items()}
+    return PrivateLayers(cut.head, cut.tail, state, seed)
 
 
 def _samples(traced: TracedModel, example_inputs: Any, micro_batches: int) -> int:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from smartnodes_core.errors import JobError
-from tensorlink.parameters import UNUSED, RemoteParameter
+from tensorlink.parameters import PRIVATE, UNUSED, RemoteParameter
 from tensorlink.pipeline.driver import Driver
+from tensorlink.private import PrivateLayers
 from tensorlink.program.graph import StageProgram
 from tensorlink.program.trace import TracedModel
 from tensorlink.program.values import DTYPES
@@ -20,20 +21,21 @@ HEADER_BYTES = 16 << 20
 
 
 class RemoteState:
-    """Parameters, buffers and constants of a job's stages.
+    """Parameters, buffers and constants of a job's stages and of its private layers.
 
     What the module's state_dict has and no stage computes with stays here: it must survive a round trip all the same.
     """
 
-    def __init__(self, traced: TracedModel, programs: list[StageProgram], driver: Driver):
-        self._traced, self._programs, self._driver = traced, programs, driver
-        used = {name for program in programs for name in program.expected_state()}
+    def __init__(self, traced: TracedModel, programs: list[StageProgram], driver: Driver, private: PrivateLayers):
+        self._traced, self._programs, self._driver, self._private = traced, programs, driver, private
+        used = {name for program in programs for name in program.expected_state()} | private.expected_state.keys()
         own: dict[str, torch.Tensor] = {**traced.parameters, **traced.buffers}
         self._kept = {name: tensor.detach().clone() for name, tensor in own.items() if name not in used}
 
     def remote_parameters(self) -> dict[str, RemoteParameter]:
         """Stand-ins in the order of the wrapped module's `named_parameters()`, tied names included."""
         stages = {name: program.stage_index for program in reversed(self._programs) for name in program.parameters}
+        stages.update(dict.fromkeys(self._private.parameters, PRIVATE))
         made = {
             name: RemoteParameter.make(
                 name, stages.get(name, UNUSED), tuple(value.shape), value.dtype, value.requires_grad
@@ -46,7 +48,7 @@ class RemoteState:
     def fetch(self) -> dict[str, torch.Tensor]:
         """Everything that the wrapped module's state_dict has, under its names and in its order."""
         replies = self._driver.call_all("state", lambda stage: {}, max_body_bytes=self._max_bytes)
-        found = {name: tensor.clone() for name, tensor in self._kept.items()}
+        found = {name: tensor.clone() for name, tensor in self._kept.items()} | self._private.state()
         for program, reply in zip(self._programs, replies, strict=True):
             found.update(load(reply.body, program.expected_state()))
         aliases = self._traced.aliases
@@ -67,10 +69,12 @@ class RemoteState:
         aliases = self._traced.aliases
         given = {aliases.get(name, name): state[name] for name in names if name in state}
         pieces = [self._checked(given, program.expected_state()) for program in self._programs]
+        private = self._checked(given, self._private.expected_state)
         specs = {name: (str(kept.dtype).removeprefix("torch."), tuple(kept.shape)) for name, kept in self._kept.items()}
         self._kept.update({name: value.clone() for name, value in self._checked(given, specs).items()})
         data = [self._completed(stage, piece) for stage, piece in enumerate(pieces)]
         self._driver.call_all("set_state", lambda stage: {}, lambda stage: [data[stage]])
+        self._private.set_state(private)
         return missing, unexpected
 
     @staticmethod

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 def report(placement: Placement, num_steps: int) -> dict[str, Any]:
     """`job`, `num_steps`, `set_up_s`, `plan` (a table in text), `schedule`, `predicted_step_s` beside `step_s` (the
     median of `train_step`, with what the user's side adds; None before the first), `work_units` (FLOPs committed to),
-    `audits`, `num_spares`, and per stage its worker, endpoint, parameters, predicted and real busy seconds, bytes of
-    memory by use, work, audits and reputation on chain.
+    `audits`, `num_spares`, `private_parameters` (those that stay with the user), and per stage its worker, endpoint,
+    parameters, predicted and real busy seconds, bytes of memory by use, work, audits and reputation on chain.
     """
     stages = [_stage(placement, stage, num_steps) for stage in range(len(placement.programs))]
     return {
@@ -28,6 +28,7 @@ def report(placement: Placement, num_steps: int) -> dict[str, Any]:
         "step_s": placement.driver.tally.step_s,
         "work_units": _total(stages, "work_units"),
         "audits": placement.driver.tally.findings(),
+        "private_parameters": list(placement.private.parameters),
         "stages": stages,
         "num_spares": len(placement.table.spares),
     }

@@ -10,11 +10,10 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from smartnodes_core.errors import JobError
 from smartnodes_core.records import NO_DIGEST
-from smartnodes_core.rpc import Reply
 from tensorlink.calls import Calls
 from tensorlink.errors import NonFiniteError, OptimizerError
 from tensorlink.placement import Placement
@@ -25,18 +24,23 @@ if TYPE_CHECKING:
     from tensorlink.optimizer import DistributedOptimizer
 
 
+#: A squared gradient norm, and the name of a parameter whose gradient is not finite ("" for none).
+Prepared = tuple[float, str]
+
+
 class Steps:
     """The steps of one job."""
 
     def __init__(self, placement: Placement, calls: Calls):
         self._placement, self._calls = placement, calls
-        self._driver = placement.driver
+        self._driver, self._private = placement.driver, placement.private
         self._optimizer: DistributedOptimizer | None = None
         self._clip_norm: float | None = None
 
     def set_optimizer(self, optimizer: DistributedOptimizer) -> None:
         """Every stage gets this optimizer with fresh state; gradients so far are dropped."""
         self.drop_gradients()
+        self._private.set_optimizer(optimizer.optimizer_name, optimizer.wire_options())
         content = {"name": optimizer.optimizer_name, "groups": optimizer.wire_options()}
         data = json.dumps(content).encode()  # in the body: the names of a large model's parameters fill no header
         self._driver.call_all("set_optimizer", lambda stage: {}, lambda stage: [data])
@@ -75,29 +79,32 @@ class Steps:
         self._clip_norm = None
         if self._calls.dirty:
             self._driver.call_all("zero_grad", lambda stage: {"step": self._calls.step_index})
+            self._private.zero_grad()
             self._calls.end(committed=False)
 
-    def prepare(self, num_units: int) -> list[Reply]:
-        """Each stage's squared gradient norm, and the first of its gradients that is not finite."""
+    def prepare(self, num_units: int) -> list[Prepared]:
+        """Each stage's squared gradient norm, and the first of its gradients that is not finite ("" for none); at the
+        end those of the private layers."""
         job = self._placement.job
         record = Prepare(job=job.id, plan_version=job.plan.version, step=self._calls.step_index, num_units=num_units)
         # holders of tied parameters send each other their sums before they answer
         wait_s = math.ceil(self._driver.transfer_s(self._placement.tied_bytes))
         params = {"prepare": record.encode(), "wait_s": wait_s}
-        return self._driver.call_all("prepare", lambda stage: params, wait_s=wait_s)
+        replies = self._driver.call_all("prepare", lambda stage: params, wait_s=wait_s)
+        of_stages = [(float.fromhex(r.params["squared_norm"]), str(r.params["non_finite"])) for r in replies]
+        return [*of_stages, self._private.squared_norm()]
 
     def decide(
         self,
         optimizer: DistributedOptimizer,
-        prepared: Sequence[Reply],
+        prepared: Sequence[Prepared],
         loss: bytes,
         weights: Sequence[float],
         clip_norm: float | None,
     ) -> None:
         """Commit on every stage, or abort on every stage and raise NonFiniteError."""
         order = self._order(optimizer, clip_norm, loss, weights)
-        found = [str(reply.params["non_finite"]) for reply in prepared]
-        bad = next(((stage, name) for stage, name in enumerate(found) if name), None)
+        bad = next(((stage, name) for stage, (_, name) in enumerate(prepared) if name), None)
         # as torch.nn.utils.clip_grad_norm_: the coefficient is applied only where it shrinks
         coefficient = 1.0 if clip_norm is None else min(1.0, clip_norm / (_norm(prepared) + 1e-6))
         decide = Decide(
@@ -110,10 +117,15 @@ class Steps:
         )
         signed = self._placement.sign(order)
         self._driver.call_all("decide", lambda stage: {"decide": decide.encode()}, lambda stage: [signed])
+        if bad is None:
+            self._private.commit(float.fromhex(decide.clip_coefficient), order.options)
+        else:
+            self._private.abort()
         self._calls.end(committed=bad is None)
         if bad is not None:
+            where = f"stage {bad[0]}" if bad[0] < self._driver.num_stages else "a private layer"
             raise NonFiniteError(
-                f"the gradient of {bad[1]} (stage {bad[0]}) is not finite at step {order.step}: the step was dropped "
+                f"the gradient of {bad[1]} ({where}) is not finite at step {order.step}: the step was dropped "
                 "on every stage and no parameter changed; lower the learning rate, clip gradients, or look at the batch"
             )
 
@@ -125,7 +137,7 @@ class Steps:
             job=job.id,
             plan_version=job.plan.version,
             step=self._calls.step_index,
-            input_root=self._placement.step_input_root(self._calls.input_roots),
+            input_root=self._placement.step_input_root(self._calls.crossing.input_roots),
             target_root=NO_DIGEST,
             loss=loss,
             loss_weights=[weight.hex() for weight in weights],
@@ -136,5 +148,5 @@ class Steps:
         )
 
 
-def _norm(prepared: Sequence[Any]) -> float:
-    return sum(float.fromhex(reply.params["squared_norm"]) for reply in prepared) ** 0.5
+def _norm(prepared: Sequence[Prepared]) -> float:
+    return sum(squared_norm for squared_norm, _ in prepared) ** 0.5

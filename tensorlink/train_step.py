@@ -1,7 +1,8 @@
-"""A whole training step in one call, with the loss computed in the last stage, under the plan's schedule.
+"""A whole training step in one call, with the loss computed behind the last layer, under the plan's schedule.
 
-Targets go straight from the user to the last stage; what comes back is each micro-batch's loss. Neighbours:
-`steps.py` closes the step, `program/loss.py` turns the loss function into data.
+Targets go straight from the user to the last stage; what comes back is each micro-batch's loss. Where the last layers
+are private, targets and loss stay here, and workers see a forward and a backward. Neighbours: `calls.py` sends and
+takes, `steps.py` closes the step, `program/loss.py` turns the loss function into data.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from smartnodes_core.records import NO_DIGEST
 from tensorlink.calls import Calls
+from tensorlink.lanes import Lane, run_lanes
 from tensorlink.pipeline.batching import (
     LossReduction,
     bind_batch,
@@ -25,9 +29,12 @@ from tensorlink.pipeline.batching import (
     split_targets,
     target_tensors,
 )
+from tensorlink.pipeline.driver import Call
 from tensorlink.placement import Placement
+from tensorlink.private import LOSS
 from tensorlink.program.inputs import unflatten_outputs
-from tensorlink.program.loss import trace_loss
+from tensorlink.program.interpreter import Interpreter
+from tensorlink.program.loss import constants_of, trace_loss
 from tensorlink.program.values import DTYPES
 from tensorlink.steps import Steps
 
@@ -40,12 +47,22 @@ LossFunction = Callable[..., torch.Tensor]
 MAX_LOSSES = 16
 
 
+@dataclass(frozen=True)
+class Batch:
+    """A batch in micro-batches: inputs and targets by slot, number of samples, and what each one's loss counts."""
+
+    inputs: list[list[torch.Tensor]]
+    targets: list[list[torch.Tensor]]
+    samples: list[int]
+    weights: list[float]
+
+
 class TrainStep:
     """Runs training steps of one job. `by_keyword`: the example inputs were a map, and so are those of a step."""
 
     def __init__(self, placement: Placement, calls: Calls, steps: Steps, by_keyword: bool):
         self._placement, self._calls, self._steps = placement, calls, steps
-        self._driver = placement.driver
+        self._driver, self._private = placement.driver, placement.private
         self._by_keyword = by_keyword
         self._losses: OrderedDict[Any, LossProgram] = OrderedDict()
         self._sent: bytes | None = None  # the digest of the loss that the last stage computes now
@@ -70,35 +87,94 @@ class TrainStep:
         whole = target_tensors(target)
         check_finite(whole, [f"target {index}" for index in range(len(whole))])
         weights = loss_weights(loss_reduction, samples, targets)
-        loss = self._send_loss(loss_fn, targets[0], samples[0])
+        loss = self._traced(loss_fn, targets[0], samples[0])
         self._steps.drop_gradients()
-        options = {
-            "type": "train_step",
-            "training": training,
-            "grad": True,
-            "weights": [weight.hex() for weight in weights],
-            "schedule": self._placement.table.schedule.name,
-            "num_workers": self._placement.table.schedule.num_workers,
-        }
-        call = self._calls.open(pieces, samples, options)
-        call.num_backwards, call.freed = 1, True
-        self._calls.dirty = True
-        last = self._driver.num_stages - 1
-        for micro_batch, piece in enumerate(targets):
-            for slot, tensor in enumerate(target_tensors(piece)):
-                self._driver.send(last, call, micro_batch, slot, tensor, type="target")
-        self._driver.wait_for(
-            lambda: call.is_done("train_step", 0, last + 1) and len(call.losses) == len(samples), "a training step"
-        )
-        value = sum(weight * call.losses[i] for i, weight in enumerate(weights))
+        whole_batch = Batch(pieces, [target_tensors(piece) for piece in targets], samples, weights)
+        run = self._with_loss_here if self._private.has_tail else self._with_loss_there
+        losses = run(whole_batch, loss, training)
+        value = sum(weight * losses[i] for i, weight in enumerate(weights))
         prepared = self._steps.prepare(self._calls.num_units)
-        self._steps.decide(optimizer, prepared, loss.digest, weights, clip_norm)
+        # the order goes to workers: what they do not compute is none of their business
+        told = (NO_DIGEST, []) if self._private.has_tail else (loss.digest, weights)
+        self._steps.decide(optimizer, prepared, *told, clip_norm)
         self._driver.tally.step(time.monotonic() - began)
         return torch.tensor(value, dtype=DTYPES[loss.outputs.slots[0].dtype])
 
-    def _send_loss(self, loss_fn: LossFunction, target: Any, num_samples: int) -> LossProgram:
-        """The loss program of `loss_fn`, traced once per kind of target, and given to the last stage when it
-        changes."""
+    def _with_loss_there(self, batch: Batch, loss: LossProgram, training: bool) -> dict[int, float]:
+        """The losses by micro-batch, computed by the last stage."""
+        calls, last = self._calls, self._driver.num_stages - 1
+        if loss.digest != self._sent:
+            self._driver.call(last, "set_loss", {}, [loss.to_json()])
+            self._sent = loss.digest
+        schedule = self._placement.table.schedule
+        options = {
+            "type": "train_step",
+            "weights": [weight.hex() for weight in batch.weights],
+            "schedule": schedule.name,
+            "num_workers": schedule.num_workers,
+        }
+        call = calls.open(batch.samples, {**options, "training": training, "grad": True})
+        call.num_backwards, call.freed, calls.dirty = 1, True, True
+
+        def send(micro_batch: int) -> None:
+            calls.crossing.send_inputs(call, micro_batch, batch.inputs[micro_batch])
+            for slot, tensor in enumerate(batch.targets[micro_batch]):
+                self._driver.send(last, call, micro_batch, slot, tensor, type="target")
+
+        self._run(call, send, [])
+        self._driver.wait_for(
+            lambda: call.is_done("train_step", 0, last + 1) and len(call.losses) == len(batch.samples),
+            "a training step",
+        )
+        return call.losses
+
+    def _with_loss_here(self, batch: Batch, loss: LossProgram, training: bool) -> dict[int, float]:
+        """The losses by micro-batch, computed behind the private layers as soon as the last stage's output is in; the
+        gradient is sent at once.
+        """
+        calls = self._calls
+        interpreter = Interpreter(loss.graph, {}, constants_of(loss))
+        options = {"type": "forward", "weights": [], "schedule": "1f1b"}
+        call = calls.open(batch.samples, {**options, "training": training, "grad": True})
+        calls.begin_backward(call, retain=False)
+
+        def turn(micro_batch: int) -> None:
+            arrived, targets = calls.crossing.take_arrived(call, micro_batch), batch.targets[micro_batch]
+            value = self._private.forward_loss(call, micro_batch, arrived, interpreter, targets)
+            call.losses[micro_batch] = float(value)
+            weight = torch.tensor(batch.weights[micro_batch], dtype=value.dtype)
+            calls.crossing.send_gradients(call, micro_batch, 0, {LOSS: weight}, retain=False)
+
+        def send(micro_batch: int) -> None:
+            calls.crossing.send_inputs(call, micro_batch, batch.inputs[micro_batch])
+
+        self._run(call, send, [Lane(lambda m: calls.crossing.has_outputs(call, m), turn)])
+        self._driver.wait_for(lambda: call.is_done("backward", 0, self._driver.num_stages), "a training step")
+        return call.losses
+
+    def _run(self, call: Call, send: Callable[[int], None], turning: list[Lane]) -> None:
+        """Send micro-batches, turn them round where the loss is here, take them back: what is furthest goes first.
+
+        With private layers, no more are under way than there are stages: the memory of 1F1B.
+        """
+        crossing = self._calls.crossing
+        most = self._driver.num_stages + 2 if self._private else call.num_micro_batches
+        lanes: list[Lane] = []
+
+        def may_take(micro_batch: int) -> bool:
+            return micro_batch < lanes[1].next and crossing.has_input_gradients(call, micro_batch, 0)
+
+        def take(micro_batch: int) -> None:
+            crossing.take_input_gradients(call, micro_batch, 0, retain=False)
+
+        def may_send(micro_batch: int) -> bool:
+            return micro_batch - min(lane.next for lane in lanes[:-1]) < most
+
+        lanes += [Lane(may_take, take), *turning, Lane(may_send, send)]
+        run_lanes(self._driver, call.num_micro_batches, lanes, "a training step")
+
+    def _traced(self, loss_fn: LossFunction, target: Any, num_samples: int) -> LossProgram:
+        """The loss program of `loss_fn`, traced once per kind of target."""
         key = (_identity(loss_fn), *_kind(target))
         program = self._losses.get(key)
         if program is None:
@@ -106,9 +182,6 @@ class TrainStep:
             while len(self._losses) > MAX_LOSSES:
                 self._losses.popitem(last=False)
         self._losses.move_to_end(key)
-        if program.digest != self._sent:
-            self._driver.call(self._driver.num_stages - 1, "set_loss", {}, [program.to_json()])
-            self._sent = program.digest
         return program
 
     def _example_output(self, num_samples: int) -> Any:

@@ -51,6 +51,8 @@ class Call:
     sizes: list[list[int]] = field(default_factory=list)  # per output slot, the length of each micro-batch's piece
     num_backwards: int = 0
     freed: bool = False  # its graph is gone from the stages
+    training: bool = True
+    grad: bool = True
 
     @property
     def num_micro_batches(self) -> int:
