@@ -61,7 +61,7 @@ def _one(network: tensorlink.LocalNetwork, name: str, steps: int) -> None:
             peak = {worker: max(peak[worker], held) for worker, held in _resident(network).items()}
         stages = model.report()["stages"]
     for worker in base:
-        own = [stage["memory"] for stage in stages if network.name_at(stage["endpoint"]) == worker]
+        own = [stage["memory"] for stage in stages if network.local.name_at(stage["endpoint"]) == worker]
         weights, optimizer_bytes = sum(m["weights"] for m in own), sum(m["optimizer"] for m in own)
         activations = sum(m["activations"] for m in own)
         # the plan's own figure for gradients holds two: the sum and those of the micro-batch that is added
