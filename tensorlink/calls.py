@@ -17,7 +17,7 @@ from torch import Tensor
 
 from smartnodes_core.errors import JobError
 from tensorlink.audit.commitments import input_root
-from tensorlink.pipeline.batching import boundaries, check_finite, flat_inputs, micro_batches
+from tensorlink.pipeline.batching import check_finite, divided, flat_inputs, joined, micro_batches
 from tensorlink.pipeline.driver import Call, Driver
 from tensorlink.program.inputs import unflatten_outputs
 from tensorlink.program.trace import TracedModel
@@ -111,8 +111,9 @@ class Calls:
         wanted = len(samples) * num_slots
         self.driver.wait_for(lambda: len(call.outputs) == wanted, "the outputs of a forward pass")
         pieces_of = [[call.outputs[(i, slot)] for i in range(len(samples))] for slot in range(num_slots)]
-        call.sizes = [[len(piece) for piece in pieces] for pieces in pieces_of]
-        outputs = [torch.cat(pieces) for pieces in pieces_of]
+        call.shapes = [[piece.shape for piece in pieces] for pieces in pieces_of]
+        slots = self._outputs.slots
+        outputs = [joined(slot, pieces, samples) for slot, pieces in zip(slots, pieces_of, strict=True)]
         call.outputs.clear()
         if not grad:
             self._open.remove(call)
@@ -136,7 +137,8 @@ class Calls:
         for slot, gradient in enumerate(gradients):
             if gradient is None or not self._outputs.slots[slot].requires_grad:
                 continue
-            for micro_batch, piece in enumerate(torch.tensor_split(gradient, boundaries(call.sizes[slot]))):
+            cut = divided(self._outputs.slots[slot], gradient, call.shapes[slot], call.samples)
+            for micro_batch, piece in enumerate(cut):
                 self.driver.send(
                     last, call, micro_batch, slot, piece, type="activation_gradient", backward_pass=backward_pass
                 )

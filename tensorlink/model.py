@@ -37,6 +37,12 @@ class DistributedModel(torch.nn.Module):
     `seed` fixes dropout.
     `timeout_s` is the shortest time after which silence of the pipeline is an error; it grows with what is measured.
     `audit_rates` are (per micro-batch, per step) probabilities; `progress` shows a bar while the job is set up.
+    `autocast` is a dtype (`torch.bfloat16`) to compute the module, and the loss of `train_step`, as under
+    `torch.autocast`.
+
+    An output that is a scalar, such as a loss that the module computes, is the average over micro-batches, weighted by
+    their samples, and so are its gradients: what the module gives for the whole batch where the scalar is a mean over
+    samples.
 
     The activations of a forward whose graph is dropped are freed on the workers with the next forward or step.
 
@@ -56,12 +62,13 @@ class DistributedModel(torch.nn.Module):
         timeout_s: float = 60.0,
         audit_rates: tuple[float, float] | None = None,
         progress: bool = True,
+        autocast: torch.dtype | None = None,
     ):
         super().__init__()
         if not 1 <= micro_batches <= MAX_MICRO_BATCHES:
             raise JobError(f"found micro_batches={micro_batches}, needed 1 to {MAX_MICRO_BATCHES}")
         self._placement = place(
-            module, network, stages, micro_batches, example_inputs, seed, timeout_s, audit_rates, progress
+            module, network, stages, micro_batches, example_inputs, seed, timeout_s, audit_rates, progress, autocast
         )
         self._driver = self._placement.driver
         self._remote = self._placement.state.remote_parameters()

@@ -17,7 +17,7 @@ from smartnodes_core.errors import NoWorkersError
 from smartnodes_core.jobs import Job, spec_digest
 from smartnodes_core.records import NO_DIGEST, Announcement, Assignment, AuditTerms, JobRecord, Plan, Record
 from tensorlink.audit.commitments import initial_root
-from tensorlink.errors import TraceError
+from tensorlink.pipeline.batching import check_outputs
 from tensorlink.pipeline.batching import micro_batches as split_into
 from tensorlink.pipeline.driver import Driver
 from tensorlink.program.graph import StageProgram
@@ -90,12 +90,14 @@ def place(
     timeout_s: float,
     audit_rates: tuple[float, float] | None,
     progress: bool,
+    autocast: torch.dtype | None,
 ) -> Placement:
     """Bring `module` onto the network's workers. Raises TraceError, PartitionError, NoWorkersError, JobError."""
     began = time.monotonic()
     with tqdm(total=5, disable=not progress, leave=False, unit="") as bar:
         bar.set_description("trace")
-        traced = trace(module, example_inputs)
+        traced = trace(module, example_inputs, autocast=autocast)
+        check_outputs(traced, micro_batches)
         bar.update()
         bar.set_description("find workers")
         wanted = stages or 1
@@ -107,7 +109,6 @@ def place(
         bar.set_description("partition")
         programs = partition(traced, profile(traced, example_inputs), num_stages)
         samples = _samples(traced, example_inputs, micro_batches)
-        _check_outputs(traced)
         estimates = [
             check(program, batch=samples, max_bytes=MAX_STAGE_BYTES, max_flops=MAX_STAGE_FLOPS) for program in programs
         ]
@@ -227,13 +228,3 @@ def _load_stages(driver: Driver, programs: list[StageProgram], states: list[dict
         lambda stage: {"program_bytes": len(specs[stage])},
         lambda stage: [specs[stage], dump(states[stage])],
     )
-
-
-def _check_outputs(traced: TracedModel) -> None:
-    """Outputs are joined along the batch. Raises TraceError for one that has none."""
-    for slot in traced.outputs.slots:
-        if slot.type != "tensor" or not slot.shape or slot.shape[0] != -1:
-            raise TraceError(
-                f"{slot.name} has shape {list(slot.shape)}, needed a tensor with the batch first: return what the loss "
-                "is computed from, and pass the loss as train_step's loss_fn or compute it outside"
-            )

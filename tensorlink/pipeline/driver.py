@@ -47,7 +47,7 @@ class Call:
     input_gradients: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
     losses: dict[int, float] = field(default_factory=dict)
     done: set[tuple[str, int, int]] = field(default_factory=set)  # (type, backward pass, stage)
-    sizes: list[list[int]] = field(default_factory=list)  # per output slot, the length of each micro-batch's piece
+    shapes: list[list[torch.Size]] = field(default_factory=list)  # per output slot, of each micro-batch's piece
     num_backwards: int = 0
     freed: bool = False  # its graph is gone from the stages
 
