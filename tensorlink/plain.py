@@ -136,9 +136,8 @@ class _InOrder(torch.autograd.Function):
     def forward(ctx: Any, reference: Reference, call: int, anchor: torch.Tensor, *flat: torch.Tensor) -> Any:
         ctx.dynamic = reference.traced.binding.dynamic
         ctx.wanted = [slot for slot, tensor in enumerate(flat) if anchor.requires_grad and tensor.requires_grad]
-        pieces, ctx.samples = split_into(
-            reference.traced, [tensor.detach() for tensor in flat], reference._micro_batches
-        )
+        detached = [tensor.detach() for tensor in flat]
+        pieces, ctx.samples = split_into(reference.traced, detached, reference._micro_batches)
         ctx.pieces = [
             [tensor.detach().requires_grad_(slot in ctx.wanted) for slot, tensor in enumerate(piece)]
             for piece in pieces

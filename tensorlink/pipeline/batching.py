@@ -62,9 +62,9 @@ def check_outputs(traced: TracedModel, num_micro_batches: int) -> None:
         scalar = not slot.shape and DTYPES[slot.dtype].is_floating_point
         if not is_tensor or (num_micro_batches > 1 and batch_dims != 1 and not scalar):
             raise TraceError(
-                f"{slot.name} has shape {list(slot.shape)}, needed a tensor with one batch dimension or a scalar, to put "
-                f"it together from {num_micro_batches} micro-batches: return what it is computed from and compute it "
-                "outside, or use micro_batches=1"
+                f"{slot.name} has shape {list(slot.shape)}, needed a tensor with one batch dimension or a scalar, to "
+                f"put it together from {num_micro_batches} micro-batches: return what it is computed from and "
+                "compute it outside, or use micro_batches=1"
             )
 
 

@@ -1,10 +1,10 @@
 """The allowlist: every ATen overload that a stage program may call, written out and reviewed by hand.
 
 Left out on purpose: whatever reads or writes files (`from_file`), in-place ops, ops that draw random numbers from
-torch's own generator (`dropout.py` and `drawing.py` compute those), ops that return uninitialised memory (`empty`), and ops
-whose output size depends on data (`nonzero`, `masked_select`, `unique`, `item`). A name is looked up here and nowhere
-else; adding one is a review. Neighbours: `ops.py` joins these tables with what is not an ATen op, `arguments.py`
-checks calls against the schemas.
+torch's own generator (`dropout.py` and `drawing.py` compute those), ops that return uninitialised memory (`empty`),
+and ops whose output size depends on data (`nonzero`, `masked_select`, `unique`, `item`). A name is looked up here and
+nowhere else; adding one is a review. Neighbours: `ops.py` joins these tables with what is not an ATen op,
+`arguments.py` checks calls against the schemas.
 """
 
 from __future__ import annotations
@@ -425,6 +425,7 @@ SHAPES: dict[str, OpOverload] = {
     "aten.swapdims.default": torch.ops.aten.swapdims.default,
     "aten.mT.default": torch.ops.aten.mT.default,
     "aten.mH.default": torch.ops.aten.mH.default,
+    "aten.matrix_H.default": torch.ops.aten.matrix_H.default,
     "aten.numpy_T.default": torch.ops.aten.numpy_T.default,
     "aten.adjoint.default": torch.ops.aten.adjoint.default,
     "aten.expand.default": torch.ops.aten.expand.default,

@@ -147,22 +147,22 @@ def _kept_attributes(module: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _no_custom_backward() -> Iterator[None]:
     """Refuses the user's own `torch.autograd.Function`: export keeps its forward and silently drops its backward."""
-    apply = torch.autograd.Function.apply
+    apply = torch.autograd.Function.__dict__["apply"]
 
     def checked(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
         if not cls.__module__.startswith("torch."):
             raise TraceError(
-                f"the model uses its own torch.autograd.Function {cls.__name__} at {line_of_caller()}, whose backward a program "
-                "cannot hold; write it as tensor operations with the same gradient, such as "
+                f"the model uses its own torch.autograd.Function {cls.__name__} at {line_of_caller()}, whose backward "
+                "a program cannot hold; write it as tensor operations with the same gradient, such as "
                 "x + (f(x) - x).detach() for a straight-through estimator"
             )
-        return apply.__func__(cls, *args, **kwargs)  # type: ignore[attr-defined]
+        return apply.__func__(cls, *args, **kwargs)
 
     torch.autograd.Function.apply = classmethod(checked)  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
-        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+        torch.autograd.Function.apply = apply
 
 
 @contextlib.contextmanager

@@ -2,8 +2,8 @@
 
 Role: what the user's side makes of a module and a worker runs without running a stranger's code (`design.md` section
 4). A graph is a list of nodes in an order in which each uses only what came before; there are no loops and no
-expressions, and the one way to branch is a `cond` node, which holds both its branches as graphs. Neighbours: `encode.py` and `decode.py` (JSON), `trace.py` (makes them), `interpreter.py` (runs them),
-`limits.py` (bounds them).
+expressions, and the one way to branch is a `cond` node, which holds both its branches as graphs. Neighbours:
+`encode.py` and `decode.py` (JSON), `trace.py` (makes them), `interpreter.py` (runs them), `limits.py` (bounds them).
 """
 
 from __future__ import annotations

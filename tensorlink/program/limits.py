@@ -170,9 +170,10 @@ class _Meter:
             raise ProgramError(
                 f"{self.mode} {node}: {self._flops} operations so far, at most {self.max_flops} are allowed here"
             )
-        if self._current + inner_bytes > self.max_bytes:
+        needed = self._current + inner_bytes
+        if needed > self.max_bytes:
             raise ProgramError(
-                f"{self.mode} {node}: {self._current + inner_bytes} bytes are held, at most {self.max_bytes} are allowed here"
+                f"{self.mode} {node}: {needed} bytes are held, at most {self.max_bytes} are allowed here"
             )
         for value in self._frees.get(self._index, ()):
             for tensor in flops.tensors_in(self._values.get(value)):

@@ -110,8 +110,8 @@ class Mutations:
             new = self._emit(_DRAWS[name], args, kwargs, node)
         elif name == "aten.embedding_renorm_.default":
             raise TraceError(
-                f"the model writes into the weight of an embedding with max_norm at {line_of(node)}; clip the rows that "
-                "were looked up instead, as x * (max_norm / x.norm(dim=-1, keepdim=True)).clamp(max=1)"
+                f"the model writes into the weight of an embedding with max_norm at {line_of(node)}; clip the rows "
+                "that were looked up instead, as x * (max_norm / x.norm(dim=-1, keepdim=True)).clamp(max=1)"
             )
         elif packet.endswith("_") and functional in ALLOWED:
             new = self._emit(functional, args, kwargs, node)

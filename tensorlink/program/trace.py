@@ -100,7 +100,8 @@ def trace(
     Dimension 0 of every tensor that has the batch size of the first is the batch and stays open; inputs named in
     `static_inputs` (and tensors of another size) are passed whole to each micro-batch. A batch of one is traced as
     two. With `autocast` the program computes what the module computes under `torch.autocast` with that dtype; without,
-    what it computes under none, whatever holds around this call. The module keeps mode and state. Raises TraceError that names the user's line and a remedy.
+    what it computes under none, whatever holds around this call. The module keeps mode and state. Raises TraceError
+    that names the user's line and a remedy.
     """
     binding, tensors = bind_example(module, example_inputs, static_inputs)
     state = ModuleState.of(module)

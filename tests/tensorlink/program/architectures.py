@@ -49,13 +49,20 @@ def tokens(batch: int) -> dict[str, torch.Tensor]:
 
 
 def masked(batch: int) -> dict[str, torch.Tensor]:
-    """Tokens with padding at the end, of another length in each sample."""
-    mask = (torch.arange(LENGTH) < torch.randint(LENGTH // 2, LENGTH + 1, (batch, 1))).long()
-    return {**tokens(batch), "attention_mask": mask}
+    """Tokens with padding at the end, of another length in each sample, in the first one at least one."""
+    lengths = torch.randint(LENGTH // 2, LENGTH + 1, (batch, 1))
+    lengths[0] = LENGTH - 1
+    return {**tokens(batch), "attention_mask": (torch.arange(LENGTH) < lengths).long()}
 
 
 def pair(batch: int) -> dict[str, torch.Tensor]:
     return {**tokens(batch), "decoder_input_ids": torch.randint(3, VOCABULARY, (batch, LENGTH - 2))}
+
+
+def masked_pair(batch: int) -> dict[str, torch.Tensor]:
+    """Both sequences with padding."""
+    decoder = {f"decoder_{key}": value for key, value in masked(batch).items()}
+    return {**masked(batch), **decoder}
 
 
 def images(batch: int) -> dict[str, torch.Tensor]:

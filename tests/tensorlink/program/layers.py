@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,10 +111,8 @@ def _lazily(make: Callable[[], nn.Module], *shape: int) -> Callable[[], nn.Modul
 
 def _each(name: str, make: Callable[[int], nn.Module], inputs: Callable[[tuple[int, ...]], Any]) -> dict[str, Case]:
     """One case for each of one, two and three dimensions."""
-    return {
-        f"{name}{dims}d": (lambda dims=dims: make(dims), inputs(((9,), (7, 6), (5, 5, 5))[dims - 1]))  # type: ignore[misc]
-        for dims in (1, 2, 3)
-    }
+    sizes = ((9,), (7, 6), (5, 5, 5))
+    return {f"{name}{dims}d": (partial(make, dims), inputs(sizes[dims - 1])) for dims in (1, 2, 3)}
 
 
 def _nd(name: str, *args: Any, channels: int = 4, **kwargs: Any) -> dict[str, Case]:
@@ -333,7 +332,6 @@ def _grid(batch: int) -> tuple[Tensor, ...]:
 
 _WEIGHTED = {
     "linear": (lambda: (torch.randn(4, 6),), _floats(6)),
-    "bilinear": (lambda: (torch.randn(6, 6)[:, :6], torch.randn(4, 6, 6)), _floats(6)),
     "conv1d": (lambda: (torch.randn(4, 3, 3),), _floats(3, 8)),
     "conv2d": (lambda: (torch.randn(4, 3, 3, 3),), _floats(3, 8, 8)),
     "conv3d": (lambda: (torch.randn(4, 3, 3, 3, 3),), _floats(3, 5, 5, 5)),
@@ -376,9 +374,8 @@ FUNCTIONS: dict[str, Case] = {
         ]
     },
     **{
-        name: (_f(name, inplace=True), lambda batch: (torch.randn(batch, 6),))
+        f"{name}(inplace)": (_f(name, inplace=True), lambda batch: (torch.randn(batch, 6),))
         for name in ("elu", "relu", "silu", "hardswish", "leaky_relu", "celu", "selu", "mish", "relu6", "hardtanh")
-        for name in (name,)
     },
     "threshold": (_f("threshold", 0.1, 20.0), _floats(6)),
     "softmax": (_f("softmax", -1), _floats(6)),
@@ -453,7 +450,6 @@ FUNCTIONS: dict[str, Case] = {
     **{
         name: (lambda name=name, weights=weights: Applied(getattr(F, name), *weights()), inputs)  # type: ignore[misc]
         for name, (weights, inputs) in _WEIGHTED.items()
-        if name != "bilinear"
     },
     "bilinear": (lambda: Applied(lambda x, y, w: F.bilinear(x, y, w), torch.randn(4, 6, 6)), _two(6)),
     "binary_cross_entropy": (_f("binary_cross_entropy"), _chances(6)),
