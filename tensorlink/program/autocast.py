@@ -21,9 +21,8 @@ def name_of(dtype: torch.dtype | None) -> str:
     """The name under which nodes hold a dtype of autocast, "" for None. Raises TraceError for one that it has not."""
     name = "" if dtype is None else DTYPE_NAMES.get(dtype, str(dtype))
     if name and name not in AUTOCAST_DTYPES:
-        raise TraceError(
-            f"found autocast={dtype}, needed one of {[f'torch.{each}' for each in AUTOCAST_DTYPES]} or None"
-        )
+        needed = " or ".join(f"torch.{each}" for each in AUTOCAST_DTYPES)
+        raise TraceError(f"found autocast={dtype}, needed {needed}, or None")
     return name
 
 

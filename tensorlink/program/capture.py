@@ -26,6 +26,11 @@ from tensorlink.program import autocast as autocasts
 from tensorlink.program.sources import line_of_caller, line_of_error
 
 PREFIX = "module."
+#: What to do about a course that depends on data.
+NO_DATA = (
+    "use torch.where, a mask or torch.cond, for a mixture of experts of transformers "
+    'model.set_experts_implementation("batched_mm"), or take the decision before the model and pass it in'
+)
 
 
 @dataclass
@@ -162,7 +167,7 @@ def _no_custom_backward() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.autograd.Function.apply = apply
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
@@ -189,11 +194,7 @@ def _explained(error: Exception) -> TraceError:
     place = line_of_error(error)
     at = f" at {place}" if place else ""
     if "data-dependent" in text or "DataDependent" in type(error).__name__ or "unbacked" in text:
-        return TraceError(
-            f"the model branches or sizes a tensor on the values of its data{at}; use torch.where or torch.cond, "
-            "or take the decision "
-            "before the model and pass it in"
-        )
+        return TraceError(f"the model branches or sizes a tensor on the values of its data{at}; {NO_DATA}")
     if "Constraints violated" in text or "specialized" in text:
         return TraceError(
             f"the model fixes the batch size{at}: a size that follows the batch is written as a number or "

@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from tensorlink.errors import TraceError
 from tensorlink.program import autocast
-from tensorlink.program.capture import PREFIX, Captured
+from tensorlink.program.capture import NO_DATA, PREFIX, Captured
 from tensorlink.program.graph import Graph, Node
 from tensorlink.program.mutation import Mutations
 from tensorlink.program.ops import ALLOWED, COND, MUTABLE_BUFFERS
@@ -165,6 +165,8 @@ class Lowering:
             return self._emit("aten.clone.default", args, (), node)
         if target._schema.is_mutable:
             return self.mutations.write(name, args, kwargs, node)
+        if free_unbacked_symbols(node.meta.get("val")):
+            raise self.refused(f"{name}, whose result has a size that depends on the values of its data; {NO_DATA}")
         self._check_allowed(name)
         if name == "aten.lstm.input" and self.region:
             raise self.refused(
@@ -263,11 +265,6 @@ class Lowering:
         like: Any = None,
         branches: tuple[Graph, ...] = (),
     ) -> Value:
-        if free_unbacked_symbols(node.meta.get("val")):
-            raise self.refused(
-                f"{op}, whose result has a size that depends on the values of its data; "
-                "use torch.where or a mask instead"
-            )
         value = Value(self.next_id)
         self.next_id += 1
         self.nodes.append(Node(op, args, kwargs, value.id, self.grad, self.region, branches))

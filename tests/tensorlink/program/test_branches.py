@@ -147,7 +147,7 @@ def test_a_bomb_in_a_branch_is_refused_before_anything_is_allocated(
 ) -> None:
     branches = (_bomb(10), _branch(20, "aten.relu.default"))
     program = _with(_cond(*(branches if in_first else branches[::-1])))
-    with pytest.raises(ProgramError, match="node 3 .* in a branch, node 12 "):
+    with pytest.raises(ProgramError, match=r"node 3 .* in a branch, node 12 "):
         check(program, batch=2, max_bytes=max_bytes, max_flops=max_flops)
 
 
@@ -179,7 +179,7 @@ def test_a_predicate_of_several_values_fails_and_names_the_node() -> None:
     program = _program(
         _node("aten.gt.Scalar", Value(0), 0, id=2), GOOD.train.nodes[2], _node("getitem", Value(3), 0, id=9)
     )
-    with pytest.raises(ProgramError, match="node 3 .*ambiguous"):
+    with pytest.raises(ProgramError, match=r"node 3 .*ambiguous"):
         Interpreter(program.train, {}, {}).run([torch.ones(2, 4)])
 
 
