@@ -116,12 +116,13 @@ def deferring(function: Callable[..., Any], weights_at: dict[int, str]) -> Calla
 def deferrable_weights(graph: Graph) -> dict[int, dict[int, str]]:
     """Which nodes may defer: by node id, parameter names by argument position.
 
-    Only parameters that the graph uses once: the gradients of several uses are added in autograd's own order.
+    Only parameters that the graph uses once: the gradients of several uses are added in autograd's own order. Not under
+    autocast, whose casts of weights live as long as the run.
     """
     uses = Counter(name for node in graph.nodes for name in node.parameters())
     found = {}
     for node in graph.nodes:
-        positions = DEFERRABLE.get(node.op, ()) if node.grad and not node.kwargs else ()
+        positions = DEFERRABLE.get(node.op, ()) if node.grad and not node.kwargs and not node.autocast else ()
         weights = {
             at: arg.name
             for at in positions

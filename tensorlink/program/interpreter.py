@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from tensorlink.errors import ProgramError, TensorError
-from tensorlink.program import arguments, dropout
+from tensorlink.program import arguments, autocast, branches, drawing, dropout
 from tensorlink.program.alignment import aligned
 from tensorlink.program.deferred import Deferred, deferrable_weights, deferring
 from tensorlink.program.graph import Graph, Node
 from tensorlink.program.ops import (
     ALLOWED,
     ATTENTION,
+    COND,
+    FACTORIES,
     GUARDS,
     MUTABLE_BUFFERS,
     SYMBOLIC,
@@ -32,7 +34,7 @@ from tensorlink.program.ops import (
     item_of,
     size_of,
 )
-from tensorlink.program.values import DTYPES, Arg, Buffer, Parameter, Value
+from tensorlink.program.values import DTYPES, Arg, Buffer, Device, Parameter, Value
 from tensorlink.records import Cut, Slot
 
 #: Called after each node with the node and its result; `limits.py` and `sharding/profile.py` watch runs through it.
@@ -49,6 +51,7 @@ class Step(NamedTuple):
     target: int
     frees: tuple[int, ...]
     grad: bool
+    autocast: str
     node: Node
 
 
@@ -120,12 +123,15 @@ class Interpreter:
         lists: list[tuple[int, Callable[[list[Any]], tuple[Any, ...]]]] = []
         places = [self._argument(arg, lists) for arg in node.args]
         function = self._function(node, places)
-        if node.kwargs and all(arguments.is_static(arg) for _, arg in node.kwargs):
-            fixed = {name: arguments.literal(arg, self.device) for name, arg in node.kwargs}
+        keywords = node.kwargs
+        if node.op in FACTORIES and "device" not in dict(keywords):
+            keywords = (*keywords, ("device", Device()))
+        if keywords and all(arguments.is_static(arg) for _, arg in keywords):
+            fixed = {name: arguments.literal(arg, self.device) for name, arg in keywords}
             function = functools.partial(function, **fixed)
-        elif node.kwargs:
-            names = [name for name, _ in node.kwargs]
-            keyword_places = [self._argument(arg, lists) for _, arg in node.kwargs]
+        elif keywords:
+            names = [name for name, _ in keywords]
+            keyword_places = [self._argument(arg, lists) for _, arg in keywords]
             function = _with_keywords(function, len(places), names)
             places += keyword_places
         if node.id in self._places:
@@ -139,6 +145,7 @@ class Interpreter:
             self._places[node.id],
             tuple(self._places[value] for value in frees),
             node.grad,
+            node.autocast,
             node,
         )
 
@@ -149,12 +156,18 @@ class Interpreter:
             return item_of
         if node.op in SYMBOLIC:
             return SYMBOLIC[node.op]
-        implementation = dropout.IMPLEMENTATIONS.get(node.op)
+        if node.op == COND:
+            places[:0] = [0]
+            if_true, if_false = (Interpreter(branch, {}, {}, device=self.device) for branch in node.branches)
+            return functools.partial(branches.conditional, if_true.evaluate, if_false.evaluate)
+        implementation: Callable[..., Any] | None = dropout.IMPLEMENTATIONS.get(node.op)
+        if is_random(node.op, node.args):
+            implementation = drawing.IMPLEMENTATIONS.get(node.op, implementation)
         if node.op == ATTENTION and is_random(node.op, node.args):
             implementation = dropout.attention
         if implementation is None:
             if is_random(node.op, node.args):
-                raise ProgramError(f"{node}: draws random numbers of its own; only dropout layers are reproducible")
+                raise ProgramError(f"{node}: draws random numbers of its own, which cannot be drawn again")
             function: Callable[..., Any] = ALLOWED[node.op]._op
             guard = GUARDS.get(node.op)
             function = function if guard is None else guarded(guard, function)
@@ -163,6 +176,9 @@ class Interpreter:
                 places[:0] = [1]
                 function = deferring(function, weights)
             return function
+        guard = GUARDS.get(node.op)
+        if guard is not None:
+            implementation = guarded(lambda seed_for, key, *args: guard(*args), implementation)
         places[:0] = [0, self._place(node.id)]
         return implementation
 
@@ -209,8 +225,7 @@ class Interpreter:
         `inputs` are tensors and sizes in the order of the cut; those not contiguous and 64-byte aligned are copied.
         `seed_for` maps a node id of the uncut program to the seed of its dropout mask, and is needed where the graph
         has dropout in training mode. Weight gradients that can be left for later go to `deferred` when the backward
-        runs. Raises TensorError for inputs that do not fit, ProgramError naming the node
-        where a call fails.
+        runs. Raises TensorError for inputs that do not fit, ProgramError naming the node where a call fails.
         """
         values = self._constants.copy()
         values[0] = seed_for if seed_for is not None else _no_seed
@@ -223,10 +238,11 @@ class Interpreter:
             values[self._places[value]] = entered
         outer = torch.is_grad_enabled()
         try:
-            if observer is None:
-                self._loop(self._steps, values, outer)
-            else:
-                self._observed_loop(values, outer, observer)
+            with autocast.region(self.device):
+                if observer is None:
+                    self._loop(self._steps, values, outer)
+                else:
+                    self._observed_loop(values, outer, observer)
         finally:
             torch.set_grad_enabled(outer)
         for name, place in self._written:
@@ -235,15 +251,35 @@ class Interpreter:
             self.buffers[name] = values[place].detach()
         return [values[place] for place in self._outputs]
 
+    def evaluate(self, operands: Sequence[Any], seed_for: dropout.Seed, observer: Observer | None = None) -> list[Any]:
+        """The outputs of a branch, whose operands enter as they are: in the middle of the run of its graph."""
+        values = self._constants.copy()
+        values[0] = seed_for
+        for value, operand in zip(self.graph.inputs, operands, strict=True):
+            values[self._places[value]] = operand
+        outer = torch.is_grad_enabled()
+        try:
+            with autocast.region(self.device):
+                if observer is None:
+                    self._loop(self._steps, values, outer)
+                else:
+                    self._observed_loop(values, outer, observer)
+        finally:
+            torch.set_grad_enabled(outer)
+        return [values[place] for place in self._outputs]
+
     def _loop(self, steps: Sequence[Step], values: list[Any], outer: bool) -> None:
-        grad = outer
+        grad, casting = outer, None
         step = None
         try:
             for step in steps:
-                function, fetch, lists, copies, target, frees, wanted, _ = step
+                function, fetch, lists, copies, target, frees, wanted, casts, _ = step
                 if outer and wanted != grad:
                     torch.set_grad_enabled(wanted)
                     grad = wanted
+                if casts != casting:
+                    autocast.switch(self.device, casts)
+                    casting = casts
                 for place, items in lists:
                     values[place] = list(items(values))
                 for place in copies:

@@ -7,18 +7,20 @@ that depend on the program and the batch alone, so that a worker, its user and a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
 from tensorlink.errors import ProgramError
 from tensorlink.program import flops
-from tensorlink.program.dryrun import Placeholders, dry_run
+from tensorlink.program.dryrun import META, Placeholders, dry_run
 from tensorlink.program.graph import BufferSpec, Constant, Graph, LossProgram, Node, ParameterSpec, StageProgram
+from tensorlink.program.interpreter import Interpreter
 from tensorlink.program.values import DTYPES, Arg, Buffer, Parameter, Value
 from tensorlink.records import Cut
 
@@ -71,7 +73,13 @@ def check(program: StageProgram, *, batch: int, max_bytes: int, max_flops: int) 
 
 def check_loss(program: LossProgram, *, batch: int, max_bytes: int, max_flops: int) -> Estimate:
     """The same for a loss program."""
-    return measure(program.graph, {}, program.constants, program.inputs, batch, max_bytes, max_flops, "loss")
+    cut = Cut(
+        slots=[
+            msgspec.structs.replace(slot, shape=[batch * rows, *slot.shape[1:]]) if rows else slot
+            for slot, rows in zip(program.inputs.slots, program.rows, strict=True)
+        ]
+    )
+    return measure(program.graph, {}, program.constants, cut, batch, max_bytes, max_flops, "loss")
 
 
 def measure(
@@ -92,8 +100,9 @@ def measure(
         raise ProgramError(f"parameters and buffers take {held} bytes, at most {max_bytes} are allowed here")
     if batch < 1:
         raise ProgramError(f"a micro-batch of {batch} samples: at least 1 is needed")
-    placeholders = Placeholders.of(parameters, buffers, inputs, batch)
-    meter = _Meter(graph, placeholders, max_bytes - held, max_flops, mode)
+    placeholders = Placeholders.of(parameters, buffers, inputs, batch, graph)
+    state = {**placeholders.parameters, **placeholders.buffers}
+    meter = _Meter(graph, placeholders.inputs, state, max_bytes - held, max_flops, mode)
     with torch.autograd.graph.saved_tensors_hooks(meter.save, _never):
         outputs = dry_run(graph, placeholders, inputs, meter.observe, grad)
     return Estimate(
@@ -111,13 +120,21 @@ def measure(
 class _Meter:
     """Watches a dry run: adds up operations, and the memory that values and saved tensors hold."""
 
-    def __init__(self, graph: Graph, placeholders: Placeholders, max_bytes: int, max_flops: int, mode: str) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        inputs: Sequence[Any],
+        state: Mapping[str, Tensor],
+        max_bytes: int,
+        max_flops: int,
+        mode: str,
+    ) -> None:
         self.max_bytes, self.max_flops, self.mode = max_bytes, max_flops, mode
         self.node_flops: dict[int, tuple[int, int]] = {}
         self.value_bytes: dict[int, int] = {}
         self.peak = self.saved_bytes = self._current = self._flops = self._index = 0
-        self._state = {**placeholders.parameters, **placeholders.buffers}
-        self._values: dict[int, Any] = dict(zip(graph.inputs, placeholders.inputs, strict=True))
+        self._state = state
+        self._values: dict[int, Any] = dict(zip(graph.inputs, inputs, strict=True))
         self._holders: dict[int, int] = {}
         self._saved: dict[int, Tensor] = {}
         self._frees: dict[int, list[int]] = {}
@@ -141,26 +158,40 @@ class _Meter:
         """Called after each node of the dry run."""
         outputs = list(flops.tensors_in(result))
         args = [self._resolve(arg) for arg in (*node.args, *(arg for _, arg in node.kwargs))]
-        forward, backward = flops.count(node, args, result)
+        forward, backward, inner_bytes = self._dearer(node, args) or (*flops.count(node, args, result), 0)
         self._flops += forward + backward
         self.node_flops[node.id] = (forward, backward)
         self.value_bytes[node.id] = sum(_num_bytes(tensor) for tensor in outputs)
         self._values[node.id] = result
         for tensor in outputs:
             self._hold(tensor.untyped_storage())
-        self.peak = max(self.peak, self._current)
+        self.peak = max(self.peak, self._current + inner_bytes)
         if self._flops > self.max_flops:
             raise ProgramError(
                 f"{self.mode} {node}: {self._flops} operations so far, at most {self.max_flops} are allowed here"
             )
-        if self._current > self.max_bytes:
+        needed = self._current + inner_bytes
+        if needed > self.max_bytes:
             raise ProgramError(
-                f"{self.mode} {node}: {self._current} bytes are held, at most {self.max_bytes} are allowed here"
+                f"{self.mode} {node}: {needed} bytes are held, at most {self.max_bytes} are allowed here"
             )
         for value in self._frees.get(self._index, ()):
             for tensor in flops.tensors_in(self._values.get(value)):
                 self._release(tensor.untyped_storage())
         self._index += 1
+
+    def _dearer(self, node: Node, args: list[Any]) -> tuple[int, int, int] | None:
+        """Forward and backward operations and bytes of a cond, the most of its branches; None for any other node."""
+        costs = []
+        for branch in node.branches:
+            free = self.max_bytes - self._current, self.max_flops - self._flops
+            inner = _Meter(branch, args[1], {}, *free, f"{self.mode} {node}, in a branch,")
+            device = next((t.device for t in flops.tensors_in(args)), META)
+            with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, _never):
+                Interpreter(branch, {}, {}, device=device).evaluate(args[1], lambda key: 0, inner.observe)
+            forward, backward = (sum(part) for part in zip((0, 0), *inner.node_flops.values(), strict=True))
+            costs.append((forward, backward, inner.peak))
+        return (max(c[0] for c in costs), max(c[1] for c in costs), max(c[2] for c in costs)) if costs else None
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
         count = self._holders.get(storage._cdata, 0)

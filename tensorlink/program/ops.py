@@ -32,12 +32,30 @@ MUTABLE_BUFFERS: dict[str, BufferWrite] = {
     "aten.instance_norm.default": BufferWrite(buffers=(3, 4), flag=5),
 }
 
-#: Computed by `dropout.py` from a generator that the caller seeds; torch's own kernels for these are never called.
+#: Nothing but random numbers, whatever the arguments.
+NOISE: dict[str, OpOverload] = {
+    "aten.rand.default": torch.ops.aten.rand.default,
+    "aten.randn.default": torch.ops.aten.randn.default,
+    "aten.rand_like.default": torch.ops.aten.rand_like.default,
+    "aten.randn_like.default": torch.ops.aten.randn_like.default,
+    "aten.randint.default": torch.ops.aten.randint.default,
+    "aten.randint.low": torch.ops.aten.randint.low,
+    "aten.normal.float_float": torch.ops.aten.normal.float_float,
+    "aten.bernoulli.default": torch.ops.aten.bernoulli.default,
+    "aten.bernoulli.p": torch.ops.aten.bernoulli.p,
+    "aten.exponential.default": torch.ops.aten.exponential.default,
+    "aten.uniform.default": torch.ops.aten.uniform.default,
+    "aten.normal_functional.default": torch.ops.aten.normal_functional.default,
+}
+
+#: Computed by `dropout.py` and `drawing.py` from a generator that the caller seeds, never from torch's own.
 RANDOM: dict[str, OpOverload] = {
     "aten.dropout.default": torch.ops.aten.dropout.default,
     "aten.feature_dropout.default": torch.ops.aten.feature_dropout.default,
     "aten.alpha_dropout.default": torch.ops.aten.alpha_dropout.default,
     "aten.feature_alpha_dropout.default": torch.ops.aten.feature_alpha_dropout.default,
+    "aten.rrelu.default": torch.ops.aten.rrelu.default,
+    **NOISE,
 }
 
 ALLOWED: dict[str, OpOverload] = {**ATEN, **RANDOM}
@@ -92,8 +110,11 @@ def item_of(values: Any, index: int) -> Any:
     return values[index]
 
 
+#: A predicate and a list of operands; the node's branches say what is computed (`branches.py`).
+COND = "cond"
+
 #: Everything that is not an ATen op, with the number of its arguments.
-PSEUDO: dict[str, int] = {"sym_size": 2, "getitem": 2, **SYMBOLIC_ARITY}
+PSEUDO: dict[str, int] = {"sym_size": 2, "getitem": 2, COND: 2, **SYMBOLIC_ARITY}
 
 RECURRENT = frozenset({"aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input"})
 MAX_PIECES = 4096
@@ -127,6 +148,14 @@ def _few_pieces(count: int) -> None:
         raise ValueError(f"{count} pieces: at most {MAX_PIECES}")
 
 
+#: Ops that make a tensor of nothing: where no device is named, they are to make it on the stage's.
+FACTORIES = frozenset(
+    name
+    for name, op in ALLOWED.items()
+    if any(argument.name == "device" for argument in op._schema.arguments)
+    and not any("Tensor" in str(argument.type) for argument in op._schema.arguments)
+)
+
 #: Checks of what costs time or memory even without data: lists of results, loops over time.
 GUARDS: dict[str, Callable[..., None]] = {
     "aten.split.Tensor": _guard_split,
@@ -154,6 +183,10 @@ ATTENTION = "aten.scaled_dot_product_attention.default"
 
 def is_random(op: str, args: tuple[Any, ...]) -> bool:
     """Whether a call with these literal positional arguments draws random numbers."""
+    if op in NOISE:
+        return True
+    if op == "aten.rrelu.default":
+        return len(args) > 3 and args[3] is True
     if op in RANDOM:
         return len(args) > 2 and args[2] is True and args[1] != 0
     if op == ATTENTION:
