@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tensorlink.errors import TensorError
+from tensorlink.errors import ProgramError, TensorError
 from tensorlink.program.interpreter import Interpreter
 from tensorlink.records import Cut
 
@@ -74,7 +74,8 @@ def backward(
     one).
 
     `gradients` are those of the outputs by slot; of the loss under the slot -1. Raises TensorError for a second
-    backward through a graph that was not retained, or a gradient of the wrong shape.
+    backward through a graph that was not retained, or a gradient of the wrong shape, ProgramError where the program's
+    own backward fails.
     """
     if passed.freed:
         raise TensorError(
@@ -86,7 +87,12 @@ def backward(
     wanted = [*(passed.inputs[slot] for slot in slots), *(parameters[name] for name in names)]
     found: Sequence[Tensor | None] = [None] * len(wanted)
     if roots and wanted:
-        found = torch.autograd.grad(roots, wanted, root_gradients, retain_graph=retain, allow_unused=True)  # type: ignore[arg-type]
+        try:
+            found = torch.autograd.grad(roots, wanted, root_gradients, retain_graph=retain, allow_unused=True)  # type: ignore[arg-type]
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            raise ProgramError(f"the backward of the program: {type(error).__name__}: {str(error)[:300]}") from error
     of_inputs = {}
     for slot, gradient in zip(slots, found, strict=False):
         of_inputs[slot] = torch.zeros_like(passed.inputs[slot]) if gradient is None else gradient.contiguous()  # type: ignore[arg-type]

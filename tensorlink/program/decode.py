@@ -176,6 +176,8 @@ def _cut_in(item: Any, what: str) -> Cut:
             raise ProgramError(f"{what}: slot {name!r:.60} is neither tensor nor symint of at most 32 dims")
         if not all(type(dim) is int and -1 <= dim < 1 << 48 for dim in dims):
             raise ProgramError(f"{what}: slot {name!r:.60} has shape {dims!r:.80}; sizes are -1 to 2**48")
+        if requires_grad and not (DTYPES[_dtype_in(dtype, what)].is_floating_point or dtype.startswith("complex")):
+            raise ProgramError(f"{what}: slot {name!r:.60} of {dtype!r:.20} cannot have a gradient")
         slots.append(
             Slot(
                 name=_name(name, what), type=kind, dtype=_dtype_in(dtype, what), shape=dims, requires_grad=requires_grad

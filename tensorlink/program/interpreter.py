@@ -20,13 +20,13 @@ from tensorlink.errors import ProgramError, TensorError
 from tensorlink.program import arguments, dropout
 from tensorlink.program.alignment import aligned
 from tensorlink.program.graph import Graph, Node
+from tensorlink.program.guards import GUARDS, guarded
 from tensorlink.program.ops import (
     ALLOWED,
     ATTENTION,
-    GUARDS,
+    FACTORIES,
     MUTABLE_BUFFERS,
     SYMBOLIC,
-    guarded,
     is_random,
     item_of,
     size_of,
@@ -118,12 +118,16 @@ class Interpreter:
         lists: list[tuple[int, Callable[[list[Any]], tuple[Any, ...]]]] = []
         places = [self._argument(arg, lists) for arg in node.args]
         function = self._function(node, places)
-        if node.kwargs and all(arguments.is_static(arg) for _, arg in node.kwargs):
-            fixed = {name: arguments.literal(arg, self.device) for name, arg in node.kwargs}
+        kwargs = node.kwargs
+        if node.op in FACTORIES:  # left to torch, the device is the CPU, and the dry run allocates
+            function = functools.partial(function, device=self.device)
+            kwargs = tuple(item for item in kwargs if item[0] != "device")
+        if kwargs and all(arguments.is_static(arg) for _, arg in kwargs):
+            fixed = {name: arguments.literal(arg, self.device) for name, arg in kwargs}
             function = functools.partial(function, **fixed)
-        elif node.kwargs:
-            names = [name for name, _ in node.kwargs]
-            keyword_places = [self._argument(arg, lists) for _, arg in node.kwargs]
+        elif kwargs:
+            names = [name for name, _ in kwargs]
+            keyword_places = [self._argument(arg, lists) for _, arg in kwargs]
             function = _with_keywords(function, len(places), names)
             places += keyword_places
         if node.id in self._places:
@@ -151,7 +155,8 @@ class Interpreter:
         if node.op == ATTENTION and is_random(node.op, node.args):
             implementation = dropout.attention
         if implementation is None:
-            if is_random(node.op, node.args):
+            hidden = any(name == "dropout_p" for name, _ in node.kwargs)  # where `is_random` does not look
+            if hidden or is_random(node.op, node.args):
                 raise ProgramError(f"{node}: draws random numbers of its own; only dropout layers are reproducible")
             function: Callable[..., Any] = ALLOWED[node.op]._op
             guard = GUARDS.get(node.op)
@@ -243,7 +248,9 @@ class Interpreter:
                     values[place] = None
         except torch.OutOfMemoryError:
             raise
-        except (TypeError, ValueError, IndexError, RuntimeError, ArithmeticError, AttributeError) as error:
+        except Exception as error:
+            if isinstance(error, MemoryError) and self.device.type != "meta":
+                raise
             where = step.node if step is not None else "graph"
             raise ProgramError(f"{where}: {type(error).__name__}: {str(error)[:300]}") from error
 
