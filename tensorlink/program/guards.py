@@ -1,8 +1,8 @@
 """What some kernels of torch trust their arguments with, checked before they are called.
 
 Each guard takes the arguments of its op and raises ValueError. Those over shapes serve the dry run too; those over data
-(labels, offsets, divisors) do nothing where there is none. Every one of them stands for a crash, a read out of bounds or
-an endless loop that was found in torch 2.13; `tests/tensorlink/program/test_hostile.py` has the programs.
+(labels, offsets, divisors) do nothing where there is none. Every one of them stands for a crash, a read out of bounds
+or an endless loop that was found in torch 2.13; `tests/tensorlink/program/test_hostile.py` has the programs.
 """
 
 from __future__ import annotations
@@ -53,9 +53,10 @@ def _division(self: Any, other: Any, *, rounding_mode: str | None = None) -> Non
     if isinstance(other, float) or isinstance(self, float):
         return
     dtype = torch.result_type(self, other)
-    if dtype != torch.bool and bool((_as_tensor(other) == -1).any()) and dtype.is_signed:
-        if bool((_as_tensor(self) == torch.iinfo(dtype).min).any()):
-            raise ValueError(f"the least {str(dtype)[6:]} is divided by -1")
+    if dtype == torch.bool or not bool((_as_tensor(other) == -1).any()):
+        return
+    if dtype.is_signed and bool((_as_tensor(self) == torch.iinfo(dtype).min).any()):
+        raise ValueError(f"the least {str(dtype)[6:]} is divided by -1")
 
 
 def _as_tensor(item: Any) -> Tensor:
@@ -67,7 +68,7 @@ def _gamma(self: Tensor, p: int) -> None:
         raise ValueError(f"a gamma function of {p} terms: at most {MAX_GAMMA_TERMS}")
 
 
-def _ctc(log_probs: Tensor, targets: Tensor, input_lengths: Any, target_lengths: Any, blank: int = 0, *_: Any) -> None:
+def _ctc(log_probs: Tensor, targets: Tensor, *_: Any, **__: Any) -> None:
     """Labels index the probabilities unchecked."""
     if log_probs.dim() not in (2, 3):
         raise ValueError(f"log_probs of {log_probs.dim()} dimensions: 2 or 3 are needed")
@@ -84,12 +85,10 @@ def _embedding_bag(
     offsets: Tensor,
     scale_grad_by_freq: bool = False,
     mode: int = 0,
-    sparse: bool = False,
     *_: Any,
+    **__: Any,
 ) -> None:
     """Offsets cut the indices unchecked."""
-    if sparse:
-        raise ValueError("sparse gradients are not supported; use sparse=False")
     if indices.dim() != 1 or offsets.dim() != 1 or not 0 <= mode <= 2:
         raise ValueError("one dimension of indices, one of offsets and a mode of 0 to 2 are needed")
     if offsets.is_meta or not offsets.numel():

@@ -74,6 +74,8 @@ class Interpreter:
         self.parameters = parameters
         self.buffers = buffers
         self.cut = cut
+        #: Called at each run with what enters; raises where these sizes must not be run (`admission.py`).
+        self.admit: Callable[[Sequence[Tensor | int]], None] | None = None
         self.device = torch.device(device) if device is not None else _device_of(parameters, buffers)
         if cut is not None and len(cut.slots) != len(graph.inputs):
             raise ProgramError(f"the graph has {len(graph.inputs)} inputs, its cut has {len(cut.slots)} slots")
@@ -208,6 +210,8 @@ class Interpreter:
         has dropout in training mode. Raises TensorError for inputs that do not fit, ProgramError naming the node
         where a call fails.
         """
+        if self.admit is not None:
+            self.admit(inputs)
         values = self._constants.copy()
         values[0] = seed_for if seed_for is not None else _no_seed
         for name, place in self._parameter_places.items():
@@ -227,8 +231,11 @@ class Interpreter:
         for name, place in self._written:
             self.buffers[name] = values[place]
         for name, place in self._mutations:
-            self.buffers[name] = values[place].detach()
-        return [values[place] for place in self._outputs]
+            self.buffers[name] = _replacement(name, self.buffers[name], values[place])
+        outputs = [values[place] for place in self._outputs]
+        if not all(isinstance(value, Tensor | int) for value in outputs):
+            raise ProgramError(f"outputs are tensors and sizes, found {[type(value).__name__ for value in outputs]}")
+        return outputs
 
     def _loop(self, steps: Sequence[Step], values: list[Any], outer: bool) -> None:
         grad = outer
@@ -269,6 +276,18 @@ class Interpreter:
             for slot, item in zip(self.cut.slots, inputs, strict=True):
                 _fits(slot, item)
         return [aligned(item) if isinstance(item, Tensor) else item for item in inputs]
+
+
+def _replacement(name: str, before: Tensor, after: Any) -> Tensor:
+    """What the buffer holds from now on; as large as before, or it would grow from run to run."""
+    if not isinstance(after, Tensor) or (after.shape, after.dtype) != (before.shape, before.dtype):
+        found = f"{str(after.dtype)[6:]} {list(after.shape)}" if isinstance(after, Tensor) else type(after).__name__
+        raise ProgramError(
+            f"buffer {name!r:.60} is {str(before.dtype)[6:]} {list(before.shape)}, a run leaves {found} in it"
+        )
+    after = after.detach()
+    is_whole = after.untyped_storage().nbytes() <= after.numel() * after.element_size()
+    return after if is_whole else after.clone()
 
 
 def _items(arg: Arg) -> tuple[Arg, ...]:

@@ -2,23 +2,25 @@
 
 Both graphs are run on the meta device: every shape is known, no byte of a tensor exists. The figures are integers
 that depend on the program and the batch alone, so that a worker, its user and an auditor arrive at the same
-`work_units`. Neighbours: `dryrun.py` (the run), `flops.py` (the formulas), `interpreter.py`.
+`work_units`. Neighbours: `dryrun.py` (the run), `flops.py` (the formulas), `admission.py` (sizes met at run time).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tensorlink.errors import ProgramError
+from tensorlink.errors import OverLimitError, ProgramError
 from tensorlink.program import flops
 from tensorlink.program.dryrun import Placeholders, dry_run
 from tensorlink.program.graph import BufferSpec, Constant, Graph, LossProgram, Node, ParameterSpec, StageProgram
+from tensorlink.program.ops import ALLOWED
 from tensorlink.program.values import DTYPES, Arg, Buffer, Parameter, Value
 from tensorlink.records import Cut
 
@@ -84,17 +86,24 @@ def measure(
     max_flops: int,
     mode: str,
     grad: bool = True,
+    entering: Sequence[Tensor | int] | None = None,
 ) -> Estimate:
-    """Runs one graph without data, with a meter that refuses at the first node over a limit."""
+    """Runs one graph without data, with a meter that refuses at the first node over a limit.
+
+    `entering` are the very sizes to find the cost for; without them they are those of the cut for `batch`. Raises
+    OverLimitError for what costs too much, ProgramError for what cannot be run at all.
+    """
     specs = [*parameters.values(), *buffers.values()]
     held = sum(prod(spec.shape) * DTYPES[spec.dtype].itemsize for spec in specs)
     if held > max_bytes:
-        raise ProgramError(f"parameters and buffers take {held} bytes, at most {max_bytes} are allowed here")
+        raise OverLimitError(f"parameters and buffers take {held} bytes, at most {max_bytes} are allowed here")
     if batch < 1:
         raise ProgramError(f"a micro-batch of {batch} samples: at least 1 is needed")
     placeholders = Placeholders.of(parameters, buffers, inputs, batch)
+    if entering is not None:
+        placeholders.inputs = [_without_data(item) if isinstance(item, Tensor) else item for item in entering]
     meter = _Meter(graph, placeholders, max_bytes - held, max_flops, mode)
-    with torch.autograd.graph.saved_tensors_hooks(meter.save, _never):
+    with torch.autograd.graph.saved_tensors_hooks(meter.save, _never), meter.within:
         outputs = dry_run(graph, placeholders, inputs, meter.observe, grad)
     return Estimate(
         flops_forward=sum(forward for forward, _ in meter.node_flops.values()),
@@ -108,6 +117,31 @@ def measure(
     )
 
 
+class _Within(TorchDispatchMode):
+    """Notes the largest tensor that a kernel makes, or may have to write out, inside a node."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._largest = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the default imports the whole compiler, for a case that does not occur here
+
+    def take(self) -> int:
+        """The bytes of the largest since the last time."""
+        largest, self._largest = self._largest, 0
+        return largest
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = [tensor.untyped_storage().nbytes() for tensor in flops.tensors_in(result)]
+        if not all(item.alias_info is not None for item in func._schema.returns):
+            made += [_num_bytes(tensor) for tensor in flops.tensors_in(args)]  # an expanded operand is written out
+        self._largest = max([self._largest, *made])
+        return result
+
+
 class _Meter:
     """Watches a dry run: adds up operations, and the memory that values and saved tensors hold."""
 
@@ -116,6 +150,7 @@ class _Meter:
         self.node_flops: dict[int, tuple[int, int]] = {}
         self.value_bytes: dict[int, int] = {}
         self.peak = self.saved_bytes = self._current = self._flops = self._index = 0
+        self.within = _Within()
         self._state = {**placeholders.parameters, **placeholders.buffers}
         self._values: dict[int, Any] = dict(zip(graph.inputs, placeholders.inputs, strict=True))
         self._holders: dict[int, int] = {}
@@ -140,8 +175,11 @@ class _Meter:
     def observe(self, node: Node, result: Any) -> None:
         """Called after each node of the dry run."""
         outputs = list(flops.tensors_in(result))
-        args = [self._resolve(arg) for arg in (*node.args, *(arg for _, arg in node.kwargs))]
-        forward, backward = flops.count(node, args, result)
+        args = [self._resolve(arg) for arg in (*node.args, *_in_order(node))]
+        try:
+            forward, backward = flops.count(node, args, result)
+        except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
+            raise ProgramError(f"{self.mode} {node}: its operations cannot be counted: {str(error)[:200]}") from error
         self._flops += forward + backward
         self.node_flops[node.id] = (forward, backward)
         self.value_bytes[node.id] = sum(_num_bytes(tensor) for tensor in outputs)
@@ -150,12 +188,13 @@ class _Meter:
             self._hold(tensor.untyped_storage())
         self.peak = max(self.peak, self._current)
         if self._flops > self.max_flops:
-            raise ProgramError(
+            raise OverLimitError(
                 f"{self.mode} {node}: {self._flops} operations so far, at most {self.max_flops} are allowed here"
             )
-        if self._current > self.max_bytes:
-            raise ProgramError(
-                f"{self.mode} {node}: {self._current} bytes are held, at most {self.max_bytes} are allowed here"
+        needed = max(self._current, self.within.take())
+        if needed > self.max_bytes:
+            raise OverLimitError(
+                f"{self.mode} {node}: {needed} bytes are needed at once, at most {self.max_bytes} are allowed here"
             )
         for value in self._frees.get(self._index, ()):
             for tensor in flops.tensors_in(self._values.get(value)):
@@ -185,9 +224,21 @@ class _Meter:
         return arg
 
 
+def _in_order(node: Node) -> list[Arg]:
+    """The keyword arguments as if they had been given by position: formulas count positions."""
+    given = dict(node.kwargs)
+    schema = ALLOWED[node.op]._schema.arguments if node.op in ALLOWED else ()
+    return [given[argument.name] for argument in schema if argument.name in given]
+
+
 def _is_parameter(tensor: Tensor) -> bool:
     """Whether the tensor is a parameter or a view of one."""
     return isinstance(tensor if tensor._base is None else tensor._base, torch.nn.Parameter)
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    meta = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return meta.requires_grad_(tensor.requires_grad)
 
 
 def _num_bytes(tensor: Tensor) -> int:

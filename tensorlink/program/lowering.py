@@ -20,8 +20,9 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from tensorlink.errors import TraceError
 from tensorlink.program.capture import PREFIX, Captured
 from tensorlink.program.graph import Graph, Node
+from tensorlink.program.guards import RECURRENT
 from tensorlink.program.mutation import Mutations
-from tensorlink.program.ops import ALLOWED, MUTABLE_BUFFERS, RECURRENT, is_random
+from tensorlink.program.ops import ALLOWED, MUTABLE_BUFFERS, is_random
 from tensorlink.program.sources import line_of, module_of
 from tensorlink.program.state import ModuleState
 from tensorlink.program.values import (

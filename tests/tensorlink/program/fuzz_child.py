@@ -46,7 +46,7 @@ def attempt(random: Random, document: dict[str, Any]) -> str:
     if document.get("kind") == "loss":
         loss = LossProgram.from_json(data)
         check_loss(loss, batch=hostile.BATCH, max_bytes=MAX_BYTES, max_flops=MAX_FLOPS)
-        inputs = [_entering(random, slot).requires_grad_(slot.requires_grad) for slot in loss.inputs.slots]
+        inputs = [_entering(random, slot) for slot in loss.inputs.slots]
         (value,) = Interpreter(loss.graph, {}, constants_of(loss), cut=loss.inputs).run(inputs)
         return "ran" if isinstance(value, torch.Tensor) else "gave a number"
     program = StageProgram.from_json(data)
@@ -85,7 +85,11 @@ def main() -> None:
     corpus = json.loads(Path(sys.argv[1]).read_text())
     first, count = int(sys.argv[2]), int(sys.argv[3])
     seconds = float(sys.argv[4]) if len(sys.argv) > 4 else 1e9
-    held = int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData")).split()[1])
+    held = int(
+        next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData")).split()[
+            1
+        ]
+    )
     limit = held * 1024 + MAX_BYTES + SLACK_BYTES
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     began, tally = time.process_time(), {}

@@ -49,8 +49,8 @@ INTS = [-1, 0, 1, 2, 3, 4, -2, 5, 7, 1, 2, 0, -1, 1 << 20, 1 << 31, 1 << 40, -(1
 FLOATS = [0.5, 0.0, 1.0, -1.0, 2.0, 0.1, 1e-5, float("nan"), float("inf"), -float("inf"), 1e300, 1e-300]
 TEXTS = [
     "sum", "mean", "prod", "amax", "amin", "ij", "xy", "same", "valid", "reflect", "circular", "constant", "replicate",
-    "none", "floor", "trunc", "tanh", "left", "right", "ij,jk->ik", "ij->ji", "i,j->ij", "ii->i", "...ij,...jk", "a" * 60,
-    "ij,kl,mn,op->ijklmnop", "", "->", "max",
+    "none", "floor", "trunc", "tanh", "left", "right", "ij,jk->ik", "ij->ji", "i,j->ij", "ii->i", "...ij,...jk",
+    "a" * 60, "ij,kl,mn,op->ijklmnop", "", "->", "max",
 ]  # fmt: skip
 
 
@@ -92,7 +92,9 @@ def argument(random: Random, kind: str, values: list[int]) -> Any:
         return random.choice(TEXTS)
     if kind == "Device":
         return ["c"]
-    tag = next((tag for tag, (named, _) in NAMED.items() if named.__name__ == {"ScalarType": "DType"}.get(kind, kind)), "d")
+    tag = next(
+        (tag for tag, (named, _) in NAMED.items() if named.__name__ == {"ScalarType": "DType"}.get(kind, kind)), "d"
+    )
     return [tag, random.choice(sorted(NAMED[tag][1]))]
 
 
@@ -140,7 +142,9 @@ def generated(random: Random) -> dict[str, Any]:
 def _places(document: Any) -> list[tuple[Any, Any]]:
     """Every (container, key) in the document."""
     found = []
-    items = document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    items = (
+        document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    )
     for key, value in items:
         found.append((document, key))
         found += _places(value)
@@ -160,7 +164,12 @@ def _change(random: Random, document: dict[str, Any]) -> None:
     graph = document.get("graph") or document.get(random.choice(["train", "train", "eval"]))
     nodes = graph.get("nodes") if isinstance(graph, dict) else None
     kind = random.randrange(12)
-    if kind == 0 or not isinstance(nodes, list) or not nodes or not all(isinstance(n, list) and len(n) == 5 for n in nodes):
+    if (
+        kind == 0
+        or not isinstance(nodes, list)
+        or not nodes
+        or not all(isinstance(n, list) and len(n) == 5 for n in nodes)
+    ):
         container, key = random.choice(_places(document))
         container[key] = random.choice([None, True, -1, 1 << 40, 1 << 70, "", "x", [], {}, [["v", 0]], 0])
         return
@@ -193,7 +202,9 @@ def _change(random: Random, document: dict[str, Any]) -> None:
                     spec[random.randrange(2)] = random.choice([random.choice(DTYPE_POOL), [4], [], [1 << 20, 1 << 20]])
     elif kind == 10:
         slot = random.choice(document.get("inputs") or [[None] * 5])
-        slot[random.randrange(len(slot) or 1)] = random.choice([[-1], [4, 4], "symint", "int64", "float16", True, [-1] * 4])
+        slot[random.randrange(len(slot) or 1)] = random.choice(
+            [[-1], [4, 4], "symint", "int64", "float16", True, [-1] * 4]
+        )
     else:
         graph["outputs"] = [random.choice([*ids, target[3], 99])]
 
