@@ -50,14 +50,18 @@ def confine(wanted: Wanted, shared_bytes: int, parent_pid: int) -> Confinement:
     `shared_bytes` is the shared memory that it will map besides its own. Raises OSError only where the end of the
     parent could not be tied to.
     """
-    done = Confinement()
+    done, own_user = Confinement(), False
     if sys.platform == "linux":
         done.attempt("out-of-memory score", system.die_first)
         done.attempt("namespaces", system.leave_namespaces)
         done.attempt("user", lambda: system.become_nobody(files.libraries()))
         done.attempt("capabilities", system.drop_capabilities)
         system.die_with_parent(parent_pid)
-    done.attempt("limits", lambda: limits.lower(wanted.memory_bytes, wanted.num_files, shared_bytes, wanted.device))
+        own_user = os.getuid() >= system.FIRST_USER
+    done.attempt(
+        "limits",
+        lambda: limits.lower(wanted.memory_bytes, wanted.num_files, shared_bytes, wanted.device, own_user),
+    )
     if sys.platform == "linux":
         done.attempt("new privileges", system.no_new_privileges)
         done.attempt("files", lambda: landlock.restrict(files.libraries(), files.system_files(), files.devices(wanted)))

@@ -9,15 +9,18 @@ except ImportError:  # Windows
 
 #: Address space beyond private memory and arenas: libraries, thread stacks, the allocator's reserves.
 SLACK_BYTES = 16 << 30
+MAX_THREADS = 4096
 
 
-def lower(memory_bytes: int, num_files: int, shared_bytes: int, device: str) -> str:
+def lower(memory_bytes: int, num_files: int, shared_bytes: int, device: str, own_user: bool) -> str:
     """Lowers what may be lowered; raises OSError where the system has no such limits.
 
     `memory_bytes` 0 leaves memory unbounded. CUDA reserves address space by the terabyte, so that it gets no bound.
     """
     if resource is None:
         raise OSError("this system has no resource limits")
+    if own_user:  # the kernel counts by user: elsewhere all that its user runs would count
+        _lower("RLIMIT_NPROC", MAX_THREADS)
     names = ["no core dumps", f"{num_files} files", "no file is written"]
     _lower("RLIMIT_CORE", 0)
     _lower("RLIMIT_NOFILE", num_files)
