@@ -114,5 +114,6 @@ def test_every_name_has_a_number():
     named = {*syscalls.ALWAYS, *syscalls.CUDA, *(rule.name for rule in seccomp.rules(1))}
     assert named <= syscalls.X86_64.keys()
     assert named - syscalls.AARCH64.keys() <= {
-        "access", "alarm", "arch_prctl", "epoll_wait", "lstat", "open", "pause", "poll", "readlink", "select", "stat", "time",
+        "access", "alarm", "arch_prctl", "epoll_wait", "lstat", "open", "pause", "poll", "readlink", "select", "stat",
+        "time",
     }  # fmt: skip
