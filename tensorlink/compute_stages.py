@@ -273,6 +273,8 @@ class Stages:
         dtype = DTYPES.get(params["dtype"])
         if dtype is None or len(shape) > MAX_DIMS or not all(type(size) is int and size >= 0 for size in shape):
             raise TensorError(f"a tensor of {params['dtype']!r:.20} {shape!r:.80}")
+        if math.prod(max(size, 1) for size in shape) >= 1 << 60:
+            raise TensorError(f"a shape {shape!r:.80} that no tensor can have")
         if math.prod(shape) * dtype.itemsize != num_bytes:
             raise TensorError(f"{num_bytes} bytes are not {params['dtype']} {shape}")
         if not num_bytes:

@@ -80,7 +80,7 @@ def _run(config: RigConfig, life: Life) -> None:
             )
             station.join()
             station.announce(lambda: {**handler.offers(), "free_slots": worker.num_free_slots})
-            life.say_ready(station.node)
+            life.say_ready(station.node, confinement=handler.confinement)
             life.wait()
             worker.drain("the rig is stopping")
             journal.close()

@@ -116,6 +116,7 @@ HUGE = 1 << 47
         (_weights(data_offsets=[0, 1 << 40]), "takes 24 bytes"),
         (_weights(data_offsets=[-8, 16]), "malformed"),
         (_weights(shape=[HUGE, HUGE]), "its offsets span"),
+        (_weights(shape=[HUGE, HUGE, 0], data_offsets=[0, 0]), "no tensor can have"),
         (_weights(shape=[float("nan"), 3]), "malformed"),
         (_weights(shape=[True, 6]), "malformed"),
         (_weights(shape=[-2, -3]), "malformed"),

@@ -76,6 +76,10 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "unknown_key": (lambda document: document.update(code="1"), "unknown"),
     "other_version": (lambda document: document.update(version=2), "version"),
     "absurd_shape": (lambda document: document["parameters"].update(w=["float32", [1 << 60], True, False]), "shape"),
+    "empty_and_overflowing_shape": (
+        lambda document: document["parameters"].update(w=["float32", [1 << 47, 1 << 47, 0], True, False]),
+        "no tensor can have",
+    ),
     "missing_output": (lambda document: document["eval"].update(outputs=[9]), "output 9"),
     "wrong_arity": (lambda document: document["eval"].update(outputs=[1, 1]), "slots"),
     "stage_out_of_range": (lambda document: document.update(stage_index=1), "stage 1 of 1"),
