@@ -105,6 +105,11 @@ def measure(
     meter = _Meter(graph, placeholders, max_bytes - held, max_flops, mode)
     with torch.autograd.graph.saved_tensors_hooks(meter.save, _never), meter.within:
         outputs = dry_run(graph, placeholders, inputs, meter.observe, grad)
+    for value, tensor in zip(graph.outputs, outputs, strict=True):  # views too are written out where they leave
+        if isinstance(tensor, Tensor) and _num_bytes(tensor) > max_bytes:
+            raise OverLimitError(
+                f"{mode} node {value}: an output of {_num_bytes(tensor)} bytes, at most {max_bytes} are allowed here"
+            )
     return Estimate(
         flops_forward=sum(forward for forward, _ in meter.node_flops.values()),
         flops_backward=sum(backward for _, backward in meter.node_flops.values()),

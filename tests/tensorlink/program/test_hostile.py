@@ -190,6 +190,7 @@ BOMBS: dict[str, tuple[Node, ...]] = {
     "ones_where_no_device_is_named": (_node("aten.ones.default", (1 << 26, 8)),),
     "ones_where_the_device_is_none": (_node("aten.ones.default", (1 << 26, 8), device=None),),
     "eye": (_node("aten.eye.default", 1 << 16),),
+    "expanded_output": (_node("aten.expand.default", Parameter("w"), (1 << 34, 4, 4)),),
     "inside_a_product": (
         _node("aten.expand.default", Parameter("w"), (1 << 28, 4, 4)),
         _node("aten.conv1d.default", Value(1), Parameter("w"), None, (1,), id=2),
