@@ -108,7 +108,7 @@ def measure(
     for value, tensor in zip(graph.outputs, outputs, strict=True):  # views too are written out where they leave
         if isinstance(tensor, Tensor) and _num_bytes(tensor) > max_bytes:
             raise OverLimitError(
-                f"{mode} node {value}: an output of {_num_bytes(tensor)} bytes, at most {max_bytes} are allowed here"
+                f"{mode} node {value} is an output of {_num_bytes(tensor)} bytes, at most {max_bytes} are allowed here"
             )
     return Estimate(
         flops_forward=sum(forward for forward, _ in meter.node_flops.values()),
