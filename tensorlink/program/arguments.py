@@ -113,8 +113,8 @@ def _assign(node: Node, op: OpOverload) -> dict[str, Arg]:
 def _check_flags(node: Node, given: dict[str, Arg]) -> None:
     if given.get("pin_memory"):
         raise ProgramError(f"{node}: pinned memory is not a program's to ask for")
-    if node.op == "aten.embedding.default" and given.get("sparse"):
-        raise ProgramError(f"{node}: sparse gradients are not supported; use sparse=False")
+    if given.get("sparse") or given.get("sparse_grad"):
+        raise ProgramError(f"{node}: sparse gradients are not supported; leave them off")
     size = given.get("size")
     if isinstance(size, tuple) and len(size) > MAX_RANK:
         raise ProgramError(f"{node}: a tensor of {len(size)} dimensions, at most {MAX_RANK}")

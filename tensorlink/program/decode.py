@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from math import prod
 from typing import Any, TypeVar
 
 from smartnodes_core.errors import RecordError
@@ -138,6 +139,8 @@ def _shape_in(item: Any, what: str) -> tuple[int, ...]:
     dims = _list(item, what)
     if len(dims) > 32 or not all(type(dim) is int and 0 <= dim < 1 << 48 for dim in dims):
         raise ProgramError(f"{what}: a shape of at most 32 sizes below 2**48 is needed, found {dims!r:.80}")
+    if prod(max(dim, 1) for dim in dims) >= 1 << 60:  # strides overflow even where nothing is in it
+        raise ProgramError(f"{what}: a shape {dims!r:.80} that no tensor can have")
     return tuple(dims)
 
 
@@ -184,6 +187,8 @@ def _cut_in(item: Any, what: str) -> Cut:
             raise ProgramError(f"{what}: slot {name!r:.60} is neither tensor nor symint of at most 32 dims")
         if not all(type(dim) is int and -1 <= dim < 1 << 48 for dim in dims):
             raise ProgramError(f"{what}: slot {name!r:.60} has shape {dims!r:.80}; sizes are -1 to 2**48")
+        if requires_grad and not (DTYPES[_dtype_in(dtype, what)].is_floating_point or dtype.startswith("complex")):
+            raise ProgramError(f"{what}: slot {name!r:.60} of {dtype!r:.20} cannot have a gradient")
         slots.append(
             Slot(
                 name=_name(name, what), type=kind, dtype=_dtype_in(dtype, what), shape=dims, requires_grad=requires_grad

@@ -64,6 +64,11 @@ class Placeholders:
         except (RuntimeError, ValueError) as error:
             raise ProgramError(f"a declared shape cannot be: {str(error)[:200]}") from error
 
+    def like(self, tensor: Tensor) -> Tensor:
+        """A tensor as this one, without data."""
+        with self.mode, self.device:
+            return torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
+
 
 def dry_run(
     graph: Graph, placeholders: Placeholders, inputs: Cut, observer: Observer | None = None, grad: bool = True
@@ -74,8 +79,11 @@ def dry_run(
     """
     buffers = dict(placeholders.buffers)
     interpreter = Interpreter(graph, placeholders.parameters, buffers, cut=inputs, device=placeholders.device)
-    with placeholders.mode, torch.set_grad_enabled(grad):
-        return interpreter.run(placeholders.inputs, seed_for=lambda key: 0, observer=observer)
+    try:
+        with placeholders.mode, torch.set_grad_enabled(grad):
+            return interpreter.run(placeholders.inputs, seed_for=lambda key: 0, observer=observer)
+    except MemoryError as error:  # not even without data
+        raise ProgramError(f"there is no memory for what a node makes: {str(error)[:200]}") from error
 
 
 def _entering(slot: Slot, batch: int) -> Tensor | int:

@@ -21,24 +21,27 @@ from tensorlink.program import arguments, autocast, branches, drawing, dropout
 from tensorlink.program.alignment import aligned
 from tensorlink.program.deferred import Deferred, deferrable_weights, deferring
 from tensorlink.program.graph import Graph, Node
+from tensorlink.program.guards import GUARDS, guarded
 from tensorlink.program.ops import (
     ALLOWED,
     ATTENTION,
     COND,
     FACTORIES,
-    GUARDS,
     MUTABLE_BUFFERS,
     SYMBOLIC,
-    guarded,
     is_random,
     item_of,
     size_of,
 )
-from tensorlink.program.values import DTYPES, Arg, Buffer, Device, Parameter, Value
+from tensorlink.program.values import DTYPES, Arg, Buffer, Parameter, Value
 from tensorlink.records import Cut, Slot
 
 #: Called after each node with the node and its result; `limits.py` and `sharding/profile.py` watch runs through it.
 Observer = Callable[[Node, Any], None]
+
+
+#: What says that an op draws random numbers, given by name.
+_HIDES = {ATTENTION: "dropout_p", "aten.rrelu.default": "training"}
 
 
 class Step(NamedTuple):
@@ -78,6 +81,8 @@ class Interpreter:
         self.parameters = parameters
         self.buffers = buffers
         self.cut = cut
+        #: Called at each run with what enters; raises where these sizes must not be run (`admission.py`).
+        self.admit: Callable[[Sequence[Tensor | int]], None] | None = None
         self.device = torch.device(device) if device is not None else _device_of(parameters, buffers)
         if cut is not None and len(cut.slots) != len(graph.inputs):
             raise ProgramError(f"the graph has {len(graph.inputs)} inputs, its cut has {len(cut.slots)} slots")
@@ -123,15 +128,16 @@ class Interpreter:
         lists: list[tuple[int, Callable[[list[Any]], tuple[Any, ...]]]] = []
         places = [self._argument(arg, lists) for arg in node.args]
         function = self._function(node, places)
-        keywords = node.kwargs
-        if node.op in FACTORIES and "device" not in dict(keywords):
-            keywords = (*keywords, ("device", Device()))
-        if keywords and all(arguments.is_static(arg) for _, arg in keywords):
-            fixed = {name: arguments.literal(arg, self.device) for name, arg in keywords}
+        kwargs = node.kwargs
+        if node.op in FACTORIES:  # left to torch, the device is the CPU, and the dry run allocates
+            function = functools.partial(function, device=self.device)
+            kwargs = tuple(item for item in kwargs if item[0] != "device")
+        if kwargs and all(arguments.is_static(arg) for _, arg in kwargs):
+            fixed = {name: arguments.literal(arg, self.device) for name, arg in kwargs}
             function = functools.partial(function, **fixed)
-        elif keywords:
-            names = [name for name, _ in keywords]
-            keyword_places = [self._argument(arg, lists) for _, arg in keywords]
+        elif kwargs:
+            names = [name for name, _ in kwargs]
+            keyword_places = [self._argument(arg, lists) for _, arg in kwargs]
             function = _with_keywords(function, len(places), names)
             places += keyword_places
         if node.id in self._places:
@@ -166,7 +172,8 @@ class Interpreter:
         if node.op == ATTENTION and is_random(node.op, node.args):
             implementation = dropout.attention
         if implementation is None:
-            if is_random(node.op, node.args):
+            hidden = _HIDES.get(node.op) in dict(node.kwargs)  # where `is_random` does not look
+            if hidden or is_random(node.op, node.args):
                 raise ProgramError(f"{node}: draws random numbers of its own, which cannot be drawn again")
             function: Callable[..., Any] = ALLOWED[node.op]._op
             guard = GUARDS.get(node.op)
@@ -178,7 +185,7 @@ class Interpreter:
             return function
         guard = GUARDS.get(node.op)
         if guard is not None:
-            implementation = guarded(lambda seed_for, key, *args: guard(*args), implementation)
+            implementation = guarded(lambda seed_for, key, *args, **kwargs: guard(*args, **kwargs), implementation)
         places[:0] = [0, self._place(node.id)]
         return implementation
 
@@ -227,6 +234,8 @@ class Interpreter:
         has dropout in training mode. Weight gradients that can be left for later go to `deferred` when the backward
         runs. Raises TensorError for inputs that do not fit, ProgramError naming the node where a call fails.
         """
+        if self.admit is not None:
+            self.admit(inputs)
         values = self._constants.copy()
         values[0] = seed_for if seed_for is not None else _no_seed
         values[1] = deferred
@@ -248,8 +257,11 @@ class Interpreter:
         for name, place in self._written:
             self.buffers[name] = values[place]
         for name, place in self._mutations:
-            self.buffers[name] = values[place].detach()
-        return [values[place] for place in self._outputs]
+            self.buffers[name] = _replacement(name, self.buffers[name], values[place])
+        outputs = [values[place] for place in self._outputs]
+        if not all(isinstance(value, Tensor | int) for value in outputs):
+            raise ProgramError(f"outputs are tensors and sizes, found {[type(value).__name__ for value in outputs]}")
+        return outputs
 
     def evaluate(self, operands: Sequence[Any], seed_for: dropout.Seed, observer: Observer | None = None) -> list[Any]:
         """The outputs of a branch, whose operands enter as they are: in the middle of the run of its graph."""
@@ -287,9 +299,11 @@ class Interpreter:
                 values[target] = function(*fetch(values))
                 for place in frees:
                     values[place] = None
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, ProgramError):  # one from a branch names its node already
             raise
-        except (TypeError, ValueError, IndexError, RuntimeError, ArithmeticError, AttributeError) as error:
+        except Exception as error:
+            if isinstance(error, MemoryError) and self.device.type != "meta":
+                raise
             where = step.node if step is not None else "graph"
             raise ProgramError(f"{where}: {type(error).__name__}: {str(error)[:300]}") from error
 
@@ -308,6 +322,18 @@ class Interpreter:
             for slot, item in zip(self.cut.slots, inputs, strict=True):
                 _fits(slot, item)
         return [aligned(item) if isinstance(item, Tensor) else item for item in inputs]
+
+
+def _replacement(name: str, before: Tensor, after: Any) -> Tensor:
+    """What the buffer holds from now on; as large as before, or it would grow from run to run."""
+    if not isinstance(after, Tensor) or (after.shape, after.dtype) != (before.shape, before.dtype):
+        found = f"{str(after.dtype)[6:]} {list(after.shape)}" if isinstance(after, Tensor) else type(after).__name__
+        raise ProgramError(
+            f"buffer {name!r:.60} is {str(before.dtype)[6:]} {list(before.shape)}, a run leaves {found} in it"
+        )
+    after = after.detach()
+    is_whole = after.untyped_storage().nbytes() <= after.numel() * after.element_size()
+    return after if is_whole else after.clone()
 
 
 def _items(arg: Arg) -> tuple[Arg, ...]:
