@@ -58,12 +58,19 @@ _PASSED_PREFIXES = ("COVERAGE_", "SYSTEMROOT")
 
 @dataclass(frozen=True)
 class Limits:
-    """What the child may use. `memory_bytes` bounds its private memory (0: no bound), arenas not counted."""
+    """What the child may use. `memory_bytes` bounds its private memory (0: no bound), arenas not counted.
+
+    `action_s` is the longest that one action may take (0: no bound) before the child is ended, `device` ("cpu" or
+    "cuda") says which device files stay open to it. `file_bytes` is how far a file may grow that it holds open.
+    """
 
     memory_bytes: int = 0
     num_threads: int = 1
     num_files: int = 256
+    file_bytes: int = 0
     nice: int = 0
+    action_s: float = 0.0
+    device: str = "cpu"
 
 
 class Sandbox:
@@ -299,7 +306,9 @@ class _Child:
             code = self.process.wait()
         listener.join(STOP_TIMEOUT_S)
         lines = [] if self._stopping else list(self._stderr)[-5:]
-        reason = f"the computing process {_describe(code)}{fault}" + "".join(f"\n  {line}" for line in lines)
+        reason = f"the computing process {_describe(code, self._limits)}{fault}" + "".join(
+            f"\n  {line}" for line in lines
+        )
         with self._lock:
             self.reason = reason
             pending, self._pending = self._pending, {}
@@ -353,7 +362,9 @@ def _environment(limits: Limits) -> dict[str, str]:
     }
 
 
-def _describe(code: int) -> str:
+def _describe(code: int, limits: Limits) -> str:
+    if code == -signal.SIGALRM:
+        return f"took longer than {limits.action_s:g} s for one action and was ended"
     if code < 0:
         return f"was ended by {signal.Signals(-code).name}"
     return f"ended with exit code {code}"

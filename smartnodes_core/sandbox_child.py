@@ -1,34 +1,29 @@
 """The computing process's own end of a sandbox: gives up what it does not need, then takes messages one by one.
 
-How far it goes, on Linux: no new privileges (no setuid program helps it), a cap on private memory (RLIMIT_DATA), on
-open files, no core dumps, lower priority, no descriptor but its pipe and arenas and stderr, an environment without
-secrets, and an end when the node ends, even in the middle of a kernel. On macOS the prctl parts do not exist; the
-closed pipe still ends it. Not yet: system call filters and namespaces, so a program that broke out of the interpreter
-could still read files and open sockets with the rights of the node's user.
+It holds no descriptor but its pipe, its arenas and stderr, its environment has no secrets, and it ends when the node
+ends, even in the middle of a kernel. What else it gives up, system by system, is in `confinement/`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import queue
-import resource
 import signal
 import socket
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from smartnodes_core.arena import Arena
+from smartnodes_core.confinement import Confinement, confine
 from smartnodes_core.errors import LocalError, ProtocolError, SandboxError, SmartnodesError
 from smartnodes_core.pipe import Message, Pipe
 from smartnodes_core.sandbox import SETUP_VARIABLE, Limits
 
-_PR_SET_PDEATHSIG = 1
-_PR_SET_NO_NEW_PRIVS = 38
 #: Words of the arenas' bookkeeping, handled as they arrive: the main thread may be waiting for exactly this space.
 _SENT = "sent"
 
@@ -45,10 +40,11 @@ class Incoming:
 class ChildChannel:
     """Made once, by `open`, in the child's main thread."""
 
-    def __init__(self, pipe: Pipe, inbound: Arena, outbound: Arena, limits: Limits) -> None:
+    def __init__(self, pipe: Pipe, inbound: Arena, outbound: Arena, limits: Limits, confinement: Confinement) -> None:
         self.inbound = inbound
         self.outbound = outbound
         self.limits = limits
+        self.confinement = confinement
         self._pipe = pipe
         # both queues are reentrant: `release` runs wherever the garbage collector happens to run
         self._inbox: queue.SimpleQueue[Incoming | None] = queue.SimpleQueue()
@@ -57,19 +53,27 @@ class ChildChannel:
 
     @classmethod
     def open(cls) -> ChildChannel:
-        """Takes over the inherited descriptors and gives up privileges. Raises LocalError outside a sandbox."""
+        """Takes over the inherited descriptors and gives up privileges.
+
+        Raises LocalError outside a sandbox, SandboxError where the process could outlive its node.
+        """
         text = os.environ.pop(SETUP_VARIABLE, "")
         if not text:
             raise LocalError("this program is started by a node's sandbox, not by hand")
         setup = json.loads(text)
         limits = Limits(**setup["limits"])
-        harden(limits, int(setup["parent"]))
+        if limits.nice:
+            os.nice(limits.nice)
+        try:
+            confinement = confine(limits, setup["inbound"][1] + setup["outbound"][1], int(setup["parent"]))
+        except OSError as error:
+            raise SandboxError(f"the computing process cannot be tied to its node: {error}") from None
         end = socket.socket(fileno=int(setup["pipe"]))
         inbound = Arena.attach(setup["inbound"][0], setup["inbound"][1], "inbound")
         outbound = Arena.attach(setup["outbound"][0], setup["outbound"][1], "outbound")
         for fd in (end.fileno(), inbound.fd, outbound.fd):
             os.set_inheritable(fd, False)
-        return cls(Pipe(end), inbound, outbound, limits)
+        return cls(Pipe(end), inbound, outbound, limits, confinement)
 
     def receive(self, timeout_s: float | None = None) -> Incoming | None:
         """The next message, or None when none came in `timeout_s` (0: at once, None: for ever) or slices were
@@ -80,6 +84,21 @@ class ChildChannel:
             message = None
         self.flush()
         return message
+
+    @contextlib.contextmanager
+    def deadline(self) -> Iterator[None]:
+        """One action: should it take longer than `limits.action_s`, the kernel ends this process.
+
+        A timer of the system's, not a thread: whatever computes may hold the interpreter's lock.
+        """
+        if not self.limits.action_s:
+            yield
+            return
+        signal.setitimer(signal.ITIMER_REAL, self.limits.action_s)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def wake(self) -> None:
         """Makes a waiting `receive` return, from any thread."""
@@ -127,26 +146,3 @@ class ChildChannel:
             sys.stderr.write(f"the pipe from the node is broken: {error}\n")
             os._exit(1)
         os._exit(0)  # not sys.exit: this thread has to end a main thread that may be deep in a kernel
-
-
-def harden(limits: Limits, parent_pid: int) -> None:
-    """Gives up what the child does not need and takes the limits on. Raises SandboxError where the system refuses."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        for option, value in ((_PR_SET_NO_NEW_PRIVS, 1), (_PR_SET_PDEATHSIG, signal.SIGKILL)):
-            if libc.prctl(option, value, 0, 0, 0):
-                raise SandboxError(f"prctl({option}): {os.strerror(ctypes.get_errno())}")
-        if os.getppid() != parent_pid:
-            os._exit(0)  # the node ended before we asked to be told
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _lower(resource.RLIMIT_NOFILE, limits.num_files)
-    if limits.memory_bytes:
-        _lower(resource.RLIMIT_DATA, limits.memory_bytes)
-    if limits.nice:
-        os.nice(limits.nice)
-
-
-def _lower(kind: int, wanted: int) -> None:
-    hard = resource.getrlimit(kind)[1]
-    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    resource.setrlimit(kind, (limit, limit))

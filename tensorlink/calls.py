@@ -18,7 +18,7 @@ from torch import Tensor
 from smartnodes_core.errors import JobError
 from tensorlink.crossing import Crossing
 from tensorlink.lanes import Lane, at_once, run_lanes
-from tensorlink.pipeline.batching import boundaries, check_finite, flat_inputs, micro_batches
+from tensorlink.pipeline.batching import check_finite, divided, flat_inputs, joined, micro_batches
 from tensorlink.pipeline.driver import Call
 from tensorlink.placement import Placement
 from tensorlink.program.inputs import unflatten_outputs
@@ -124,11 +124,12 @@ class Calls:
         ]
         run_lanes(self.driver, call.num_micro_batches, lanes, "the outputs of a forward pass")
         by_slot = list(zip(*found, strict=True))
-        call.sizes = [[len(piece) for piece in pieces] for pieces in by_slot]
+        call.shapes = [[piece.shape for piece in pieces] for pieces in by_slot]
         if not grad:
             self._open.remove(call)
             self.driver.forget(call)
-        return call, [torch.cat(pieces) for pieces in by_slot]
+        slots = self.traced.outputs.slots
+        return call, [joined(slot, pieces, samples) for slot, pieces in zip(slots, by_slot, strict=True)]
 
     def run_backward(self, call: Call, gradients: Sequence[Tensor | None], retain: bool) -> dict[int, Tensor]:
         """Send the outputs' gradients through the stages; returns those of the inputs that want one, by slot."""
@@ -140,8 +141,9 @@ class Calls:
         if call.freed:
             raise JobError("a second backward through the same forward: pass retain_graph=True to the first")
         backward_pass = self.begin_backward(call, retain)
+        slots = self.traced.outputs.slots
         split = {
-            slot: torch.tensor_split(gradient, boundaries(call.sizes[slot]))
+            slot: divided(slots[slot], gradient, call.shapes[slot], call.samples)
             for slot, gradient in enumerate(gradients)
             if gradient is not None and self.differentiable(slot)
         }
@@ -162,8 +164,8 @@ class Calls:
         run_lanes(self.driver, call.num_micro_batches, lanes, "a backward pass")
         num_stages = self.driver.num_stages
         self.driver.wait_for(lambda: call.is_done("backward", backward_pass, num_stages), "a backward pass")
-        slots = [index for index, slot in enumerate(self.traced.inputs.slots) if slot.requires_grad]
-        return {slot: self._join(slot, [pieces[slot] for pieces in found]) for slot in slots}
+        wanted = [index for index, slot in enumerate(self.traced.inputs.slots) if slot.requires_grad]
+        return {slot: self._join(slot, [pieces[slot] for pieces in found]) for slot in wanted}
 
     def _join(self, slot: int, pieces: list[Tensor]) -> Tensor:
         """The gradient of a whole input: its pieces one after the other, or their sum where each had all of it."""

@@ -1,13 +1,16 @@
 """The computing process of a rig: `python -m tensorlink.compute`, started by `smartnodes_core/sandbox.py`.
 
-It has torch, and neither keys nor sockets. One thread takes messages and computes, one reads the pipe, one hashes
-what was computed. Everything in a message is distrusted: it comes from peers by way of the node. Neighbours:
-`compute_stages.py` serves stages (the protocol is written there), `audit/examine.py` re-executes others' work.
+It has torch, and neither keys nor sockets (`smartnodes_core/confinement/`). One thread takes messages and computes,
+one reads the pipe, one hashes what was computed. Everything in a message is distrusted: it comes from peers by way of
+the node. Neighbours: `compute_stages.py` serves stages (the protocol is written there), `audit/examine.py` re-executes
+others' work.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +45,12 @@ class Compute:
     def run(self) -> None:
         """Until the node closes the pipe, which ends the process."""
         while True:
-            worked = self._stages.run_one()
+            with self._channel.deadline():
+                worked = self._stages.run_one()
             message = self._channel.receive(0 if worked else self._stages.patience_s())
             while message is not None:
-                self.serve(message)
+                with self._channel.deadline():
+                    self.serve(message)
                 message = self._channel.receive(0)
             self._stages.tend_prepares()
 
@@ -75,16 +80,28 @@ class Compute:
         import torch
 
         from tensorlink import measure
+        from tensorlink.compute_stages import MAX_STAGE_FLOPS
+        from tensorlink.program.admission import Bounds
 
+        flops_per_s = measure.flops_per_s()
+        memory_bytes = measure.memory_bytes(self._channel.limits.memory_bytes)
+        action_s = self._channel.limits.action_s or math.inf
+        self._stages.bounds = self._examiner.bounds = Bounds(
+            memory_bytes, int(min(flops_per_s * action_s, MAX_STAGE_FLOPS))
+        )
         return {
-            "flops_per_s": measure.flops_per_s(),
-            "memory_bytes": measure.memory_bytes(self._channel.limits.memory_bytes),
+            "flops_per_s": flops_per_s,
+            "memory_bytes": memory_bytes,
+            "confinement": self._channel.confinement.applied,
+            "unconfined": self._channel.confinement.missing,
             "numeric_class": measure.numeric_class(),
             "num_threads": torch.get_num_threads(),
         }
 
     def _examine(self, params: dict[str, Any]) -> dict[str, Any]:
         offset = int(params["offset"])
+        if self._examiner.bounds is None:
+            self._measure({})
         try:
             return self._examiner.examine(params, self._channel.inbound.view(offset, int(params["num_bytes"])))
         finally:
@@ -96,6 +113,8 @@ def main(make_stages: Callable[[ChildChannel], Stages] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     channel = ChildChannel.open()
     keep_freed_memory()
+    # torch makes this folder where it is missing, and there is none that could be made
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = "/"
     # torch comes after privileges and limits are set: its threads inherit them
     import torch
 

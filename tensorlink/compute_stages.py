@@ -33,6 +33,7 @@ from tensorlink.pipeline.headers import CALL_FIELDS, SHARED_FIELDS
 from tensorlink.pipeline.inbox import Delivery
 from tensorlink.pipeline.stage import Place, Stage
 from tensorlink.pipeline.tied import SumId
+from tensorlink.program.admission import Bounds
 from tensorlink.program.graph import LossProgram, StageProgram
 from tensorlink.program.limits import check
 from tensorlink.program.values import DTYPES
@@ -86,6 +87,8 @@ class Stages:
     def __init__(self, channel: ChildChannel) -> None:
         self._channel = channel
         self._hosted: dict[str, Hosted] = {}
+        #: What one micro-batch may cost; `compute.py` puts what was measured here.
+        self.bounds = Bounds(channel.limits.memory_bytes or MAX_STAGE_BYTES, MAX_STAGE_FLOPS)
         self._turn = 0
         self.methods: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "load": self._load,
@@ -226,11 +229,11 @@ class Stages:
             raise ProtocolError(f"stage {key!r:.80} is loaded already")
         program = StageProgram.from_json(params["program"])
         limits = params.get("limits") or {}
+        bounds = Bounds(
+            int(limits.get("max_bytes", self.bounds.max_bytes)), int(limits.get("max_flops", self.bounds.max_flops))
+        )
         estimate = check(
-            program,
-            batch=int(limits.get("batch", 1)),
-            max_bytes=int(limits.get("max_bytes", self._channel.limits.memory_bytes or MAX_STAGE_BYTES)),
-            max_flops=int(limits.get("max_flops", MAX_STAGE_FLOPS)),
+            program, batch=int(limits.get("batch", 1)), max_bytes=bounds.max_bytes, max_flops=bounds.max_flops
         )
         place = Place(
             bytes(params["job"]),
@@ -242,7 +245,7 @@ class Stages:
                 f"{place.num_stages}"
             )
         state = self._load_state(program, params["weights"])
-        one = self._host(key, place, program, state, int(params["window_steps"]))
+        one = self._host(key, place, program, state, int(params["window_steps"]), bounds)
         one.work_units = estimate.flops_forward + estimate.flops_backward
         self._hosted[key] = one
         if params.get("loss_program"):
@@ -256,7 +259,9 @@ class Stages:
             "memory_bytes": estimate.parameter_bytes + estimate.saved_bytes + estimate.peak_activation_bytes,
         }
 
-    def _host(self, key: str, place: Place, program: StageProgram, state: dict[str, Tensor], window: int) -> Hosted:
+    def _host(
+        self, key: str, place: Place, program: StageProgram, state: dict[str, Tensor], window: int, bounds: Bounds
+    ) -> Hosted:
         parameters = {
             name: state[name].requires_grad_(spec.requires_grad and state[name].is_floating_point())
             for name, spec in program.parameters.items()
@@ -272,6 +277,7 @@ class Stages:
             pool,
             window_steps=window,
             shared_bytes=self._channel.inbound.num_bytes // LOG_SHARE,
+            bounds=bounds,
         )
         return Hosted(key, stage, commitments.Roots(), 0, pool)
 
@@ -340,6 +346,8 @@ class Stages:
         dtype = DTYPES.get(params["dtype"])
         if dtype is None or len(shape) > MAX_DIMS or not all(type(size) is int and size >= 0 for size in shape):
             raise TensorError(f"a tensor of {params['dtype']!r:.20} {shape!r:.80}")
+        if math.prod(max(size, 1) for size in shape) >= 1 << 60:
+            raise TensorError(f"a shape {shape!r:.80} that no tensor can have")
         if math.prod(shape) * dtype.itemsize != num_bytes:
             raise TensorError(f"{num_bytes} bytes are not {params['dtype']} {shape}")
         if not num_bytes:

@@ -41,6 +41,12 @@ class ProgramError(PeerFault):
     code = "program"
 
 
+class OverLimitError(ProgramError):
+    """A program, or the sizes it is to run on, that cost more than is allowed on this machine."""
+
+    code = "over-limit"
+
+
 class TensorError(PeerFault):
     """A tensor whose dtype, shape, size or digest is not what was agreed."""
 

@@ -46,6 +46,12 @@ class DistributedModel(torch.nn.Module):
     `private` layers stay on this machine: "first" (no worker sees inputs), "last" (nor labels) or "both" keep the
     outermost layer with parameters, a list of submodules' names or patterns at least those. Workers see the
     activations and gradients that cross to them; that is no encryption.
+    `autocast` is a dtype (`torch.bfloat16`) to compute the module, and the loss of `train_step`, as under
+    `torch.autocast`.
+
+    An output that is a scalar, such as a loss that the module computes, is the average over micro-batches, weighted by
+    their samples, and so are its gradients: what the module gives for the whole batch where the scalar is a mean over
+    samples.
 
     The activations of a forward whose graph is dropped are freed on the workers with the next forward or step.
 
@@ -67,6 +73,7 @@ class DistributedModel(torch.nn.Module):
         progress: bool = True,
         schedule: str = "auto",
         private: Private = (),
+        autocast: torch.dtype | None = None,
     ):
         super().__init__()
         if not 1 <= micro_batches <= MAX_MICRO_BATCHES:
@@ -83,6 +90,7 @@ class DistributedModel(torch.nn.Module):
             progress,
             schedule,
             private,
+            autocast,
         )
         self._driver = self._placement.driver
         self._remote = self._placement.state.remote_parameters()

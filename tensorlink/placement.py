@@ -20,8 +20,8 @@ from smartnodes_core.jobs import Job, spec_digest
 from smartnodes_core.records import NO_DIGEST, Announcement, Assignment, AuditTerms, JobRecord, Plan, Record
 from smartnodes_core.usage import USAGE
 from tensorlink.audit.commitments import initial_root
-from tensorlink.errors import TraceError
 from tensorlink.measure import flops_per_s
+from tensorlink.pipeline.batching import check_outputs
 from tensorlink.pipeline.batching import micro_batches as split_into
 from tensorlink.pipeline.driver import Driver
 from tensorlink.private import PrivateLayers
@@ -117,13 +117,15 @@ def place(
     progress: bool,
     schedule: str = "auto",
     private: Private = (),
+    autocast: torch.dtype | None = None,
 ) -> Placement:
     """Bring `module` onto the network's workers. Raises TraceError, PartitionError, NoWorkersError, JobError."""
     began = time.monotonic()
     check_schedule(schedule)
     with tqdm(total=5, disable=not progress, leave=False, unit="") as bar:
         bar.set_description("trace")
-        traced = trace(module, example_inputs)
+        traced = trace(module, example_inputs, autocast=autocast)
+        check_outputs(traced, micro_batches)
         bar.update()
         bar.set_description("find workers")
         wanted = stages or 1
@@ -132,7 +134,6 @@ def place(
             workers = [worker for worker in workers if network.reaches(worker)]
         bar.update()
         bar.set_description("partition")
-        _check_outputs(traced)
         samples = _samples(traced, example_inputs, micro_batches)
         costs = profile(traced, example_inputs, samples=samples)
         audit_terms = _audit_terms(network, audit_rates)
@@ -276,13 +277,3 @@ def _load_stages(driver: Driver, programs: list[StageProgram], states: list[dict
         lambda stage: {"program_bytes": len(specs[stage])},
         lambda stage: [specs[stage], dump(states[stage])],
     )
-
-
-def _check_outputs(traced: TracedModel) -> None:
-    """Outputs are joined along the batch. Raises TraceError for one that has none."""
-    for slot in traced.outputs.slots:
-        if slot.type != "tensor" or not slot.shape or slot.shape[0] != -1:
-            raise TraceError(
-                f"{slot.name} has shape {list(slot.shape)}, needed a tensor with the batch first: return what the loss "
-                "is computed from, and pass the loss as train_step's loss_fn or compute it outside"
-            )

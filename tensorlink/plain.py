@@ -15,14 +15,26 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from tensorlink.pipeline.batching import LossReduction, bind_batch, boundaries, flat_inputs, loss_weights, split_targets
+from tensorlink.pipeline.batching import (
+    LossReduction,
+    bind_batch,
+    check_outputs,
+    divided,
+    flat_inputs,
+    joined,
+    loss_weights,
+    split_targets,
+)
 from tensorlink.pipeline.batching import micro_batches as split_into
 from tensorlink.pipeline.seeds import seed_for
 from tensorlink.plain_stages import PlainStages
+from tensorlink.program import autocast as autocasts
 from tensorlink.program.graph import StageProgram
 from tensorlink.program.inputs import flatten_inputs, unflatten_outputs
 from tensorlink.program.interpreter import Interpreter
 from tensorlink.program.trace import TracedModel, trace
+
+CPU = torch.device("cpu")
 
 
 class Reference(torch.nn.Module):
@@ -41,10 +53,13 @@ class Reference(torch.nn.Module):
         example_inputs: tuple[Any, ...] | dict[str, Any],
         seed: int = 0,
         stages: Sequence[StageProgram] = (),
+        autocast: torch.dtype | None = None,
     ):
         super().__init__()
         self.module = module
-        self.traced: TracedModel = trace(module, example_inputs)
+        self.traced: TracedModel = trace(module, example_inputs, autocast=autocast)
+        check_outputs(self.traced, micro_batches)
+        self._autocast = autocasts.name_of(autocast)
         self._micro_batches = micro_batches
         self._by_keyword = isinstance(example_inputs, dict)
         self._seed = seed
@@ -79,7 +94,8 @@ class Reference(torch.nn.Module):
         self._before_backward()
         for micro_batch, piece in enumerate(pieces):
             outputs = unflatten_outputs(self.traced, self._run(piece, call, micro_batch))
-            loss = loss_fn(outputs, targets[micro_batch])
+            with autocasts.region(CPU, self._autocast):
+                loss = loss_fn(outputs, targets[micro_batch])
             loss.backward(torch.tensor(weights[micro_batch], dtype=loss.dtype))
             losses.append(loss.item())
         self._after_backward()
@@ -114,7 +130,8 @@ class Reference(torch.nn.Module):
     def _run(self, piece: list[Any], call: int, micro_batch: int) -> list[Any]:
         if self._stages is None:
             args, kwargs = self.traced.binding.rebuild(piece)
-            leaves = pytree.tree_leaves(self.module(*args, **kwargs))
+            with autocasts.region(CPU, self._autocast):
+                leaves = pytree.tree_leaves(self.module(*args, **kwargs))
             return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         return self._stages.run(piece, seed_for(self._seed, 0, self._step_index, call, micro_batch), self.training)
 
@@ -134,14 +151,18 @@ class _InOrder(torch.autograd.Function):
     def forward(ctx: Any, reference: Reference, call: int, anchor: torch.Tensor, *flat: torch.Tensor) -> Any:
         ctx.reference, ctx.dynamic = reference, reference.traced.binding.dynamic
         ctx.wanted = [slot for slot, tensor in enumerate(flat) if anchor.requires_grad and tensor.requires_grad]
-        pieces, _ = split_into(reference.traced, [tensor.detach() for tensor in flat], reference._micro_batches)
+        detached = [tensor.detach() for tensor in flat]
+        pieces, ctx.samples = split_into(reference.traced, detached, reference._micro_batches)
         ctx.pieces = [
             [tensor.detach().requires_grad_(slot in ctx.wanted) for slot, tensor in enumerate(piece)]
             for piece in pieces
         ]
         with torch.set_grad_enabled(anchor.requires_grad):
             ctx.runs = [reference._run(piece, call, index) for index, piece in enumerate(ctx.pieces)]
-        outputs = [torch.cat([run[slot].detach() for run in ctx.runs]) for slot in range(len(ctx.runs[0]))]
+        ctx.slots = reference.traced.outputs.slots
+        outputs = [
+            joined(slot, [run[index].detach() for run in ctx.runs], ctx.samples) for index, slot in enumerate(ctx.slots)
+        ]
         ctx.mark_non_differentiable(
             *[o for o, made in zip(outputs, ctx.runs[0], strict=True) if not made.requires_grad]
         )
@@ -152,8 +173,8 @@ class _InOrder(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         retain = torch._C._autograd._get_current_graph_task_keep_graph()
         split = [
-            torch.tensor_split(gradient, boundaries([len(run[slot]) for run in ctx.runs]))
-            for slot, gradient in enumerate(gradients)
+            divided(ctx.slots[index], gradient, [run[index].shape for run in ctx.runs], ctx.samples)
+            for index, gradient in enumerate(gradients)
         ]
         for piece in ctx.pieces:
             for slot in ctx.wanted:

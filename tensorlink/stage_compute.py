@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 COMPUTE = (sys.executable, "-m", "tensorlink.compute")
 ARENA_BYTES = 16 << 30
 CALL_TIMEOUT_S = 600.0
+#: What a single action may take: a program that a stranger wrote to be slow ends with its process.
+MAX_ACTION_S = 600.0
 STOP_TIMEOUT_S = 1.0
 #: A computing process that died is not started again sooner: one that dies at once must not keep the machine busy.
 RESTART_AFTER_S = 5.0
@@ -50,7 +52,7 @@ class StageCompute:
         self._stopping = threading.Event()
         self._sandbox = Sandbox(
             list(command),
-            limits=Limits(memory_bytes=memory_bytes, num_threads=num_threads),
+            limits=Limits(memory_bytes=memory_bytes, num_threads=num_threads, action_s=MAX_ACTION_S),
             inbound_bytes=ARENA_BYTES,
             outbound_bytes=ARENA_BYTES,
             on_event=self._on_event,
@@ -61,6 +63,9 @@ class StageCompute:
         """Start the computing process and measure the rig."""
         self._sandbox.start()
         self.measured = self._sandbox.call("measure", {}, timeout_s=60.0)
+        logger.info("the computing process: %s", "; ".join(self.measured["confinement"]))
+        for what in self.measured["unconfined"]:
+            logger.warning("the computing process is not confined in full: %s", what)
         self.inflight.limit_bytes = max(LEAST_LIMIT_BYTES, int(self.measured["memory_bytes"]))
 
     def stop(self) -> None:

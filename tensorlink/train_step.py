@@ -178,7 +178,13 @@ class TrainStep:
         key = (_identity(loss_fn), *_kind(target))
         program = self._losses.get(key)
         if program is None:
-            program = self._losses[key] = trace_loss(loss_fn, self._example_output(num_samples), target)
+            program = self._losses[key] = trace_loss(
+                loss_fn,
+                self._example_output(num_samples),
+                target,
+                num_samples=num_samples,
+                autocast=self._calls.traced.autocast,
+            )
             while len(self._losses) > MAX_LOSSES:
                 self._losses.popitem(last=False)
         self._losses.move_to_end(key)
@@ -187,11 +193,7 @@ class TrainStep:
     def _example_output(self, num_samples: int) -> Any:
         """Something of the shape of the model's output for a micro-batch, to trace a loss with."""
         traced = self._calls.traced
-        tensors = [
-            torch.zeros([num_samples if size == -1 else size for size in slot.shape], dtype=DTYPES[slot.dtype])
-            for slot in traced.outputs.slots
-        ]
-        return unflatten_outputs(traced, tensors)
+        return unflatten_outputs(traced, traced.example_outputs(num_samples))
 
 
 def _identity(loss_fn: LossFunction) -> Any:

@@ -38,7 +38,7 @@ class ReplayAuditor:
         self._running = False
         self._sandbox = Sandbox(
             list(command),
-            limits=Limits(memory_bytes=memory_bytes, num_threads=num_threads, nice=NICE),
+            limits=Limits(memory_bytes=memory_bytes, num_threads=num_threads, nice=NICE, action_s=EXAMINE_TIMEOUT_S),
             inbound_bytes=ARENA_BYTES,
             outbound_bytes=1 << 20,
             on_event=self._on_event,

@@ -53,6 +53,11 @@ class StageHandler:
         """Start the computing process and measure the rig."""
         self._compute.start()
 
+    @property
+    def confinement(self) -> list[str]:
+        """What the computing process has given up, a line each."""
+        return list(self._compute.measured.get("confinement", ()))
+
     def stop(self) -> None:
         """End the computing process."""
         self._compute.stop()

@@ -17,6 +17,8 @@ from smartnodes_core.records import Challenge, Commitment, Opening, digest_of
 from tensorlink.audit.opened import OpenedData
 from tensorlink.audit.step import examine_step
 from tensorlink.audit.unit import Case, examine_unit
+from tensorlink.errors import OverLimitError
+from tensorlink.program.admission import Bounds
 from tensorlink.program.graph import LossProgram, StageProgram
 from tensorlink.records import StepOrder
 from tensorlink.steplog.replay import Replayer
@@ -27,7 +29,8 @@ MAX_CACHED = 16
 class Examiner:
     """Examines openings; programs are parsed once and kept by digest."""
 
-    def __init__(self) -> None:
+    def __init__(self, bounds: Bounds | None = None) -> None:
+        self.bounds = bounds
         self._programs: OrderedDict[bytes, StageProgram] = OrderedDict()
         self._losses: OrderedDict[bytes, LossProgram] = OrderedDict()
 
@@ -51,8 +54,12 @@ class Examiner:
             weights = data.checked("weights", commitment.roots, "weights_before")
             if set(weights) != set(program.parameters):
                 raise AuditError("the weights that were opened are not those of the program")
-            case = Case(Replayer(program, loss, weights), data, commitment, order, int(params["seed"]), deltas)
+            case = Case(
+                Replayer(program, loss, weights, self.bounds), data, commitment, order, int(params["seed"]), deltas
+            )
             found = examine_unit(case, challenge.unit) if challenge.tier == 1 else examine_step(case)
+        except OverLimitError as error:
+            return {"finding": "inconclusive", "reason": f"too large for this machine: {error}", "deltas": deltas}
         except PeerFault as error:
             if "allocate memory" in str(error):
                 return {"finding": "inconclusive", "reason": f"the replay ran out of memory: {error}", "deltas": deltas}

@@ -42,10 +42,10 @@ class Life:
         if exit_with_parent:
             threading.Thread(target=self._watch_stdin, daemon=True).start()
 
-    def say_ready(self, node: Node) -> None:
-        """One line of JSON on standard output: where the node listens and who it is. The start is over."""
+    def say_ready(self, node: Node, **more: object) -> None:
+        """One line of JSON on standard output: where the node listens, who it is, and `more`. The start is over."""
         self._starting = False
-        sys.stdout.write(json.dumps({"endpoint": node.endpoint, "node_key": node.node_key.hex()}) + "\n")
+        sys.stdout.write(json.dumps({"endpoint": node.endpoint, "node_key": node.node_key.hex(), **more}) + "\n")
         sys.stdout.flush()
 
     def wait(self) -> None:

@@ -83,7 +83,7 @@ def _run(config: RigConfig, life: Life) -> None:
             station.join()
             line = {"up_mbit": config.up_mbit, "down_mbit": config.down_mbit}
             station.announce(lambda: {**handler.offers(), **line, "free_slots": worker.num_free_slots})
-            life.say_ready(station.node)
+            life.say_ready(station.node, confinement=handler.confinement)
             life.wait()
             worker.drain("the rig is stopping")
             journal.close()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tensorlink.errors import TensorError
-from tensorlink.program.deferred import Deferred
+from tensorlink.program.deferred import Deferred, program_backward
 from tensorlink.program.interpreter import Interpreter
 from tensorlink.records import Cut
 
@@ -78,7 +78,8 @@ def backward(
     one; not those that were deferred).
 
     `gradients` are those of the outputs by slot; of the loss under the slot -1. Raises TensorError for a second
-    backward through a graph that was not retained, or a gradient of the wrong shape.
+    backward through a graph that was not retained, or a gradient of the wrong shape, ProgramError where the program's
+    own backward fails.
     """
     if passed.freed:
         raise TensorError(
@@ -90,7 +91,8 @@ def backward(
     wanted = [*(passed.inputs[slot] for slot in slots), *(parameters[name] for name in names)]
     found: Sequence[Tensor | None] = [None] * len(wanted)
     if roots and wanted:
-        found = torch.autograd.grad(roots, wanted, root_gradients, retain_graph=retain, allow_unused=True)  # type: ignore[arg-type]
+        with program_backward():
+            found = torch.autograd.grad(roots, wanted, root_gradients, retain_graph=retain, allow_unused=True)  # type: ignore[arg-type]
     of_inputs = {}
     for slot, gradient in zip(slots, found, strict=False):
         of_inputs[slot] = torch.zeros_like(passed.inputs[slot]) if gradient is None else gradient.contiguous()  # type: ignore[arg-type]

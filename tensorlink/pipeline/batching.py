@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from smartnodes_core.errors import JobError
-from tensorlink.errors import InputError, NonFiniteError, TensorError
+from tensorlink.errors import InputError, NonFiniteError, TensorError, TraceError
 from tensorlink.program.inputs import flatten_inputs, split
 from tensorlink.program.trace import TracedModel
+from tensorlink.program.values import DTYPES
+from tensorlink.records import Slot
 
 LossReduction = str | Callable[[Any], float]
 
@@ -51,6 +53,40 @@ def micro_batches(traced: TracedModel, inputs: Sequence[Tensor], count: int) -> 
     pieces = split(traced, inputs, count)
     slot = traced.binding.dynamic.index(True)
     return pieces, [len(piece[slot]) for piece in pieces]
+
+
+def check_outputs(traced: TracedModel, num_micro_batches: int) -> None:
+    """Raises TraceError for an output that cannot be put together from those of micro-batches."""
+    for slot in traced.outputs.slots:
+        is_tensor, batch_dims = slot.type == "tensor", slot.shape.count(-1)
+        scalar = not slot.shape and DTYPES[slot.dtype].is_floating_point
+        if not is_tensor or (num_micro_batches > 1 and batch_dims != 1 and not scalar):
+            raise TraceError(
+                f"{slot.name} has shape {list(slot.shape)}, needed a tensor with one batch dimension or a scalar, to "
+                f"put it together from {num_micro_batches} micro-batches: return what it is computed from and "
+                "compute it outside, or use micro_batches=1"
+            )
+
+
+def joined(slot: Slot, pieces: Sequence[Tensor], samples: Sequence[int]) -> Tensor:
+    """An output of the batch from those of its micro-batches: one after the other along the batch; a scalar (a loss,
+    say) is averaged by samples."""
+    if len(pieces) == 1:
+        return pieces[0]
+    if slot.shape:
+        return torch.cat(list(pieces), dim=slot.shape.index(-1))
+    parts = [piece * (size / sum(samples)) for piece, size in zip(pieces, samples, strict=True)]
+    return sum(parts[1:], parts[0])
+
+
+def divided(slot: Slot, gradient: Tensor, shapes: Sequence[torch.Size], samples: Sequence[int]) -> list[Tensor]:
+    """The gradients for the micro-batches' outputs of these shapes from that of `joined`."""
+    if len(shapes) == 1:
+        return [gradient]
+    if slot.shape:
+        dim = slot.shape.index(-1)
+        return list(torch.tensor_split(gradient, boundaries([shape[dim] for shape in shapes]), dim=dim))
+    return [gradient * (size / sum(samples)) for size in samples]
 
 
 def boundaries(samples: Sequence[int]) -> list[int]:

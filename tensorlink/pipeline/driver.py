@@ -48,7 +48,7 @@ class Call:
     losses: dict[int, float] = field(default_factory=dict)
     done: set[tuple[str, int, int]] = field(default_factory=set)  # (type, backward pass, stage)
     timelines: dict[int, list[Any]] = field(default_factory=dict)  # by stage, what ran when in a training step
-    sizes: list[list[int]] = field(default_factory=list)  # per output slot, the length of each micro-batch's piece
+    shapes: list[list[torch.Size]] = field(default_factory=list)  # per output slot, of each micro-batch's piece
     num_backwards: int = 0
     freed: bool = False  # its graph is gone from the stages
     training: bool = True

@@ -24,6 +24,7 @@ from tensorlink.pipeline.inbox import Delivery, Inbox
 from tensorlink.pipeline.seeds import seed_for
 from tensorlink.pipeline.state import StageState
 from tensorlink.pipeline.tied import SumId
+from tensorlink.program.admission import Admission, Bounds
 from tensorlink.program.deferred import Deferred
 from tensorlink.program.graph import LossProgram, StageProgram
 from tensorlink.program.interpreter import Interpreter
@@ -65,8 +66,9 @@ class Place:
 class Stage(StageState):
     """A stage that computes.
 
-    `parameters` and `buffers` are the stage's own from now on. `pool` has one thread and computes digests. All
-    methods are called from one thread. Raises ProgramError, TensorError, ProtocolError for what peers send wrong.
+    `parameters` and `buffers` are the stage's own from now on. `bounds` are what a micro-batch may cost. `pool` has one
+    thread and computes digests. All methods are called from one thread. Raises ProgramError, TensorError, ProtocolError
+    for what peers send wrong.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Stage(StageState):
         window_steps: int,
         shared_bytes: int = 1 << 62,
         shelf: Shelf | None = None,
+        bounds: Bounds | None = None,
     ) -> None:
         super().__init__(program, parameters, buffers, window_steps, shared_bytes, shelf)
         self.place = place
@@ -90,6 +93,10 @@ class Stage(StageState):
         self._interpreters = {
             training: Interpreter(program.graph(training), parameters, buffers) for training in (True, False)
         }
+        self._bounds = bounds
+        if bounds is not None:
+            for training, interpreter in self._interpreters.items():
+                interpreter.admit = Admission.of_stage(program, training, bounds)
         self._loss: tuple[LossProgram, Interpreter] | None = None
         inputs, outputs = program.inputs.slots, program.outputs.slots
         self._input_slots = range(len(inputs))
@@ -107,7 +114,10 @@ class Stage(StageState):
 
     def set_loss(self, program: LossProgram) -> None:
         """The loss of `train_step`; only the last stage needs one."""
-        self._loss = (program, Interpreter(program.graph, {}, constants_of(program)))
+        interpreter = Interpreter(program.graph, {}, constants_of(program))
+        if self._bounds is not None:
+            interpreter.admit = Admission.of_loss(program, self._bounds)
+        self._loss = (program, interpreter)
 
     def begin(self, params: dict[str, Any]) -> None:
         """A call was announced; its micro-batches run as their tensors arrive."""

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 ALIGNMENT_BYTES = 64
 
 
+def has_data(tensor: Tensor) -> bool:
+    """Whether the tensor has memory, and not a shape and dtype alone."""
+    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
+
+
 def is_aligned(tensor: Tensor) -> bool:
     """Whether the tensor is contiguous and starts at a multiple of 64 bytes."""
-    return tensor.is_contiguous() and (tensor.device.type == "meta" or tensor.data_ptr() % ALIGNMENT_BYTES == 0)
+    return tensor.is_contiguous() and (not has_data(tensor) or tensor.data_ptr() % ALIGNMENT_BYTES == 0)
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """The allowlist: every ATen overload that a stage program may call, written out and reviewed by hand.
 
 Left out on purpose: whatever reads or writes files (`from_file`), in-place ops, ops that draw random numbers from
-torch's own generator (dropout is computed by `dropout.py`), ops that return uninitialised memory (`empty`), and ops
-whose output size depends on data (`nonzero`, `masked_select`, `unique`, `item`). A name is looked up here and nowhere
-else; adding one is a review. Neighbours: `ops.py` joins these tables with what is not an ATen op, `arguments.py`
-checks calls against the schemas.
+torch's own generator (`dropout.py` and `drawing.py` compute those), ops that return uninitialised memory (`empty`),
+and ops whose output size depends on data (`nonzero`, `masked_select`, `unique`, `item`). A name is looked up here and
+nowhere else; adding one is a review. Neighbours: `ops.py` joins these tables with what is not an ATen op,
+`arguments.py` checks calls against the schemas.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ ARITHMETIC: dict[str, OpOverload] = {
     "aten.rsub.Tensor": torch.ops.aten.rsub.Tensor,
     "aten.mul.Tensor": torch.ops.aten.mul.Tensor,
     "aten.mul.Scalar": torch.ops.aten.mul.Scalar,
+    "aten.multiply.Tensor": torch.ops.aten.multiply.Tensor,
     "aten.div.Tensor": torch.ops.aten.div.Tensor,
     "aten.div.Scalar": torch.ops.aten.div.Scalar,
     "aten.div.Tensor_mode": torch.ops.aten.div.Tensor_mode,
@@ -195,6 +196,10 @@ MATRICES: dict[str, OpOverload] = {
     "aten.norm.ScalarOpt_dim": torch.ops.aten.norm.ScalarOpt_dim,
     "aten.norm.ScalarOpt_dtype": torch.ops.aten.norm.ScalarOpt_dtype,
     "aten.trace.default": torch.ops.aten.trace.default,
+    "aten.linalg_matrix_exp.default": torch.ops.aten.linalg_matrix_exp.default,
+    "aten.matrix_exp.default": torch.ops.aten.matrix_exp.default,
+    "aten.linalg_solve.default": torch.ops.aten.linalg_solve.default,
+    "aten.linalg_householder_product.default": torch.ops.aten.linalg_householder_product.default,
 }
 
 CONVOLUTIONS: dict[str, OpOverload] = {
@@ -229,6 +234,7 @@ NORMALISATION: dict[str, OpOverload] = {
     "aten.rms_norm.default": torch.ops.aten.rms_norm.default,
     "aten.native_layer_norm.default": torch.ops.aten.native_layer_norm.default,
     "aten.renorm.default": torch.ops.aten.renorm.default,
+    "aten._weight_norm.default": torch.ops.aten._weight_norm.default,
 }
 
 ACTIVATIONS: dict[str, OpOverload] = {
@@ -271,6 +277,8 @@ POOLING: dict[str, OpOverload] = {
     "aten.max_pool1d_with_indices.default": torch.ops.aten.max_pool1d_with_indices.default,
     "aten.max_pool2d_with_indices.default": torch.ops.aten.max_pool2d_with_indices.default,
     "aten.max_pool3d_with_indices.default": torch.ops.aten.max_pool3d_with_indices.default,
+    "aten.fractional_max_pool2d.default": torch.ops.aten.fractional_max_pool2d.default,
+    "aten.fractional_max_pool3d.default": torch.ops.aten.fractional_max_pool3d.default,
     "aten.max_unpool2d.default": torch.ops.aten.max_unpool2d.default,
     "aten.max_unpool3d.default": torch.ops.aten.max_unpool3d.default,
     "aten.upsample_nearest1d.vec": torch.ops.aten.upsample_nearest1d.vec,
@@ -416,6 +424,8 @@ SHAPES: dict[str, OpOverload] = {
     "aten.swapaxes.default": torch.ops.aten.swapaxes.default,
     "aten.swapdims.default": torch.ops.aten.swapdims.default,
     "aten.mT.default": torch.ops.aten.mT.default,
+    "aten.mH.default": torch.ops.aten.mH.default,
+    "aten.matrix_H.default": torch.ops.aten.matrix_H.default,
     "aten.numpy_T.default": torch.ops.aten.numpy_T.default,
     "aten.adjoint.default": torch.ops.aten.adjoint.default,
     "aten.expand.default": torch.ops.aten.expand.default,

@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 
 from tensorlink.errors import ProgramError
 from tensorlink.program.graph import Node
-from tensorlink.program.ops import ALLOWED, PSEUDO, SYMBOLIC
+from tensorlink.program.ops import ALLOWED, COND, PSEUDO, SYMBOLIC
 from tensorlink.program.values import (
     DTYPES,
     LAYOUTS,
@@ -52,6 +52,7 @@ _SCALAR_CHECKS: dict[str, Callable[[Arg], bool]] = {
     "SymInt": _is_int,
     "float": lambda arg: isinstance(arg, Value | float) or _is_int(arg),
     "number": _is_number,
+    "number_or_Tensor": _is_tensor,
     "bool": lambda arg: isinstance(arg, bool),
     "str": lambda arg: isinstance(arg, str),
     "ScalarType": lambda arg: isinstance(arg, DType),
@@ -112,8 +113,8 @@ def _assign(node: Node, op: OpOverload) -> dict[str, Arg]:
 def _check_flags(node: Node, given: dict[str, Arg]) -> None:
     if given.get("pin_memory"):
         raise ProgramError(f"{node}: pinned memory is not a program's to ask for")
-    if node.op == "aten.embedding.default" and given.get("sparse"):
-        raise ProgramError(f"{node}: sparse gradients are not supported; use sparse=False")
+    if given.get("sparse") or given.get("sparse_grad"):
+        raise ProgramError(f"{node}: sparse gradients are not supported; leave them off")
     size = given.get("size")
     if isinstance(size, tuple) and len(size) > MAX_RANK:
         raise ProgramError(f"{node}: a tensor of {len(size)} dimensions, at most {MAX_RANK}")
@@ -122,7 +123,9 @@ def _check_flags(node: Node, given: dict[str, Arg]) -> None:
 def _check_pseudo(node: Node) -> None:
     if node.kwargs or len(node.args) != PSEUDO[node.op]:
         raise ProgramError(f"{node}: takes {PSEUDO[node.op]} positional arguments, found {len(node.args)}")
-    if node.op in SYMBOLIC:
+    if node.op == COND:
+        valid = isinstance(node.args[0], Value | Buffer | bool) and _matches(node.args[1], "List[number_or_Tensor]")
+    elif node.op in SYMBOLIC:
         valid = all(_is_number(arg) for arg in node.args)
     else:
         target, index = node.args

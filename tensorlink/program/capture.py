@@ -12,7 +12,7 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,21 +22,29 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from tensorlink.errors import TraceError
-from tensorlink.program.sources import line_of_error
+from tensorlink.program import autocast as autocasts
+from tensorlink.program.sources import line_of_caller, line_of_error
 
 PREFIX = "module."
+#: What to do about a course that depends on data.
+NO_DATA = (
+    "use torch.where, a mask or torch.cond, for a mixture of experts of transformers "
+    'model.set_experts_implementation("batched_mm"), or take the decision before the model and pass it in'
+)
 
 
 @dataclass
 class Captured:
     """An exported graph, and how the structure that the module returned is made of its flat outputs.
 
-    `leaves` has an integer for each tensor (its place among the outputs) and `Literal` for anything else.
+    `leaves` has an integer for each tensor (its place among the outputs) and `Literal` for anything else. `autocast`
+    names the dtype of the autocast that it was traced under, "" for none.
     """
 
     exported: ExportedProgram
     tree: pytree.TreeSpec
     leaves: list[int | Literal]
+    autocast: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,18 +94,24 @@ class _Flat(nn.Module):
 def capture(
     module: nn.Module,
     tensors: list[Tensor],
-    dynamic: list[bool],
+    rows: Sequence[int],
     rebuild: Callable[[list[Tensor]], tuple[tuple[Any, ...], dict[str, Any]]],
     training: bool,
+    autocast: torch.dtype | None = None,
 ) -> Captured:
     """Exports `module` in training or evaluation mode; its own mode and state are as before afterwards.
 
-    `dynamic[i]`: whether dimension 0 of `tensors[i]` is the batch. Raises TraceError with the user's line and a remedy.
+    `rows[i]` says how often the batch size goes into dimension 0 of `tensors[i]`, 0 where it has nothing to do with
+    it. Raises TraceError with the user's line and a remedy.
     """
     batch = Dim("batch", min=2)
     flat = _Flat(module, rebuild)
-    shapes = tuple({0: batch} if is_dynamic else None for is_dynamic in dynamic)
-    with _mode(module, training), _quiet(), _kept_attributes(module):
+    shapes = tuple({0: batch if times == 1 else times * batch} if times else None for times in rows)
+    device, name = tensors[0].device, autocasts.name_of(autocast)
+    quiet = _quiet(), _kept_attributes(module), _no_custom_backward()
+    with contextlib.ExitStack() as stack:
+        for context in (_mode(module, training), *quiet, autocasts.region(device, name)):
+            stack.enter_context(context)
         try:
             exported = torch.export.export(flat, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
         except TraceError:
@@ -106,7 +120,7 @@ def capture(
             raise _explained(error) from error
     if flat.returned.tree is None:
         raise TraceError("the module was never called by torch.export")
-    return Captured(exported, flat.returned.tree, flat.returned.leaves)
+    return Captured(exported, flat.returned.tree, flat.returned.leaves, name)
 
 
 @contextlib.contextmanager
@@ -136,6 +150,27 @@ def _kept_attributes(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _no_custom_backward() -> Iterator[None]:
+    """Refuses the user's own `torch.autograd.Function`: export keeps its forward and silently drops its backward."""
+    apply = torch.autograd.Function.__dict__["apply"]
+
+    def checked(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch."):
+            raise TraceError(
+                f"the model uses its own torch.autograd.Function {cls.__name__} at {line_of_caller()}, whose backward "
+                "a program cannot hold; write it as tensor operations with the same gradient, such as "
+                "x + (f(x) - x).detach() for a straight-through estimator"
+            )
+        return apply.__func__(cls, *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(checked)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Export's warnings and logs speak of its own inner names; what matters is in our errors."""
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._export", "torch._dynamo")]
@@ -159,11 +194,7 @@ def _explained(error: Exception) -> TraceError:
     place = line_of_error(error)
     at = f" at {place}" if place else ""
     if "data-dependent" in text or "DataDependent" in type(error).__name__ or "unbacked" in text:
-        return TraceError(
-            f"the model branches or sizes a tensor on the values of its data{at}; use torch.where or torch.cond, "
-            "or take the decision "
-            "before the model and pass it in"
-        )
+        return TraceError(f"the model branches or sizes a tensor on the values of its data{at}; {NO_DATA}")
     if "Constraints violated" in text or "specialized" in text:
         return TraceError(
             f"the model fixes the batch size{at}: a size that follows the batch is written as a number or "

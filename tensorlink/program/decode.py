@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from math import prod
 from typing import Any, TypeVar
 
 from smartnodes_core.errors import RecordError
@@ -26,13 +27,14 @@ from tensorlink.program.graph import (
     ParameterSpec,
     StageProgram,
 )
-from tensorlink.program.values import DTYPES, Arg, Buffer, Device, Parameter, Value
+from tensorlink.program.values import AUTOCAST_DTYPES, DTYPES, Arg, Buffer, Device, Parameter, Value
 from tensorlink.records import Cut, Slot
 
 MAX_PROGRAM_BYTES = 64 << 20
 MAX_ARGUMENT_DEPTH = 4
 MAX_LIST_ITEMS = 4096
 MAX_NAME_LENGTH = 256
+MAX_BRANCH_DEPTH = 4
 
 _INT64 = range(-(1 << 63), 1 << 63)
 
@@ -61,13 +63,14 @@ def decode_stage(data: bytes | memoryview) -> StageProgram:
 def decode_loss(data: bytes | memoryview) -> LossProgram:
     """The loss program in `data`; raises ProgramError unless well-formed and canonical."""
     document = _parse(data, "loss")
-    _keys(document, {"graph", "constants", "inputs", "outputs", "num_outputs"}, "loss program")
+    _keys(document, {"graph", "constants", "inputs", "outputs", "num_outputs", "rows"}, "loss program")
     program = LossProgram(
         graph=_graph_in(document["graph"], "loss"),
         constants={name: _constant_in(item, name) for name, item in _names(document["constants"], "constants")},
         inputs=_cut_in(document["inputs"], "inputs"),
         outputs=_cut_in(document["outputs"], "outputs"),
         num_outputs=_count(document["num_outputs"], "num_outputs"),
+        rows=tuple(_count(item, "rows") for item in _list(document["rows"], "rows")),
     )
     validate.loss(program)
     return _canonical(program, data)
@@ -136,6 +139,8 @@ def _shape_in(item: Any, what: str) -> tuple[int, ...]:
     dims = _list(item, what)
     if len(dims) > 32 or not all(type(dim) is int and 0 <= dim < 1 << 48 for dim in dims):
         raise ProgramError(f"{what}: a shape of at most 32 sizes below 2**48 is needed, found {dims!r:.80}")
+    if prod(max(dim, 1) for dim in dims) >= 1 << 60:  # strides overflow even where nothing is in it
+        raise ProgramError(f"{what}: a shape {dims!r:.80} that no tensor can have")
     return tuple(dims)
 
 
@@ -182,6 +187,8 @@ def _cut_in(item: Any, what: str) -> Cut:
             raise ProgramError(f"{what}: slot {name!r:.60} is neither tensor nor symint of at most 32 dims")
         if not all(type(dim) is int and -1 <= dim < 1 << 48 for dim in dims):
             raise ProgramError(f"{what}: slot {name!r:.60} has shape {dims!r:.80}; sizes are -1 to 2**48")
+        if requires_grad and not (DTYPES[_dtype_in(dtype, what)].is_floating_point or dtype.startswith("complex")):
+            raise ProgramError(f"{what}: slot {name!r:.60} of {dtype!r:.20} cannot have a gradient")
         slots.append(
             Slot(
                 name=_name(name, what), type=kind, dtype=_dtype_in(dtype, what), shape=dims, requires_grad=requires_grad
@@ -194,7 +201,9 @@ def _cut_in(item: Any, what: str) -> Cut:
         raise ProgramError(f"{what}: {error}") from None
 
 
-def _graph_in(item: Any, what: str) -> Graph:
+def _graph_in(item: Any, what: str, depth: int = 0) -> Graph:
+    if depth > MAX_BRANCH_DEPTH:
+        raise ProgramError(f"{what}: branches nest at most {MAX_BRANCH_DEPTH} deep")
     if not isinstance(item, dict):
         raise ProgramError(f"{what}: an object is needed, found {type(item).__name__}")
     _keys(item, {"inputs", "nodes", "outputs", "mutations"}, f"{what} graph")
@@ -205,27 +214,45 @@ def _graph_in(item: Any, what: str) -> Graph:
         mutations.append((_name(pair[0], f"{what} mutations"), _count(pair[1], f"{what} mutations")))
     return Graph(
         inputs=tuple(_count(value, f"{what} inputs") for value in _list(item["inputs"], f"{what} inputs")),
-        nodes=tuple(_node_in(node, index, what) for index, node in enumerate(_list(item["nodes"], f"{what} nodes"))),
+        nodes=tuple(
+            _node_in(node, index, what, depth) for index, node in enumerate(_list(item["nodes"], f"{what} nodes"))
+        ),
         outputs=tuple(_count(value, f"{what} outputs") for value in _list(item["outputs"], f"{what} outputs")),
         mutations=tuple(mutations),
     )
 
 
-def _node_in(item: Any, index: int, what: str) -> Node:
+def _node_in(item: Any, index: int, what: str, depth: int) -> Node:
     where = f"{what} node at position {index}"
-    if not isinstance(item, list) or len(item) != 5:
+    if not isinstance(item, list) or len(item) not in (5, 6):
         raise ProgramError(f"{where}: [op, args, kwargs, id, grad] is needed, found {item!r:.80}")
-    op, args, kwargs, node_id, grad = item
+    op, args, kwargs, node_id, grad = item[:5]
     where = f"{what} node {node_id!r:.20} ({op!r:.60})"
     if type(grad) is not bool:
         raise ProgramError(f"{where}: grad is true or false, found {grad!r:.40}")
+    autocast, branches = _more_in(item[5], where, depth) if len(item) == 6 else ("", ())
     return Node(
         op=_name(op, where),
         args=tuple(_arg_in(arg, where, 0) for arg in _list(args, where)),
         kwargs=tuple(sorted((name, _arg_in(arg, where, 0)) for name, arg in _names(kwargs, where))),
         id=_count(node_id, where),
         grad=grad,
+        autocast=autocast,
+        branches=branches,
     )
+
+
+def _more_in(item: Any, where: str, depth: int) -> tuple[str, tuple[Graph, ...]]:
+    """The dtype of autocast and the branches, of a node that has either."""
+    if not isinstance(item, dict) or not item or not item.keys() <= {"autocast", "branches"}:
+        raise ProgramError(f"{where}: autocast and branches may follow grad, found {item!r:.80}")
+    autocast = item.get("autocast", "")
+    if "autocast" in item and (not isinstance(autocast, str) or autocast not in AUTOCAST_DTYPES):
+        raise ProgramError(f"{where}: autocast to one of {list(AUTOCAST_DTYPES)} is needed, found {autocast!r:.40}")
+    branches = _list(item.get("branches", []), f"{where} branches")
+    if "branches" in item and len(branches) != 2:
+        raise ProgramError(f"{where}: a cond has two branches, found {len(branches)}")
+    return autocast, tuple(_graph_in(branch, f"{where} branch", depth + 1) for branch in branches)
 
 
 def _arg_in(item: Any, where: str, depth: int) -> Arg:

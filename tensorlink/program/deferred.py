@@ -10,13 +10,15 @@ al., 2023, arXiv:2401.10241) walks the graph once and computes nothing twice.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from tensorlink.errors import ProgramError
 from tensorlink.program.graph import Graph
 from tensorlink.program.values import Parameter
 
@@ -43,6 +45,17 @@ class _Pending(NamedTuple):
     retain: bool
 
 
+@contextmanager
+def program_backward() -> Iterator[None]:
+    """What goes wrong inside is the program's fault: a ProgramError, but for memory that runs out."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        raise ProgramError(f"the backward of the program: {type(error).__name__}: {str(error)[:300]}") from error
+
+
 class Deferred:
     """The weight gradients that one micro-batch's backward has left for later."""
 
@@ -57,12 +70,13 @@ class Deferred:
         self._pending.append(pending)
 
     def compute(self) -> dict[str, Tensor]:
-        """All of them by parameter name; empties this, and frees what it held as it goes."""
+        """All of them by parameter name; empties this, and frees what it held as it goes. Raises ProgramError."""
         found: dict[str, Tensor] = {}
         self._pending.reverse()
         while self._pending:
             names, weights, output, gradient, retain = self._pending.pop()
-            gradients = torch.autograd.grad([output], weights, [gradient], retain_graph=retain)
+            with program_backward():
+                gradients = torch.autograd.grad([output], weights, [gradient], retain_graph=retain)
             found.update(zip(names, gradients, strict=True))
         return found
 
@@ -116,12 +130,13 @@ def deferring(function: Callable[..., Any], weights_at: dict[int, str]) -> Calla
 def deferrable_weights(graph: Graph) -> dict[int, dict[int, str]]:
     """Which nodes may defer: by node id, parameter names by argument position.
 
-    Only parameters that the graph uses once: the gradients of several uses are added in autograd's own order.
+    Only parameters that the graph uses once: the gradients of several uses are added in autograd's own order. Not under
+    autocast, whose casts of weights live as long as the run.
     """
     uses = Counter(name for node in graph.nodes for name in node.parameters())
     found = {}
     for node in graph.nodes:
-        positions = DEFERRABLE.get(node.op, ()) if node.grad and not node.kwargs else ()
+        positions = DEFERRABLE.get(node.op, ()) if node.grad and not node.kwargs and not node.autocast else ()
         weights = {
             at: arg.name
             for at in positions

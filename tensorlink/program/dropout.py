@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tensorlink.program.alignment import has_data
+
 Seed = Callable[[int], int]
 
 #: Constants of alpha dropout: the saturation value of SELU (Klambauer et al., 2017, arXiv:1706.02515).
@@ -23,7 +25,7 @@ _ALPHA = 1.7580993408473766
 def _noise(like: Tensor, p: float, seed: int) -> Tensor:
     """A tensor of zeros and ones in the shape, strides and dtype of `like`; ones with probability 1 - p."""
     noise = torch.empty_like(like, requires_grad=False)
-    if like.device.type == "meta":
+    if not has_data(like):
         return noise
     generator = torch.Generator(device=like.device)
     generator.manual_seed(seed)

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tensorlink.program.graph import Graph, LossProgram, StageProgram
+from tensorlink.program.graph import Graph, LossProgram, Node, StageProgram
 from tensorlink.program.values import (
     DTYPES,
     LAYOUTS,
@@ -76,6 +76,7 @@ def encode_loss(program: LossProgram) -> bytes:
             "inputs": _cut_out(program.inputs),
             "outputs": _cut_out(program.outputs),
             "num_outputs": program.num_outputs,
+            "rows": list(program.rows),
         }
     )
 
@@ -87,19 +88,27 @@ def _dump(document: dict[str, Any]) -> bytes:
 def _graph_out(graph: Graph) -> dict[str, Any]:
     return {
         "inputs": list(graph.inputs),
-        "nodes": [
-            [
-                node.op,
-                [_arg_out(arg) for arg in node.args],
-                {name: _arg_out(arg) for name, arg in node.kwargs},
-                node.id,
-                node.grad,
-            ]
-            for node in graph.nodes
-        ],
+        "nodes": [_node_out(node) for node in graph.nodes],
         "outputs": list(graph.outputs),
         "mutations": [list(pair) for pair in graph.mutations],
     }
+
+
+def _node_out(node: Node) -> list[Any]:
+    """[op, args, kwargs, id, grad], and an object of what most nodes have not."""
+    fields = [
+        node.op,
+        [_arg_out(arg) for arg in node.args],
+        {name: _arg_out(arg) for name, arg in node.kwargs},
+        node.id,
+        node.grad,
+    ]
+    more: dict[str, Any] = {}
+    if node.autocast:
+        more["autocast"] = node.autocast
+    if node.branches:
+        more["branches"] = [_graph_out(branch) for branch in node.branches]
+    return [*fields, more] if more else fields
 
 
 def _cut_out(cut: Cut) -> list[list[Any]]:

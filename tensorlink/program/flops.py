@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from tensorlink.program.graph import Node
-from tensorlink.program.ops import ALLOWED, ATTENTION, PSEUDO, RECURRENT
+from tensorlink.program.guards import RECURRENT
+from tensorlink.program.ops import ALLOWED, ATTENTION, PSEUDO
 
 Args = list[Any]
 
@@ -26,7 +27,7 @@ def _linear(args: Args, result: Tensor) -> int:
 
 
 def _product(first: int) -> Callable[[Args, Tensor], int]:
-    return lambda args, result: int(2 * result.numel() * args[first].shape[-1])
+    return lambda args, result: int(2 * result.numel() * (args[first].shape[-1] if args[first].dim() else 1))
 
 
 def _convolution(args: Args, result: Tensor) -> int:

@@ -1,9 +1,9 @@
 """The stage program: a piece of a model as plain data, for training and for evaluation.
 
 Role: what the user's side makes of a module and a worker runs without running a stranger's code (`design.md` section
-4). A graph is a list of nodes in an order in which each uses only what came before; there are no branches and no
-expressions. Neighbours: `encode.py` and `decode.py` (JSON), `trace.py` (makes them), `interpreter.py` (runs them),
-`limits.py` (bounds them).
+4). A graph is a list of nodes in an order in which each uses only what came before; there are no loops and no
+expressions, and the one way to branch is a `cond` node, which holds both its branches as graphs. Neighbours:
+`encode.py` and `decode.py` (JSON), `trace.py` (makes them), `interpreter.py` (runs them), `limits.py` (bounds them).
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class Node:
     """One call of an allowlisted op.
 
     `id` is unique in the uncut program and keeps its value in every cut of it: dropout masks are seeded by it.
-    `grad` is False where the module computed under `no_grad`. `kwargs` is sorted by name.
+    `grad` is False where the module computed under `no_grad`. `kwargs` is sorted by name. `autocast` is the dtype in
+    which autocast computes there, "" where it is off. `branches` are the two graphs of a `cond`, for a predicate that
+    is true and one that is false: they see nothing but the operands they are given, and no parameter by name.
     """
 
     op: str
@@ -33,6 +35,8 @@ class Node:
     kwargs: tuple[tuple[str, Arg], ...]
     id: int
     grad: bool = True
+    autocast: str = ""
+    branches: tuple[Graph, ...] = ()
 
     def __str__(self) -> str:
         return f"node {self.id} ({self.op})"
@@ -75,6 +79,13 @@ class Graph:
         """Buffers and constants in the order of their first use."""
         used = [name for node in self.nodes for name in node.buffers()]
         return list(dict.fromkeys([*used, *(name for name, _ in self.mutations)]))
+
+    def all_nodes(self) -> Iterator[Node]:
+        """Every node, those of branches after the node that holds them."""
+        for node in self.nodes:
+            yield node
+            for branch in node.branches:
+                yield from branch.all_nodes()
 
     def last_uses(self) -> dict[int, int]:
         """For each value id the index of the last node that reads it; outputs and mutations are never freed."""
@@ -170,6 +181,7 @@ class LossProgram:
     """A loss function as data: inputs are the model's outputs and then the targets; the one output is a scalar.
 
     Its constants (class weights and the like) are inside, so that `digest` binds everything the loss is made of.
+    `rows` says of each input how many of its rows are one sample's, 0 for one that has nothing to do with the batch.
     """
 
     graph: Graph
@@ -177,6 +189,7 @@ class LossProgram:
     outputs: Cut
     constants: Mapping[str, Constant]
     num_outputs: int
+    rows: tuple[int, ...]
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -202,8 +215,9 @@ class LossProgram:
 
 
 def defined_ids(graph: Graph) -> set[int]:
-    """Every id the graph defines, inputs included."""
-    return {*graph.inputs, *(node.id for node in graph.nodes)}
+    """Every id the graph defines, inputs and branches included."""
+    inner = (defined_ids(branch) for node in graph.nodes for branch in node.branches)
+    return {*graph.inputs, *(node.id for node in graph.nodes)}.union(*inner)
 
 
 __all__ = [

@@ -17,17 +17,18 @@ import torch
 from torch import Tensor
 
 from tensorlink.errors import ProgramError, TensorError
-from tensorlink.program import arguments, dropout
+from tensorlink.program import arguments, autocast, branches, drawing, dropout
 from tensorlink.program.alignment import aligned
 from tensorlink.program.deferred import Deferred, deferrable_weights, deferring
 from tensorlink.program.graph import Graph, Node
+from tensorlink.program.guards import GUARDS, guarded
 from tensorlink.program.ops import (
     ALLOWED,
     ATTENTION,
-    GUARDS,
+    COND,
+    FACTORIES,
     MUTABLE_BUFFERS,
     SYMBOLIC,
-    guarded,
     is_random,
     item_of,
     size_of,
@@ -37,6 +38,10 @@ from tensorlink.records import Cut, Slot
 
 #: Called after each node with the node and its result; `limits.py` and `sharding/profile.py` watch runs through it.
 Observer = Callable[[Node, Any], None]
+
+
+#: What says that an op draws random numbers, given by name.
+_HIDES = {ATTENTION: "dropout_p", "aten.rrelu.default": "training"}
 
 
 class Step(NamedTuple):
@@ -49,6 +54,7 @@ class Step(NamedTuple):
     target: int
     frees: tuple[int, ...]
     grad: bool
+    autocast: str
     node: Node
 
 
@@ -75,6 +81,8 @@ class Interpreter:
         self.parameters = parameters
         self.buffers = buffers
         self.cut = cut
+        #: Called at each run with what enters; raises where these sizes must not be run (`admission.py`).
+        self.admit: Callable[[Sequence[Tensor | int]], None] | None = None
         self.device = torch.device(device) if device is not None else _device_of(parameters, buffers)
         if cut is not None and len(cut.slots) != len(graph.inputs):
             raise ProgramError(f"the graph has {len(graph.inputs)} inputs, its cut has {len(cut.slots)} slots")
@@ -120,12 +128,16 @@ class Interpreter:
         lists: list[tuple[int, Callable[[list[Any]], tuple[Any, ...]]]] = []
         places = [self._argument(arg, lists) for arg in node.args]
         function = self._function(node, places)
-        if node.kwargs and all(arguments.is_static(arg) for _, arg in node.kwargs):
-            fixed = {name: arguments.literal(arg, self.device) for name, arg in node.kwargs}
+        kwargs = node.kwargs
+        if node.op in FACTORIES:  # left to torch, the device is the CPU, and the dry run allocates
+            function = functools.partial(function, device=self.device)
+            kwargs = tuple(item for item in kwargs if item[0] != "device")
+        if kwargs and all(arguments.is_static(arg) for _, arg in kwargs):
+            fixed = {name: arguments.literal(arg, self.device) for name, arg in kwargs}
             function = functools.partial(function, **fixed)
-        elif node.kwargs:
-            names = [name for name, _ in node.kwargs]
-            keyword_places = [self._argument(arg, lists) for _, arg in node.kwargs]
+        elif kwargs:
+            names = [name for name, _ in kwargs]
+            keyword_places = [self._argument(arg, lists) for _, arg in kwargs]
             function = _with_keywords(function, len(places), names)
             places += keyword_places
         if node.id in self._places:
@@ -139,6 +151,7 @@ class Interpreter:
             self._places[node.id],
             tuple(self._places[value] for value in frees),
             node.grad,
+            node.autocast,
             node,
         )
 
@@ -149,12 +162,19 @@ class Interpreter:
             return item_of
         if node.op in SYMBOLIC:
             return SYMBOLIC[node.op]
-        implementation = dropout.IMPLEMENTATIONS.get(node.op)
+        if node.op == COND:
+            places[:0] = [0]
+            if_true, if_false = (Interpreter(branch, {}, {}, device=self.device) for branch in node.branches)
+            return functools.partial(branches.conditional, if_true.evaluate, if_false.evaluate)
+        implementation: Callable[..., Any] | None = dropout.IMPLEMENTATIONS.get(node.op)
+        if is_random(node.op, node.args):
+            implementation = drawing.IMPLEMENTATIONS.get(node.op, implementation)
         if node.op == ATTENTION and is_random(node.op, node.args):
             implementation = dropout.attention
         if implementation is None:
-            if is_random(node.op, node.args):
-                raise ProgramError(f"{node}: draws random numbers of its own; only dropout layers are reproducible")
+            hidden = _HIDES.get(node.op) in dict(node.kwargs)  # where `is_random` does not look
+            if hidden or is_random(node.op, node.args):
+                raise ProgramError(f"{node}: draws random numbers of its own, which cannot be drawn again")
             function: Callable[..., Any] = ALLOWED[node.op]._op
             guard = GUARDS.get(node.op)
             function = function if guard is None else guarded(guard, function)
@@ -163,6 +183,9 @@ class Interpreter:
                 places[:0] = [1]
                 function = deferring(function, weights)
             return function
+        guard = GUARDS.get(node.op)
+        if guard is not None:
+            implementation = guarded(lambda seed_for, key, *args, **kwargs: guard(*args, **kwargs), implementation)
         places[:0] = [0, self._place(node.id)]
         return implementation
 
@@ -209,9 +232,10 @@ class Interpreter:
         `inputs` are tensors and sizes in the order of the cut; those not contiguous and 64-byte aligned are copied.
         `seed_for` maps a node id of the uncut program to the seed of its dropout mask, and is needed where the graph
         has dropout in training mode. Weight gradients that can be left for later go to `deferred` when the backward
-        runs. Raises TensorError for inputs that do not fit, ProgramError naming the node
-        where a call fails.
+        runs. Raises TensorError for inputs that do not fit, ProgramError naming the node where a call fails.
         """
+        if self.admit is not None:
+            self.admit(inputs)
         values = self._constants.copy()
         values[0] = seed_for if seed_for is not None else _no_seed
         values[1] = deferred
@@ -223,27 +247,51 @@ class Interpreter:
             values[self._places[value]] = entered
         outer = torch.is_grad_enabled()
         try:
-            if observer is None:
-                self._loop(self._steps, values, outer)
-            else:
-                self._observed_loop(values, outer, observer)
+            with autocast.region(self.device):
+                if observer is None:
+                    self._loop(self._steps, values, outer)
+                else:
+                    self._observed_loop(values, outer, observer)
         finally:
             torch.set_grad_enabled(outer)
         for name, place in self._written:
             self.buffers[name] = values[place]
         for name, place in self._mutations:
-            self.buffers[name] = values[place].detach()
+            self.buffers[name] = _replacement(name, self.buffers[name], values[place])
+        outputs = [values[place] for place in self._outputs]
+        if not all(isinstance(value, Tensor | int) for value in outputs):
+            raise ProgramError(f"outputs are tensors and sizes, found {[type(value).__name__ for value in outputs]}")
+        return outputs
+
+    def evaluate(self, operands: Sequence[Any], seed_for: dropout.Seed, observer: Observer | None = None) -> list[Any]:
+        """The outputs of a branch, whose operands enter as they are: in the middle of the run of its graph."""
+        values = self._constants.copy()
+        values[0] = seed_for
+        for value, operand in zip(self.graph.inputs, operands, strict=True):
+            values[self._places[value]] = operand
+        outer = torch.is_grad_enabled()
+        try:
+            with autocast.region(self.device):
+                if observer is None:
+                    self._loop(self._steps, values, outer)
+                else:
+                    self._observed_loop(values, outer, observer)
+        finally:
+            torch.set_grad_enabled(outer)
         return [values[place] for place in self._outputs]
 
     def _loop(self, steps: Sequence[Step], values: list[Any], outer: bool) -> None:
-        grad = outer
+        grad, casting = outer, None
         step = None
         try:
             for step in steps:
-                function, fetch, lists, copies, target, frees, wanted, _ = step
+                function, fetch, lists, copies, target, frees, wanted, casts, _ = step
                 if outer and wanted != grad:
                     torch.set_grad_enabled(wanted)
                     grad = wanted
+                if casts != casting:
+                    autocast.switch(self.device, casts)
+                    casting = casts
                 for place, items in lists:
                     values[place] = list(items(values))
                 for place in copies:
@@ -251,9 +299,11 @@ class Interpreter:
                 values[target] = function(*fetch(values))
                 for place in frees:
                     values[place] = None
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, ProgramError):  # one from a branch names its node already
             raise
-        except (TypeError, ValueError, IndexError, RuntimeError, ArithmeticError, AttributeError) as error:
+        except Exception as error:
+            if isinstance(error, MemoryError) and self.device.type != "meta":
+                raise
             where = step.node if step is not None else "graph"
             raise ProgramError(f"{where}: {type(error).__name__}: {str(error)[:300]}") from error
 
@@ -272,6 +322,18 @@ class Interpreter:
             for slot, item in zip(self.cut.slots, inputs, strict=True):
                 _fits(slot, item)
         return [aligned(item) if isinstance(item, Tensor) else item for item in inputs]
+
+
+def _replacement(name: str, before: Tensor, after: Any) -> Tensor:
+    """What the buffer holds from now on; as large as before, or it would grow from run to run."""
+    if not isinstance(after, Tensor) or (after.shape, after.dtype) != (before.shape, before.dtype):
+        found = f"{str(after.dtype)[6:]} {list(after.shape)}" if isinstance(after, Tensor) else type(after).__name__
+        raise ProgramError(
+            f"buffer {name!r:.60} is {str(before.dtype)[6:]} {list(before.shape)}, a run leaves {found} in it"
+        )
+    after = after.detach()
+    is_whole = after.untyped_storage().nbytes() <= after.numel() * after.element_size()
+    return after if is_whole else after.clone()
 
 
 def _items(arg: Arg) -> tuple[Arg, ...]:

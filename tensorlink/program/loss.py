@@ -36,12 +36,21 @@ class _Loss(nn.Module):
         return self.function(outputs, target)
 
 
-def trace_loss(loss_fn: Callable[[Any, Any], Tensor], output_example: Any, target_example: Any) -> LossProgram:
+def trace_loss(
+    loss_fn: Callable[[Any, Any], Tensor],
+    output_example: Any,
+    target_example: Any,
+    *,
+    num_samples: int | None = None,
+    autocast: torch.dtype | None = None,
+) -> LossProgram:
     """Traces `loss_fn(outputs, target)`, where both are tensors or structures of them as the model and the user give
     them.
 
-    Every tensor's dimension 0 is the batch if it has the batch size of the first. Raises TraceError unless the result
-    is one scalar that the outputs have a gradient of, and the function has no trainable parameters.
+    `num_samples` is the batch size, by default that of the first tensor. A tensor's dimension 0 is the batch if it has
+    that size; an output's may be a multiple of it, as in logits of shape (B * T, C). `autocast` is that of `trace`.
+    Raises TraceError unless the result is one scalar that the outputs have a gradient of, and the function has no
+    trainable parameters.
     """
     module = _Loss(loss_fn)
     if any(parameter.requires_grad for parameter in module.parameters()):
@@ -49,12 +58,15 @@ def trace_loss(loss_fn: Callable[[Any, Any], Tensor], output_example: Any, targe
     leaves, tree = pytree.tree_flatten((output_example, target_example))
     tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
     num_outputs = sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(output_example))
-    batch = next((len(tensor) for tensor in tensors if tensor.dim()), 0)
+    batch = num_samples or next((len(tensor) for tensor in tensors if tensor.dim()), 0)
     if batch == 0 or num_outputs == 0:
         raise TraceError("a loss needs at least one output tensor with a batch of at least one sample")
-    dynamic = [tensor.dim() > 0 and len(tensor) == batch for tensor in tensors]
+    rows = tuple(
+        len(t) // batch if t.dim() and (len(t) == batch or (at < num_outputs and len(t) % batch == 0)) else 0
+        for at, t in enumerate(tensors)
+    )
     if batch == 1:
-        tensors = [torch.cat([t, t]) if is_dynamic else t for t, is_dynamic in zip(tensors, dynamic, strict=True)]
+        tensors = [torch.cat([t, t]) if times else t for t, times in zip(tensors, rows, strict=True)]
     tensors = [t.clone().requires_grad_(at < num_outputs and t.is_floating_point()) for at, t in enumerate(tensors)]
 
     def rebuild(flat: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -62,7 +74,7 @@ def trace_loss(loss_fn: Callable[[Any, Any], Tensor], output_example: Any, targe
         return tuple(pytree.tree_unflatten([next(remaining) if isinstance(x, Tensor) else x for x in leaves], tree)), {}
 
     state = ModuleState.of(module)
-    captured = capture(module, tensors, dynamic, rebuild, training=True)
+    captured = capture(module, tensors, rows, rebuild, training=True, autocast=autocast)
     lowered = lower(captured, state)
     if captured.leaves != [0] or lowered.info[lowered.graph.outputs[0]].shape != ():
         found = [list(lowered.info[value].shape) for value in lowered.graph.outputs]
@@ -82,6 +94,7 @@ def trace_loss(loss_fn: Callable[[Any, Any], Tensor], output_example: Any, targe
         outputs=Cut(slots=[_slot("loss", output.dtype, (), True)]),
         constants=_constants({name: held[name] for name in lowered.graph.buffer_names()}),
         num_outputs=num_outputs,
+        rows=rows,
     )
 
 

@@ -18,10 +18,11 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from tensorlink.errors import TraceError
-from tensorlink.program.capture import PREFIX, Captured
+from tensorlink.program import autocast
+from tensorlink.program.capture import NO_DATA, PREFIX, Captured
 from tensorlink.program.graph import Graph, Node
 from tensorlink.program.mutation import Mutations
-from tensorlink.program.ops import ALLOWED, MUTABLE_BUFFERS, RECURRENT, is_random
+from tensorlink.program.ops import ALLOWED, COND, MUTABLE_BUFFERS
 from tensorlink.program.sources import line_of, module_of
 from tensorlink.program.state import ModuleState
 from tensorlink.program.values import (
@@ -57,6 +58,12 @@ _SYMBOLIC: dict[Any, str] = {
     torch.sym_float: "sym.float",
 }
 _ASSERTIONS = ("aten._assert", "aten.sym_constrain_range", "aten._functional_assert")
+#: Whoever asks for memory that holds anything gets zeros.
+_UNINITIALISED = {
+    "aten.empty.memory_format": "aten.zeros.default",
+    "aten.empty_like.default": "aten.zeros_like.default",
+    "aten.new_empty.default": "aten.new_zeros.default",
+}
 _FRESH = frozenset({"aten.lift_fresh_copy.default", "aten.lift_fresh.default", "aten.lift.default"})
 
 
@@ -89,16 +96,19 @@ class Lowered:
 
 @dataclass
 class Lowering:
-    """Walks an exported graph once. `names` maps placeholder names to the arguments they stand for."""
+    """Walks an exported graph once. `names` maps placeholder names to the arguments they stand for; `autocast` is the
+    dtype of the autocast around the whole graph, "" for none."""
 
     root: fx.GraphModule
     names: Mapping[str, Arg]
     next_id: int
+    autocast: str = ""
     nodes: list[Node] = field(default_factory=list)
     info: dict[int, ValueInfo] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.grad = True
+        self.region = self.autocast
         self.where: fx.Node | None = None
         self.mutations = Mutations(self._emit)
 
@@ -137,7 +147,7 @@ class Lowering:
         if target in _SYMBOLIC:
             return self._emit(_SYMBOLIC[target], tuple(self._arg(arg, env) for arg in node.args), (), node)
         if isinstance(target, torch._ops.HigherOrderOperator):
-            return self._region(node, env)
+            return self._cond(node, env) if str(target) == "cond" else self._region(node, env)
         if not isinstance(target, torch._ops.OpOverload):
             raise self.refused(f"a call of {target}")
         name = f"{target.namespace}.{target._schema.name.split('::')[1]}.{target._overloadname}"
@@ -147,14 +157,33 @@ class Lowering:
         kwargs = tuple(sorted((key, self._arg(arg, env)) for key, arg in node.kwargs.items() if key != "generator"))
         if name == "aten.sym_size.int":
             return self._emit("sym_size", args, (), node)
+        if name == "aten.sym_numel.default":
+            return self._numel(node, env)
+        if name in _UNINITIALISED:
+            name, kwargs = _UNINITIALISED[name], tuple(item for item in kwargs if item[0] != "memory_format")
         if name in _FRESH:  # a tensor written into the code, as new at each run
             return self._emit("aten.clone.default", args, (), node)
         if target._schema.is_mutable:
             return self.mutations.write(name, args, kwargs, node)
-        self._check_allowed(name, args)
+        if free_unbacked_symbols(node.meta.get("val")):
+            raise self.refused(f"{name}, whose result has a size that depends on the values of its data; {NO_DATA}")
+        self._check_allowed(name)
+        if name == "aten.lstm.input" and self.region:
+            raise self.refused(
+                "an LSTM under autocast, for which torch.export gives wrong dtypes; put `with torch.autocast('cpu', "
+                "enabled=False):` around the layer and give it float32"
+            )
         result = self._emit(name, args, kwargs, node)
         self.mutations.note_view(result, name, args, kwargs, node)
         return result
+
+    def _numel(self, node: fx.Node, env: dict[fx.Node, Any]) -> Arg:
+        """The number of elements, as the product of the sizes."""
+        source, product = self._arg(node.args[0], env), None
+        for dim, size in enumerate(node.args[0].meta["val"].shape):  # type: ignore[union-attr]
+            factor: Arg = size if isinstance(size, int) else self._emit("sym_size", (source, dim), (), node, like=size)
+            product = factor if product is None else self._emit("sym.mul", (product, factor), (), node)
+        return 1 if product is None else product
 
     def _getitem(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         source, index = env[node.args[0]], node.args[1]  # type: ignore[index]
@@ -165,22 +194,47 @@ class Lowering:
         return result
 
     def _region(self, node: fx.Node, env: dict[fx.Node, Any]) -> list[Arg]:
-        """Inlines `with torch.no_grad()` and `with torch.autocast(enabled=False)`, which export keeps as nested
-        graphs."""
+        """Inlines `with torch.no_grad()` and `with torch.autocast(...)`, which export keeps as nested graphs."""
         kind = str(node.target)
+        outer = self.grad, self.region
         if "wrap_with_set_grad_enabled" in kind:
             enabled, graph, *inputs = node.args
-        elif "wrap_with_autocast" in kind and not node.args[2]:
-            enabled, graph, inputs = self.grad, node.args[4], list(node.args[5:])
+            self.grad = self.grad and bool(enabled)
+        elif "wrap_with_autocast" in kind:
+            device, dtype, enabled, _, graph, *inputs = node.args
+            if device == "cpu":  # another device's autocast leaves tensors here alone
+                self.region = autocast.name_of(dtype) if enabled else ""  # type: ignore[arg-type]
         else:
             raise self.refused(
-                f"{kind}, a region that a stage program cannot hold yet; compute it without autocast, cond or nested "
-                "functions"
+                f"{kind}, which a stage program cannot hold; write it as tensor operations, or branch with torch.cond"
             )
-        outer, self.grad = self.grad, self.grad and bool(enabled)
         results = self._graph(env[graph], [self._arg(item, env) for item in inputs])  # type: ignore[index]
-        self.grad = outer
+        self.grad, self.region = outer
         return results
+
+    def _cond(self, node: fx.Node, env: dict[fx.Node, Any]) -> Value:
+        """`torch.cond`: each branch becomes a graph over its operands."""
+        predicate, if_true, if_false, inputs = node.args
+        operands = tuple(self._arg(item, env) for item in inputs)  # type: ignore[union-attr]
+        branches = tuple(self._branch(env[graph], len(operands)) for graph in (if_true, if_false))  # type: ignore[index]
+        self.where = node
+        return self._emit(COND, (self._arg(predicate, env), operands), (), node, branches=branches)
+
+    def _branch(self, module: fx.GraphModule, num_operands: int) -> Graph:
+        """A branch with ids of its own; what it writes to, it made itself."""
+        outer = self.nodes, self.mutations
+        self.nodes, self.mutations = [], Mutations(self._emit)
+        inputs = [Value(self.next_id + at) for at in range(num_operands)]
+        self.next_id += num_operands
+        placeholders = module.graph.find_nodes(op="placeholder")
+        self.info.update({v.id: describe(p.meta.get("val"), p) for v, p in zip(inputs, placeholders, strict=True)})
+        results = self._graph(module, list(inputs))
+        if not all(isinstance(result, Value) for result in results):
+            raise self.refused("a branch of torch.cond that returns something other than a tensor it computed")
+        outputs = [result.id for result in results if isinstance(result, Value)]
+        nodes = without_dead(self.nodes, outputs)
+        self.nodes, self.mutations = outer
+        return Graph(tuple(value.id for value in inputs), tuple(nodes), tuple(outputs))
 
     # -- arguments and emission ------------------------------------------------------------------------------------
 
@@ -203,27 +257,23 @@ class Lowering:
         raise self.refused(f"an argument of type {type(item).__name__} ({str(item)[:60]})")
 
     def _emit(
-        self, op: str, args: tuple[Arg, ...], kwargs: tuple[tuple[str, Arg], ...], node: fx.Node, like: Any = None
+        self,
+        op: str,
+        args: tuple[Arg, ...],
+        kwargs: tuple[tuple[str, Arg], ...],
+        node: fx.Node,
+        like: Any = None,
+        branches: tuple[Graph, ...] = (),
     ) -> Value:
-        if free_unbacked_symbols(node.meta.get("val")):
-            raise self.refused(
-                f"{op}, whose result has a size that depends on the values of its data; "
-                "use torch.where or a mask instead"
-            )
         value = Value(self.next_id)
         self.next_id += 1
-        self.nodes.append(Node(op, args, kwargs, value.id, self.grad))
+        self.nodes.append(Node(op, args, kwargs, value.id, self.grad, self.region, branches))
         self.info[value.id] = describe(node.meta.get("val") if like is None else like, node)
         return value
 
-    def _check_allowed(self, name: str, args: tuple[Arg, ...]) -> None:
+    def _check_allowed(self, name: str) -> None:
         if name not in ALLOWED:
             raise self.refused(f"the op {name}, which is not on the allowlist of tensorlink.program.allowlist")
-        if name in RECURRENT and is_random(name, args):
-            raise self.refused(
-                "dropout inside a recurrent layer, whose mask cannot be reproduced; use layers of one each with "
-                "nn.Dropout between"
-            )
 
     def as_value(self, arg: Arg) -> int:
         """The id of a value; a parameter, buffer or number that is an output becomes one."""
@@ -294,7 +344,7 @@ def lower(captured: Captured, state: ModuleState) -> Lowered:
             raise TraceError(
                 f"the model takes {spec.kind.name.lower()} {spec.target!r}, which a stage program cannot hold"
             )
-    lowering = Lowering(exported.graph_module, names, next_id=len(inputs), info=info)
+    lowering = Lowering(exported.graph_module, names, len(inputs), captured.autocast, info=info)
     outputs = lowering.run()
     mutations = lowering.mutations.buffers()
     written = sorted(set(mutations) & set(state.constants))

@@ -48,6 +48,10 @@ _RESHAPES = frozenset(
         "aten.unflatten.int",
     }
 )
+#: Ops with `out=` that torch.nn uses, and what they compute.
+_INTO = {"aten.div.out": "aten.div.Tensor", "aten.mul.out": "aten.mul.Tensor", "aten.add.out": "aten.add.Tensor"}
+#: Random numbers into a tensor, whose functional forms have other names.
+_DRAWS = {"aten.bernoulli_.float": "aten.bernoulli.p", "aten.normal_.default": "aten.normal_functional.default"}
 _NOTHING = frozenset({"aten.alias.default", "aten.contiguous.default", "aten.to.dtype", "aten.to.dtype_layout"})
 
 
@@ -98,6 +102,17 @@ class Mutations:
             new = self._copied(args[0], args[1], node)
         elif functional == "aten.zero.default":
             new = self._emit("aten.zeros_like.default", args, (), node)
+        elif name in _INTO:
+            into = dict(kwargs)
+            args = (into.pop("out"), *args)
+            new = self._emit(_INTO[name], args[1:], tuple(into.items()), node)
+        elif name in _DRAWS:
+            new = self._emit(_DRAWS[name], args, kwargs, node)
+        elif name == "aten.embedding_renorm_.default":
+            raise TraceError(
+                f"the model writes into the weight of an embedding with max_norm at {line_of(node)}; clip the rows "
+                "that were looked up instead, as x * (max_norm / x.norm(dim=-1, keepdim=True)).clamp(max=1)"
+            )
         elif packet.endswith("_") and functional in ALLOWED:
             new = self._emit(functional, args, kwargs, node)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import re
 import traceback
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import fx
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 _TORCH = str(Path(torch.__file__).parent)
+_LAYERS = str(Path(torch.nn.__file__).parent)
 _OURS = str(Path(__file__).parent)
 
 
@@ -19,23 +21,36 @@ def _foreign(filename: str) -> bool:
 
 
 def line_of(node: fx.Node) -> str:
-    """`file:line (function)` of the innermost frame that made the node, outside torch if one is, "" if unknown."""
+    """`file:line (function): code` of the innermost frame that made the node, outside torch if one is, "" if
+    unknown."""
     known = _FRAME.findall(node.meta.get("stack_trace") or "")
     frames = [frame for frame in known if not _foreign(frame[0])] or known
-    return f"{frames[-1][0]}:{frames[-1][1]} ({frames[-1][2]})" if frames else ""
+    return _written(frames[-1][0], int(frames[-1][1]), frames[-1][2]) if frames else ""
 
 
 def line_of_error(error: BaseException) -> str:
-    """`file:line (function)` of the innermost frame outside torch in the error's chain of tracebacks, "" if there is
-    none."""
+    """The same for the innermost frame outside torch in the error's chain of tracebacks, else inside torch.nn."""
     current: BaseException | None = error
     found = ""
     while current is not None:
-        frames = [frame for frame in traceback.extract_tb(current.__traceback__) if not _foreign(frame.filename)]
+        every = traceback.extract_tb(current.__traceback__)
+        frames = [frame for frame in every if not _foreign(frame.filename)]
+        frames = frames or [frame for frame in every if not found and frame.filename.startswith(_LAYERS)]
         if frames and frames[-1].name != "trace":
-            found = f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].name})"
+            found = _written(frames[-1].filename, frames[-1].lineno or 0, frames[-1].name)
         current = current.__cause__ or current.__context__
     return found
+
+
+def line_of_caller() -> str:
+    """The same for the innermost frame of the running code."""
+    frames = [frame for frame in traceback.extract_stack() if not _foreign(frame.filename)]
+    return _written(frames[-1].filename, frames[-1].lineno or 0, frames[-1].name) if frames else ""
+
+
+def _written(filename: str, line: int, function: str) -> str:
+    code = linecache.getline(filename, line).strip()
+    return f"{filename}:{line} ({function})" + (f": {code[:120]}" if code else "")
 
 
 def module_of(node: fx.Node) -> str:

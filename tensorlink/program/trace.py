@@ -10,6 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.utils import _pytree as pytree
@@ -53,6 +54,7 @@ class TracedModel:
     output_spec: structure.Spec
     output_tree: pytree.TreeSpec
     output_leaves: list[Any]
+    autocast: torch.dtype | None
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -73,6 +75,12 @@ class TracedModel:
             outputs=self.outputs,
         )
 
+    def example_outputs(self, batch: int) -> list[Tensor]:
+        """Zeros of the shapes and dtypes of the training outputs for `batch` samples."""
+        placeholders = Placeholders.of(self.parameter_specs, self.buffer_specs, self.inputs, batch, self.train.graph)
+        outputs = dry_run(self.train.graph, placeholders, self.inputs)
+        return [torch.zeros(output.shape, dtype=output.dtype) for output in outputs]
+
     def state(self, program: StageProgram) -> dict[str, Tensor]:
         """The tensors that a stage starts from, by name: its parameters, buffers and constants, detached and not
         copied."""
@@ -85,18 +93,22 @@ def trace(
     example_inputs: tuple[Any, ...] | dict[str, Any],
     *,
     static_inputs: Collection[str] = (),
+    autocast: torch.dtype | None = None,
 ) -> TracedModel:
     """Traces `module` on example inputs, a tuple of positional or a dict of keyword arguments.
 
     Dimension 0 of every tensor that has the batch size of the first is the batch and stays open; inputs named in
     `static_inputs` (and tensors of another size) are passed whole to each micro-batch. A batch of one is traced as
-    two. The module keeps mode and state. Raises TraceError that names the user's line and a remedy.
+    two. With `autocast` the program computes what the module computes under `torch.autocast` with that dtype; without,
+    what it computes under none, whatever holds around this call. The module keeps mode and state. Raises TraceError
+    that names the user's line and a remedy.
     """
     binding, tensors = bind_example(module, example_inputs, static_inputs)
     state = ModuleState.of(module)
     names = tuple(module.state_dict().keys())
-    train_capture = capture(module, tensors, list(binding.dynamic), binding.rebuild, training=True)
-    eval_capture = capture(module, tensors, list(binding.dynamic), binding.rebuild, training=False)
+    train_capture, eval_capture = (
+        capture(module, tensors, binding.dynamic, binding.rebuild, training, autocast) for training in (True, False)
+    )
     output_spec = structure.describe(train_capture.tree, train_capture.leaves)
     if output_spec != structure.describe(eval_capture.tree, eval_capture.leaves):
         raise TraceError(
@@ -129,6 +141,7 @@ def trace(
         output_spec=output_spec,
         output_tree=train_capture.tree,
         output_leaves=train_capture.leaves,
+        autocast=autocast,
     )
 
 
@@ -154,7 +167,7 @@ def _checked_run(
             found.add(node.id)
 
     try:
-        dry_run(lowered.graph, Placeholders.of(parameters, buffers, inputs, batch), inputs, observe)
+        dry_run(lowered.graph, Placeholders.of(parameters, buffers, inputs, batch, lowered.graph), inputs, observe)
     except ProgramError as error:
         raise TraceError(f"the traced program does not run: {error}") from error
     return frozenset(found)

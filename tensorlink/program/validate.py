@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterable, Mapping
 from math import prod
 
 from tensorlink.errors import ProgramError
-from tensorlink.program.graph import Constant, Graph, LossProgram, StageProgram
-from tensorlink.program.ops import ALLOWED, MUTABLE_BUFFERS, PSEUDO
+from tensorlink.program.graph import Constant, Graph, LossProgram, Node, StageProgram
+from tensorlink.program.ops import ALLOWED, COND, MUTABLE_BUFFERS, PSEUDO
 from tensorlink.program.values import DTYPES, Buffer
 from tensorlink.records import Cut
 
@@ -46,6 +46,9 @@ def loss(program: LossProgram) -> None:
     _arity(program.graph, "loss", program.inputs, program.outputs)
     if program.graph.mutations or written_buffers(program.graph):
         raise ProgramError("a loss keeps no state, found buffer mutations")
+    fixed = [not slot.shape or slot.shape[0] != -1 for slot in program.inputs.slots]
+    if [count == 0 for count in program.rows] != fixed:
+        raise ProgramError(f"a loss says of each input how many rows are a sample's, found {program.rows!r:.80}")
     if len(program.graph.outputs) != 1:
         raise ProgramError(f"a loss has one output, found {len(program.graph.outputs)}")
     if not 0 <= program.num_outputs <= len(program.graph.inputs):
@@ -92,11 +95,21 @@ def _arity(graph: Graph, mode: str, inputs: Cut, outputs: Cut) -> None:
 
 
 def _graph(graph: Graph, mode: str, parameters: Mapping[str, object], buffers: Mapping[str, object]) -> None:
-    if len(graph.nodes) > MAX_NODES:
-        raise ProgramError(f"{mode} graph of {len(graph.nodes)} nodes: at most {MAX_NODES} are run")
+    num_nodes = sum(1 for _ in graph.all_nodes())
+    if num_nodes > MAX_NODES:
+        raise ProgramError(f"{mode} graph of {num_nodes} nodes: at most {MAX_NODES} are run")
+    _ordered(graph, mode, parameters, buffers, set())
+    _declared((name for name, _ in graph.mutations), buffers, "buffer", f"{mode} mutations")
+
+
+def _ordered(
+    graph: Graph, mode: str, parameters: Mapping[str, object], buffers: Mapping[str, object], ids: set[int]
+) -> None:
+    """A graph and its branches; `ids` are those that were defined anywhere, which are given once in a program."""
     defined = set(graph.inputs)
-    if len(defined) != len(graph.inputs):
+    if len(defined) != len(graph.inputs) or defined & ids:
         raise ProgramError(f"{mode} graph: an input id occurs twice")
+    ids |= defined
     for node in graph.nodes:
         where = f"{mode} {node}"
         if node.op not in ALLOWED and node.op not in PSEUDO:
@@ -104,17 +117,33 @@ def _graph(graph: Graph, mode: str, parameters: Mapping[str, object], buffers: M
         for value in node.values():
             if value not in defined:
                 raise ProgramError(f"{where}: uses value {value} before it is defined")
-        if node.id in defined:
+        if node.id in ids:
             raise ProgramError(f"{where}: id {node.id} is defined twice")
+        if (node.op == COND) != (len(node.branches) == 2):
+            raise ProgramError(f"{where}: a cond, and nothing else, has two branches, found {len(node.branches)}")
         _declared(node.parameters(), parameters, "parameter", where)
         _declared(node.buffers(), buffers, "buffer", where)
+        ids.add(node.id)
+        for branch in node.branches:
+            _branch(node, branch, where, ids)
         defined.add(node.id)
     for value in (*graph.outputs, *(value for _, value in graph.mutations)):
         if value not in defined:
             raise ProgramError(f"{mode} graph: output {value} is never defined")
     if len({name for name, _ in graph.mutations}) != len(graph.mutations):
         raise ProgramError(f"{mode} graph: a buffer is written twice")
-    _declared((name for name, _ in graph.mutations), buffers, "buffer", f"{mode} mutations")
+
+
+def _branch(node: Node, branch: Graph, where: str, ids: set[int]) -> None:
+    """A branch takes the operands of its cond, returns something, and has no other way in or out."""
+    operands = node.args[1] if len(node.args) == 2 else None
+    if not isinstance(operands, tuple) or len(branch.inputs) != len(operands) or not branch.outputs:
+        raise ProgramError(f"{where}: its branches take its operands and return at least one value")
+    if len(branch.outputs) != len(node.branches[0].outputs):
+        raise ProgramError(f"{where}: both branches return as many values")
+    if branch.mutations:
+        raise ProgramError(f"{where}: a branch changes no buffer")
+    _ordered(branch, f"{where} branch:", {}, {}, ids)
 
 
 def _declared(names: Iterable[str], known: Collection[str], kind: str, where: str) -> None:

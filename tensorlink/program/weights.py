@@ -150,6 +150,8 @@ def _entry(name: str, item: Any) -> Entry:
     if not _sizes(shape) or len(shape) > 32 or not _sizes(offsets) or len(offsets) != 2:
         raise TensorError(f"{name!r:.80}: shape {shape!r:.60} or offsets {offsets!r:.60} are malformed")
     needed = prod(shape) * DTYPES[dtype].itemsize
+    if prod(max(size, 1) for size in shape) >= 1 << 60:  # strides overflow even where nothing is in it
+        raise TensorError(f"{name!r:.80}: a shape {shape!r:.80} that no tensor can have")
     if offsets[1] - offsets[0] != needed:
         raise TensorError(
             f"{name!r:.80}: {dtype} {shape} takes {needed} bytes, its offsets span {offsets[1] - offsets[0]}"

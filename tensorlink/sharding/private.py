@@ -193,6 +193,8 @@ def _nearest(traced: TracedModel, matching: Matching, boundaries: Sequence[Bound
 
 
 def _mixes(node: Node) -> bool:
+    if node.branches:  # a parameter in one of them says nothing of the other
+        return False
     return any(True for _ in node.parameters()) and not node.op.startswith(_ELEMENTWISE)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tensorlink.errors import TensorError
 from tensorlink.pipeline.backward import GradientSum, Value, backward, forward
+from tensorlink.program.admission import Admission, Bounds
 from tensorlink.program.graph import LossProgram, StageProgram
 from tensorlink.program.interpreter import Interpreter
 from tensorlink.program.loss import constants_of
@@ -64,12 +65,15 @@ class UnitResult:
 
 @dataclass
 class Replayer:
-    """A stage program over fixed weights. Parameters are copied only where a variant needs another dtype."""
+    """A stage program over fixed weights. Parameters are copied only where a variant needs another dtype. `bounds` are
+    what a unit may cost here; in float64 it may cost twice that."""
 
     program: StageProgram
     loss: LossProgram | None
     weights: Mapping[str, Tensor]
+    bounds: Bounds | None = None
     _cast: dict[bool, dict[str, Tensor]] = field(default_factory=dict)
+    _admissions: dict[str, Admission] = field(default_factory=dict)
 
     def unit(self, inputs: UnitInputs, variant: Variant = NATIVE) -> UnitResult:
         """Forward, and backward where there was one. Raises ProgramError or TensorError for inputs that cannot be
@@ -84,6 +88,10 @@ class Replayer:
             parameters = self._parameters(variant.exact)
             buffers = {name: _as(tensor, variant.exact) for name, tensor in inputs.buffers.items()}
             interpreter = Interpreter(self.program.graph(inputs.training), parameters, buffers)
+            if self.bounds is not None and not variant.exact:
+                interpreter.admit = self._admissions.setdefault(
+                    f"stage {inputs.training}", Admission.of_stage(self.program, inputs.training, self.bounds)
+                )
             x = self._values(inputs.x, variant.exact)
             loss = self._loss_of(inputs, variant.exact)
             passed = forward(interpreter, self.program.inputs, x, seeds, grad=True, loss=loss)
@@ -127,7 +135,10 @@ class Replayer:
             raise TensorError("the unit ended in a loss, and no loss program was opened")
         constants = {name: _as(tensor, exact) for name, tensor in constants_of(self.loss).items()}
         targets: list[Value] = [_as(inputs.target[slot], exact) for slot in sorted(inputs.target, key=int)]
-        return Interpreter(self.loss.graph, {}, constants), targets
+        interpreter = Interpreter(self.loss.graph, {}, constants)
+        if self.bounds is not None and not exact:
+            interpreter.admit = self._admissions.setdefault("loss", Admission.of_loss(self.loss, self.bounds))
+        return interpreter, targets
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def serve(channel, message):
                 "num_fds": len(fds),
                 "no_new_privs": "NoNewPrivs:\t1" in status,
                 "core": resource.getrlimit(resource.RLIMIT_CORE)[0],
-                "nice": os.nice(0),
+                "nice": os.getpriority(os.PRIO_PROCESS, 0),
             },
         )
 

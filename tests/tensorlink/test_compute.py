@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import queue
+import re
 import signal
 import sys
 import threading
@@ -20,9 +21,10 @@ from smartnodes_core.records import Challenge, Commitment, Opening, OpeningItem,
 from smartnodes_core.sandbox import Limits, Sandbox
 from tensorlink.errors import OptimizerError, ProgramError, TensorError
 from tensorlink.measure import numeric_class
+from tensorlink.program import graph
 from tensorlink.program.loss import trace_loss
 from tensorlink.program.trace import trace
-from tensorlink.program.values import DTYPES
+from tensorlink.program.values import DTYPES, Value
 from tensorlink.program.weights import dump, load, tensor_bytes
 from tensorlink.records import StepOrder
 from tensorlink.sharding.partition import partition
@@ -339,7 +341,7 @@ def test_a_killed_computing_process_fails_waiting_calls_at_once(nodes, gpt, rig)
 def test_out_of_memory_names_the_setting_and_leaves_the_process_alive(nodes, gpt, rig):
     programs, states, x = gpt
     node = nodes(limits=Limits(memory_bytes=700 << 20))
-    node.load(only(programs[0]), states[0], rig.JOB)
+    node.load(only(programs[0]), states[0], rig.JOB, limits={"max_bytes": 1 << 40})  # as if the estimate were wrong
     node.post("begin", **begin(n=1, type="forward", schedule="gpipe"))
     node.tensor(x[:1].expand(400_000, -1).contiguous())
     failed = node.wait("failed")
@@ -454,6 +456,36 @@ def test_a_sum_that_was_not_to_come_fails_the_stage_and_what_waits_for_it(holder
     sum_from(node, torch.ones(6, 6), **changes)
     assert node.wait("failed")["code"] in ("tensor", "protocol")
     assert failed.get(timeout=5)
+
+
+def test_a_micro_batch_larger_than_announced_is_refused_before_it_is_computed(nodes, gpt, rig):
+    programs, states, x = gpt
+    node = nodes()
+    node.load(only(programs[0]), states[0], rig.JOB, limits={"batch": 3, "max_bytes": 8 << 20})
+    node.post("begin", **begin(n=1, type="forward", schedule="gpipe"))
+    node.tensor(x[:1].expand(40_000, -1).contiguous())
+    failed = node.wait("failed")
+    assert failed["code"] == "over-limit"
+    assert re.search(r"train node \d+ .* bytes are needed at once, at most", failed["message"])
+
+
+def test_an_endless_program_ends_with_its_process_and_the_node_is_told_why(nodes, gpt, rig):
+    programs, _, _ = gpt
+    slow = tuple(graph.Node("aten.neg.default", (Value(at),), (), at + 1) for at in range(40_000))
+    endless = graph.Graph((0,), slow, (40_000,))
+    program = dataclasses.replace(only(programs[0]), train=endless, eval=endless, parameters={}, buffers={})
+    node = nodes(limits=Limits(action_s=0.5))
+    with pytest.raises(SandboxError, match=r"took longer than 0\.5 s for one action and was ended"):
+        node.load(program, {}, rig.JOB)
+    assert "took longer" in node.exits.get(timeout=10)
+
+
+def test_the_process_says_how_it_is_confined(nodes):
+    found = nodes().call("measure")
+    if sys.platform == "linux":
+        assert "no new privileges" in found["confinement"]
+    assert found["confinement"]
+    assert all(": " in what for what in found["unconfined"])
 
 
 CHEATING = str(Path(__file__).with_name("audit") / "cheating_compute.py")

@@ -71,6 +71,21 @@ class Keywords(nn.Module):
         return {"logits": logits, "hidden": h, "best": logits.argmax(1)}
 
 
+class WithLoss(nn.Module):
+    """Computes its own loss, and branches on its data."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix, self.flip = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, *, ids, labels):
+        h = self.embed(ids)
+        h = torch.cond(h[0, 0, 0] > 0, lambda h: torch.tanh(self.mix(h)), lambda h: torch.relu(self.flip(h)), (h,))
+        logits = self.head(h)
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits.flatten(0, 1)}
+
+
 class Unused(nn.Module):
     """A parameter and a buffer that nothing computes with, a tied weight, and a buffer outside of the state_dict."""
 
@@ -108,6 +123,15 @@ def keyword_loss(outputs, target):
     )
 
 
+def own_loss(outputs, target):
+    return outputs["loss"] + F.cross_entropy(outputs["logits"], target.flatten(), label_smoothing=0.1)
+
+
+def own_loss_batch(seed):
+    labels = classes(7, 4, seed, (5,))
+    return {"ids": classes(7, 20, seed, (5,)), "labels": labels}, labels
+
+
 def text_batch(seed):
     return classes(8, 256, seed, (8,)), classes(8, 256, seed + 1, (8,))
 
@@ -125,6 +149,8 @@ CASES = {
     "dropout": (Dropping, lambda s: (rows(8, 6, seed=s), classes(8, seed=s)), F.cross_entropy),
     "frozen parameters": (frozen, lambda s: (rows(8, 6, seed=s), classes(8, seed=s)), F.cross_entropy),
     "keywords and dicts": (Keywords, keyword_batch, keyword_loss),
+    "a loss and a branch inside": (WithLoss, own_loss_batch, own_loss),
+    "autocast": (WithLoss, own_loss_batch, own_loss),
 }  # fmt: skip
 
 
@@ -156,7 +182,8 @@ def test_losses_and_weights_are_those_of_one_plain_process(network, case):
     make, batch, loss_fn = CASES[case]
     torch.manual_seed(0)
     module = make()
-    model, plain = pair(network, module, batch(0)[0])
+    autocast = torch.bfloat16 if case == "autocast" else None
+    model, plain = pair(network, module, batch(0)[0], autocast=autocast)
     with model:
         optimizer = tensorlink.DistributedOptimizer(model, torch.optim.AdamW, lr=1e-2)
         plain_optimizer = torch.optim.AdamW(plain.module.parameters(), lr=1e-2)

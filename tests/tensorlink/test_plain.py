@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import tensorlink
 from smartnodes_core.errors import JobError
-from tensorlink.errors import InputError
+from tensorlink.errors import InputError, TraceError
 from tensorlink.program.trace import trace
 from tensorlink.sharding.partition import partition
 from tensorlink.sharding.profile import profile
@@ -147,3 +147,88 @@ def test_the_node_side_of_a_rig_loads_no_torch():
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "False", done.stderr
+
+
+class WithLoss(nn.Module):
+    """Returns its own loss, logits, and a state whose batch is the second dimension, as transformers and LSTMs do."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru, self.head = nn.GRU(4, 8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x, labels):
+        y, state = self.gru(x)
+        logits = self.head(y[:, -1])
+        return F.cross_entropy(logits, labels), logits, state
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_a_loss_inside_the_model_is_averaged_by_samples(micro_batches):
+    torch.manual_seed(0)
+    module, x, y = WithLoss(), torch.randn(7, 5, 4), torch.randint(0, 3, (7,))
+    twin = copy.deepcopy(module)
+    plain = tensorlink.reference(module, micro_batches=micro_batches, example_inputs=(x, y))
+    loss, logits, state = plain(x, y)
+    loss.backward()
+    expected, expected_logits, expected_state = twin(x, y)
+    expected.backward()
+    assert (logits.shape, state.shape) == (expected_logits.shape, expected_state.shape)
+    torch.testing.assert_close((loss, logits, state), (expected, expected_logits, expected_state))
+    for ours, theirs in zip(module.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+        assert micro_batches > 1 or torch.equal(ours.grad, theirs.grad)
+
+
+def test_gradients_reach_a_state_whose_batch_is_the_second_dimension():
+    torch.manual_seed(0)
+    module, x, y = WithLoss(), torch.randn(7, 5, 4), torch.randint(0, 3, (7,))
+    twin = copy.deepcopy(module)
+    plain = tensorlink.reference(module, micro_batches=3, example_inputs=(x, y))
+    weights = torch.randn(2, 7, 8)
+    (plain(x, y)[2] * weights).sum().backward()
+    (twin(x, y)[2] * weights).sum().backward()
+    for ours, theirs in zip(module.gru.parameters(), twin.gru.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+class Contrasts(nn.Module):
+    """Similarities of all pairs in a batch."""
+
+    def forward(self, x):
+        return x @ x.t()
+
+
+def test_an_output_that_micro_batches_cannot_make_up_needs_one_micro_batch():
+    x = torch.randn(6, 4)
+    with pytest.raises(TraceError, match=r"output\.0 has shape \[-1, -1\].*micro_batches=1"):
+        tensorlink.reference(Contrasts(), micro_batches=2, example_inputs=(x,))
+    plain = tensorlink.reference(Contrasts(), micro_batches=1, example_inputs=(x,))
+    assert torch.equal(plain(x), x @ x.t())
+
+
+def test_autocast_is_that_of_a_plain_loop(batch):
+    module = net()
+    twin = copy.deepcopy(module)
+    x, y = batch
+    plain = tensorlink.reference(module, micro_batches=1, example_inputs=(x,), autocast=torch.bfloat16)
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (module, twin)]
+    for _ in range(2):
+        loss = plain.train_step(x, y, loss_fn=F.cross_entropy, optimizer=optimizers[0])
+        optimizers[1].zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = F.cross_entropy(twin(x), y)
+        expected.backward()
+        optimizers[1].step()
+        assert (loss.item(), loss.dtype) == (expected.item(), expected.dtype)
+    assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), twin.state_dict().values(), strict=True))
+
+
+def test_train_step_takes_a_loss_of_outputs_flattened_over_time():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9), nn.Flatten(0, 1))
+    ids, labels = torch.randint(0, 9, (6, 4)), torch.randint(0, 9, (6, 4))
+    twin = copy.deepcopy(module)
+    plain = tensorlink.reference(module, micro_batches=3, example_inputs=(ids,))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    found = plain.train_step(ids, labels, loss_fn=lambda y, t: F.cross_entropy(y, t.view(-1)), optimizer=optimizer)
+    torch.testing.assert_close(found, F.cross_entropy(twin(ids), labels.view(-1)).detach())

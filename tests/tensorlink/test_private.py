@@ -177,6 +177,24 @@ def test_training_is_bit_for_bit_that_of_one_plain_process(inside, make, private
         assert_same_state(model, plain)
 
 
+@pytest.mark.parametrize("make", [Cnn, Transformer])
+def test_under_autocast_private_layers_compute_as_a_plain_loop_does(inside, make):
+    torch.manual_seed(0)
+    module = make()
+    model, plain = pair(inside, module, "both", autocast=torch.bfloat16)
+    with model:
+        optimizer = tensorlink.DistributedOptimizer(model, torch.optim.SGD, lr=0.1)
+        plain_optimizer = torch.optim.SGD(plain.module.parameters(), lr=0.1)
+        for step in range(2):
+            x, y = batch(module, step)
+            ours = model.train_step(x, y, loss_fn=loss_fn, optimizer=optimizer)
+            theirs = plain.train_step(x, y, loss_fn=loss_fn, optimizer=plain_optimizer)
+            assert (ours.item(), ours.dtype) == (theirs.item(), theirs.dtype), step
+            assert torch.equal(model(x), plain(x)), step
+            optimizer.zero_grad()
+        assert_same_state(model, plain)
+
+
 @pytest.fixture
 def fresh(inside):
     """Twins with both ends private and SGD each: (network, model, optimizer, plain, plain optimizer, x, y)."""
@@ -465,6 +483,17 @@ class Hidden(nn.Module):
         return h, self.three(self.two(h))
 
 
+class Branching(nn.Module):
+    """Gives its input as it is in one of two branches, of which the other has a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.rest = nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4))
+
+    def forward(self, x):
+        return self.rest(torch.cond(x.sum() > 0, self.one, lambda x: x + 0, (x,)))
+
+
 @pytest.mark.parametrize(
     ("make", "private", "match"),
     [
@@ -504,6 +533,14 @@ def test_a_layer_that_only_adds_hides_nothing_and_the_next_one_stays_too(inside)
         Shifted(), network=inside, stages=2, example_inputs=(rows(4, 6),), private="first", progress=False
     ) as model:
         assert model.report()["private_parameters"] == ["shift", "layers.0.weight", "layers.0.bias"]
+
+
+def test_a_branch_may_let_its_input_show_so_the_next_layer_stays_too(inside):
+    with tensorlink.DistributedModel(
+        Branching(), network=inside, stages=2, example_inputs=(rows(4, 6),), private="first", progress=False
+    ) as model:
+        kept = set(model.report()["private_parameters"])
+        assert kept == {"one.weight", "one.bias", "rest.0.weight", "rest.0.bias"}
 
 
 def test_real_workers_train_between_private_layers_and_pass_their_audits(network, processes):

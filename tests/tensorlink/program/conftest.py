@@ -1,7 +1,14 @@
+"""Makes the modules beside these tests (chains of stages, tables of models) importable by name."""
+
 from __future__ import annotations
+
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Every model, cut into one, two and three stages, computes bit for bit what eager PyTorch computes."""
+"""Every model, cut into one, two, three and five stages, computes bit for bit what eager PyTorch computes."""
 
 from __future__ import annotations
 
@@ -7,16 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from stage_chain import Chain, assert_equal_to_eager
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
-from tensorlink.program.alignment import aligned
 from tensorlink.program.graph import StageProgram
-from tensorlink.program.inputs import flatten_inputs, unflatten_outputs
-from tensorlink.program.interpreter import Interpreter
 from tensorlink.program.trace import TracedModel, trace
-from tensorlink.program.weights import dump, load
 from tensorlink.sharding.partition import partition
 from tensorlink.sharding.profile import profile
 
@@ -168,8 +164,54 @@ class Encoder(nn.Module):
         return self.encoder(x)
 
 
+class Conditional(nn.Module):
+    """Branches on its data, inside a branch once more; a weight is used in one branch and outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.left = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.right, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.register_buffer("shift", torch.linspace(0, 1, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        def left(y: Tensor) -> tuple[Tensor, Tensor]:
+            inner = torch.cond(y[0, 0] > 0, lambda z: self.left(z) * z.shape[0], lambda z: self.left(z.cos()), (y,))
+            return torch.relu(inner), y.sum(1)
+
+        def right(y: Tensor) -> tuple[Tensor, Tensor]:
+            return self.right(y + self.shift), y.mean(1)
+
+        y, scale = torch.cond(x.sum() > 0, left, right, (torch.tanh(self.first(x)),))
+        return self.last(self.left(y)) * scale[:, None]
+
+
+class OneConditional(nn.Module):
+    """Branches on its data; no weight is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.left = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.right, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.cond(x.sum() > 0, self.left, self.right, (torch.tanh(self.first(x)),)))
+
+
+class WithLoss(nn.Module):
+    """A GPT that computes its own loss, as those of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = GPT(tied=False)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.model(ids)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100), logits
+
+
 def _mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 3))
+    hidden = [layer for _ in range(3) for layer in (nn.ReLU(), nn.Linear(16, 16), nn.GELU())]
+    return nn.Sequential(nn.Linear(6, 16), *hidden, nn.Linear(16, 3))
 
 
 def _tokens(batch: int) -> tuple[Any, ...]:
@@ -191,85 +233,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any]]] = {
     "frozen": (Frozen, lambda batch: (torch.randn(batch, 6),)),
     "recurrent": (Recurrent, lambda batch: (torch.randn(batch, 4, 6),)),
     "shared": (Shared, lambda batch: (torch.randn(batch, 6),)),
+    "cond": (Conditional, lambda batch: (torch.randn(batch, 6),)),
+    "with_loss": (WithLoss, lambda batch: (*_tokens(batch), *_tokens(batch))),
+    "bfloat16": (lambda: GPT(tied=False).bfloat16(), _tokens),
 }
-
-
-def _call(module: nn.Module, example: Any) -> Any:
-    return module(**example) if isinstance(example, dict) else module(*example)
-
-
-def _flat(traced: TracedModel, example: Any) -> list[Tensor]:
-    args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
-    return flatten_inputs(traced, args, kwargs)
-
-
-def _differentiable(leaves: list[Any]) -> list[Tensor]:
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
-
-
-def _gradient(output: Tensor) -> Tensor:
-    """The gradient that both sides use for an output, different for each element."""
-    return torch.linspace(-1, 1, output.numel()).view(output.shape).to(output.dtype)
-
-
-class Chain:
-    """Stages in one process as workers would run them: weights through safetensors, boundaries detached, autograd per
-    stage."""
-
-    def __init__(self, traced: TracedModel, programs: list[StageProgram], training: bool) -> None:
-        self.programs = [StageProgram.from_json(program.to_json()) for program in programs]
-        self.parameters: list[dict[str, Tensor]] = []
-        self.buffers: list[dict[str, Tensor]] = []
-        for program in self.programs:
-            state = load(dump(traced.state(program)), program.expected_state())
-            self.parameters.append({n: state[n].requires_grad_(s.requires_grad) for n, s in program.parameters.items()})
-            self.buffers.append({name: state[name] for name in program.buffers})
-        self.interpreters = [
-            Interpreter(program.graph(training), parameters, buffers, cut=program.inputs)
-            for program, parameters, buffers in zip(self.programs, self.parameters, self.buffers, strict=True)
-        ]
-        self.entered: list[list[Any]] = []
-        self.left: list[list[Any]] = []
-
-    def forward(self, inputs: list[Any]) -> list[Any]:
-        for program, interpreter in zip(self.programs, self.interpreters, strict=True):
-            entering = [
-                aligned(item.detach()).requires_grad_(slot.requires_grad) if isinstance(item, Tensor) else item
-                for item, slot in zip(inputs, program.inputs.slots, strict=True)
-            ]
-            inputs = interpreter.run(entering, seed_for=lambda key: 7 + key)
-            self.entered.append(entering)
-            self.left.append(inputs)
-        return inputs
-
-    def backward(self) -> dict[str, Tensor]:
-        sums: dict[str, Tensor] = {}
-        arriving: list[Tensor | None] = [_gradient(x) if isinstance(x, Tensor) else None for x in self.left[-1]]
-        for stage in reversed(range(len(self.programs))):
-            slots = self.programs[stage].outputs.slots
-            ends = [
-                (x, aligned(g))
-                for x, g, slot in zip(self.left[stage], arriving, slots, strict=True)
-                if slot.requires_grad and g is not None
-            ]
-            wanted = [x for x in self.entered[stage] if isinstance(x, Tensor) and x.requires_grad]
-            names = [name for name, tensor in self.parameters[stage].items() if tensor.requires_grad]
-            if not wanted and not names:  # everything up to here is frozen
-                break
-            found = torch.autograd.grad(
-                [x for x, _ in ends],
-                [*wanted, *(self.parameters[stage][n] for n in names)],
-                [g for _, g in ends],
-                allow_unused=True,
-            )
-            for name, gradient in zip(names, found[len(wanted) :], strict=True):
-                if gradient is not None:
-                    sums[name] = sums[name] + gradient if name in sums else gradient
-            remaining = iter(found[: len(wanted)])
-            arriving = [
-                next(remaining) if isinstance(x, Tensor) and x.requires_grad else None for x in self.entered[stage]
-            ]
-        return sums
 
 
 @pytest.fixture(scope="module")
@@ -285,17 +252,31 @@ def traced_models() -> dict[str, tuple[nn.Module, TracedModel, dict[int, list[St
         cache[name] = (
             module,
             traced,
-            {n: partition(traced, measured, n) for n in (1, 2, 3) if (name, n) not in UNCUTTABLE},
+            {n: partition(traced, measured, n) for n in (1, 2, 3, 5) if n <= MOST_STAGES[name]},
         )
     return cache
 
 
-#: Models whose layers or buffers do not allow as many stages.
-UNCUTTABLE = {("shared", 3)}
+#: How many stages the layers and buffers of each model allow, 5 or more written as 5.
+MOST_STAGES = {
+    "mlp": 5,
+    "residual_cnn": 5,
+    "transformer_encoder": 5,
+    "gpt": 5,
+    "tied_gpt": 5,
+    "rotary": 3,
+    "several_inputs": 3,
+    "frozen": 3,
+    "recurrent": 3,
+    "shared": 2,
+    "cond": 3,
+    "with_loss": 5,
+    "bfloat16": 5,
+}
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("num_stages", [1, 2, 3])
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 5])
 @pytest.mark.parametrize("name", CASES)
 def test_a_chain_of_stages_is_bitwise_equal_to_eager(
     traced_models: Any, name: str, num_stages: int, training: bool
@@ -303,26 +284,79 @@ def test_a_chain_of_stages_is_bitwise_equal_to_eager(
     module, traced, programs = traced_models[name]
     if num_stages not in programs:
         pytest.skip("the model has no place for as many cuts")
-    module.train(training)
-    initial = {key: tensor.clone() for key, tensor in module.state_dict().items()}
-    for batch in (4, 1, 7, 3):
-        module.load_state_dict(initial)
-        example = CASES[name][1](batch)
-        chain = Chain(traced, programs[num_stages], training)
-        found = unflatten_outputs(traced, chain.forward(_flat(traced, example)))
-        module.zero_grad(set_to_none=True)
-        expected = _call(module, example)
-        assert pytree.tree_structure(found) == pytree.tree_structure(expected)
-        for one, other in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
-            assert torch.equal(one, other) if isinstance(other, Tensor) else one == other
-        ends = _differentiable(pytree.tree_leaves(expected))
-        torch.autograd.backward(ends, [_gradient(end) for end in ends])
-        gradients = chain.backward()
-        wanted = {key: p.grad for key, p in module.named_parameters() if p.grad is not None}
-        assert set(gradients) == set(wanted)
-        different = [key for key in wanted if not torch.equal(gradients[key], wanted[key])]
-        assert not different
-        held = {key: tensor for buffers in chain.buffers for key, tensor in buffers.items()}
-        for key, buffer in module.named_buffers():
-            assert torch.equal(held[key], buffer), key
-    module.load_state_dict(initial)
+    assert_equal_to_eager(module, traced, programs[num_stages], CASES[name][1], training, steps=3)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+@pytest.mark.parametrize("name", ["residual_cnn", "gpt", "rotary", "one_cond", "with_loss"])
+def test_a_chain_under_autocast_is_bitwise_equal_to_eager_under_autocast(
+    name: str, num_stages: int, training: bool
+) -> None:
+    torch.manual_seed(1)
+    make, inputs = {**CASES, "one_cond": (OneConditional, CASES["cond"][1])}[name]
+    module, example = make(), inputs(4)
+    traced = trace(module, example, autocast=torch.bfloat16)
+    programs = partition(traced, profile(traced, example, measured=False), num_stages)
+    assert_equal_to_eager(module, traced, programs, inputs, training, steps=2, autocast=torch.bfloat16)
+
+
+class Regions(nn.Module):
+    """Regions of autocast inside the model, off and on, and a weight used in two of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.norm, self.three = nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.two(self.one(x))
+        with torch.autocast("cpu", enabled=False):
+            y = self.one(self.norm(y.float()))
+            with torch.autocast("cpu", torch.bfloat16):
+                y = y + self.two(y)
+        return self.three(torch.softmax(y, -1))
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["outside", "in_autocast"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_regions_of_autocast_inside_a_model_are_those_of_eager(training: bool, autocast: torch.dtype | None) -> None:
+    torch.manual_seed(1)
+    module, inputs = Regions(), CASES["rotary"][1]
+    traced = trace(module, inputs(4), autocast=autocast)
+    assert_equal_to_eager(module, traced, [traced.whole()], inputs, training, steps=2, autocast=autocast)
+
+
+def test_what_is_traced_without_autocast_runs_without_it_whatever_the_caller_does() -> None:
+    module, x = _mlp(), torch.randn(4, 6)
+    expected = module(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        traced = trace(module, (x,))
+        [found] = Chain(traced, [traced.whole()], True).forward([x])
+    assert torch.equal(found, expected)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+class RegionsInBranches(nn.Module):
+    """Each branch ends inside a region of autocast, which is over behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def left(y: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.left(y)
+
+        def right(y: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.right(y)
+
+        return self.last(torch.cond(x.sum() > 0, left, right, (x,)).float())
+
+
+def test_a_region_of_autocast_in_a_branch_ends_with_it() -> None:
+    torch.manual_seed(1)
+    module, inputs = RegionsInBranches(), CASES["rotary"][1]
+    traced = trace(module, inputs(4))
+    assert_equal_to_eager(module, traced, [traced.whole()], inputs, True, steps=2)

@@ -39,20 +39,47 @@ class Products(nn.Module):
         return self.frozen(x) @ self.weight.detach().t()
 
 
+class Conditional(nn.Module):
+    """One weight is used in a branch and behind it, another in a branch alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.left, self.right, self.last = (nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, x):
+        y = torch.cond(x.sum() > 0, self.left, self.right, (torch.tanh(self.first(x)),))
+        return self.last(self.left(y))
+
+
+class PartlyAutocast(nn.Module):
+    """A layer outside a region of autocast, two inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x):
+        y = self.first(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.third(torch.relu(self.second(y)))
+
+
 MODELS = {
     "convolutions": (Convolutions, lambda: torch.randn(4, 3, 8, 8)),
     "products": (Products, lambda: torch.randint(0, 11, (4, 5))),
     "rows": (lambda: nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1)), lambda: torch.randn(4, 5)),
     "half": (lambda: nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 3)).bfloat16(),
              lambda: torch.randn(4, 6, 16).bfloat16()),
+    "cond": (Conditional, lambda: torch.randn(4, 6)),
+    "partly_autocast": (PartlyAutocast, lambda: torch.randn(4, 6)),
 }  # fmt: skip
 
 
-def prepared(name):
+def prepared(name, autocast=None):
     torch.manual_seed(0)
     make, example = MODELS[name]
     module, x = make(), example()
-    traced = trace(module, (x,))
+    traced = trace(module, (x,), autocast=autocast)
     program = traced.whole()
     state = traced.state(program)
     parameters = {n: state[n].requires_grad_(spec.requires_grad) for n, spec in program.parameters.items()}
@@ -85,6 +112,31 @@ def test_a_weight_used_twice_and_a_frozen_one_are_not_deferred():
     weights = {name for found in deferrable_weights(program.train).values() for name in found.values()}
     assert weights >= {"embedding.weight", "linear.weight", "linear.bias", "bias"}
     assert not weights & {"twice.weight", "weight"}
+
+
+def test_a_weight_that_a_branch_uses_is_not_deferred():
+    program, _, _, _ = prepared("cond")
+    weights = {name for found in deferrable_weights(program.train).values() for name in found.values()}
+    assert weights == {"first.weight", "first.bias", "last.weight", "last.bias"}
+
+
+def test_only_weights_outside_regions_of_autocast_are_deferred():
+    program, _, _, _ = prepared("partly_autocast")
+    weights = {name for found in deferrable_weights(program.train).values() for name in found.values()}
+    assert weights == {"first.weight", "first.bias"}
+
+
+@pytest.mark.parametrize("name", ["convolutions", "products", "rows", "cond"])
+def test_under_autocast_nothing_is_deferred_and_gradients_stay_the_same(name):
+    program, interpreter, parameters, x = prepared(name, torch.bfloat16)
+    found = []
+    for defer in (False, True):
+        whole = passed(program, interpreter, x, defer)
+        _, gradients = backward(whole, {0: torch.ones_like(whole.outputs[0])}, parameters, False)
+        assert not whole.deferred
+        found.append(gradients)
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 
 def test_a_retained_graph_defers_again_at_each_backward():

@@ -27,14 +27,58 @@ class FixedBatch(nn.Module):
         return x.view(3, -1)
 
 
-class Sampled(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.rand_like(x)
-
-
 class Chosen(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x[x > 0]
+
+
+class Routed(nn.Module):
+    """A mixture of two experts that picks the rows of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(4, 2), nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen, out = self.router(x).argmax(1), torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            rows = (chosen == index).nonzero().flatten()
+            out = out.index_add(0, rows, expert(x[rows]))
+        return out
+
+
+class Stops(nn.Module):
+    """Iterates until it has converged."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        error = (x - x.cos()).abs().max()
+        while error > 1e-3:
+            x = x.cos()
+            error = (x - x.cos()).abs().max()
+        return x
+
+
+class Clipped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        norm = x.norm()
+        if norm.item() > 1:
+            x = x / norm
+        return x
+
+
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class StraightThrough(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Rounded.apply(x)
 
 
 class Written(nn.Module):
@@ -68,7 +112,10 @@ def _line(module: type[nn.Module], text: str) -> str:
     ("module", "text", "remedy"),
     [
         (Branches, "if x.sum()", "torch.where"),
-        (Sampled, "rand_like", "allowlist"),
+        (Routed, "nonzero()", "set_experts_implementation|torch.where"),
+        (Stops, "while error", r"torch\.cond"),
+        (Clipped, "if norm.item()", r"torch\.where"),
+        (StraightThrough, "Rounded.apply(x)", r"detach\(\)"),
         (Chosen, "x[x > 0]", "values of its data|allowlist"),
         (Fails, "x @ x", "cannot be traced"),
         (Written, "mul_", "make it a buffer"),
@@ -92,9 +139,27 @@ def test_an_output_that_is_no_tensor_is_refused() -> None:
         trace(Opaque(), (torch.randn(3, 4),))
 
 
-def test_dropout_inside_a_recurrent_layer_is_refused_with_the_remedy() -> None:
-    with pytest.raises(TraceError, match=r"nn\.Dropout between"):
-        trace(nn.LSTM(4, 4, 2, dropout=0.5, batch_first=True), (torch.randn(2, 3, 4),))
+def test_an_error_quotes_the_code_of_its_line() -> None:
+    with pytest.raises(TraceError, match=r"if x\.sum\(\) > 0:"):
+        trace(Branches(), (torch.randn(3, 4),))
+
+
+def test_functions_with_a_backward_of_their_own_work_again_after_a_trace() -> None:
+    with pytest.raises(TraceError):
+        trace(StraightThrough(), (torch.randn(3, 4),))
+    x = torch.randn(3, requires_grad=True)
+    Rounded.apply(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones(3))
+
+
+def test_autocast_to_a_dtype_that_it_has_not_is_refused() -> None:
+    with pytest.raises(TraceError, match=r"torch\.bfloat16 or torch\.float16"):
+        trace(nn.Linear(4, 2), (torch.randn(3, 4),), autocast=torch.float64)
+
+
+def test_an_lstm_under_autocast_is_refused_with_the_remedy() -> None:
+    with pytest.raises(TraceError, match="enabled=False"):
+        trace(nn.LSTM(4, 4, batch_first=True), (torch.randn(2, 3, 4),), autocast=torch.bfloat16)
 
 
 @pytest.mark.parametrize("training", [True, False])
