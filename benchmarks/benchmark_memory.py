@@ -37,7 +37,8 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, MB per worker, {options.steps} steps, audit window 16 steps")
     print(
-        f"{'schedule':9} {'worker':>6} {'base':>6} {'needed':>7} {'activations':>11} {'peak':>7} {'less base':>9} {'ratio':>6}"
+        f"{'schedule':9} {'worker':>6} {'base':>6} {'needed':>7} {'activations':>11} {'peak':>7}"
+        f" {'less base':>9} {'ratio':>6}"
     )
     for name in options.schedules.split(","):
         flags = {f"worker-{index}": {"max-memory-bytes": options.offer_mb * 10**6} for index in range(2)}

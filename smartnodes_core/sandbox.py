@@ -18,12 +18,14 @@ import signal
 import socket
 import struct
 import subprocess
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from smartnodes_core.arena import Arena
@@ -61,7 +63,8 @@ class Limits:
     """What the child may use. `memory_bytes` bounds its private memory (0: no bound), arenas not counted.
 
     `action_s` is the longest that one action may take (0: no bound) before the child is ended, `device` ("cpu" or
-    "cuda") says which device files stay open to it. `file_bytes` is how far a file may grow that it holds open.
+    "cuda") says which device files stay open to it. `file_bytes` is how much it may write to its scratch file (0: it
+    has none).
     """
 
     memory_bytes: int = 0
@@ -78,7 +81,8 @@ class Sandbox:
 
     `on_event(name, params)` is called on the reading thread: it may `post`, it must not `call` and not wait.
     `on_exit(reason)` is called when the child ends without having been stopped. `inbound` is allocated by us,
-    `outbound` by the child; both are new after each `start`.
+    `outbound` by the child; both are new after each `start`. `scratch` is the folder for the child's scratch file,
+    which no path names: disk space that goes back when the child ends.
     """
 
     def __init__(
@@ -90,8 +94,10 @@ class Sandbox:
         outbound_bytes: int,
         on_event: Callable[[str, dict[str, Any]], None],
         on_exit: Callable[[str], None],
+        scratch: Path | None = None,
     ) -> None:
         self.limits = limits
+        self._scratch = scratch
         self._command = list(command)
         self._arena_bytes = (inbound_bytes, outbound_bytes)
         self._on_event = on_event
@@ -124,7 +130,9 @@ class Sandbox:
         with self._lock:
             if self._child is not None and self._child.reason is None:
                 raise SandboxError(f"a computing process is running already: {self._child}")
-            self._child = _Child(self._command, self.limits, self._arena_bytes, self._on_event, self._on_exit)
+            self._child = _Child(
+                self._command, self.limits, self._arena_bytes, self._on_event, self._on_exit, self._scratch
+            )
             self._child.start()
 
     def restart(self) -> None:
@@ -173,8 +181,10 @@ class _Child:
         arena_bytes: tuple[int, int],
         on_event: Callable[[str, dict[str, Any]], None],
         on_exit: Callable[[str], None],
+        scratch: Path | None,
     ) -> None:
         self.process: subprocess.Popen[bytes]
+        self._scratch = scratch
         self.inbound = Arena.create(arena_bytes[0], "inbound")
         self.outbound = Arena.create(arena_bytes[1], "outbound")
         self.reason: str | None = None
@@ -257,11 +267,18 @@ class _Child:
         self._end(listener, fault)
 
     def _spawn(self) -> subprocess.Popen[bytes]:
-        fds = (self._theirs.fileno(), self.inbound.fd, self.outbound.fd)
+        fds = [self._theirs.fileno(), self.inbound.fd, self.outbound.fd]
+        with contextlib.ExitStack() as stack:
+            if self._limits.file_bytes:
+                fds.append(stack.enter_context(tempfile.TemporaryFile(dir=self._scratch)).fileno())
+            return self._spawn_with(fds)
+
+    def _spawn_with(self, fds: list[int]) -> subprocess.Popen[bytes]:
         setup = {
             "pipe": fds[0],
             "inbound": [fds[1], self.inbound.num_bytes],
             "outbound": [fds[2], self.outbound.num_bytes],
+            "scratch": fds[3] if len(fds) > 3 else -1,
             "parent": os.getpid(),
             "limits": asdict(self._limits),
         }

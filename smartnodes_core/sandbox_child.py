@@ -38,9 +38,14 @@ class Incoming:
 
 
 class ChildChannel:
-    """Made once, by `open`, in the child's main thread."""
+    """Made once, by `open`, in the child's main thread. `scratch` is the descriptor of a file of its own, of at most
+    `limits.file_bytes`; -1 where it has none.
+    """
 
-    def __init__(self, pipe: Pipe, inbound: Arena, outbound: Arena, limits: Limits, confinement: Confinement) -> None:
+    def __init__(
+        self, pipe: Pipe, inbound: Arena, outbound: Arena, limits: Limits, confinement: Confinement, scratch: int = -1
+    ) -> None:
+        self.scratch = scratch
         self.inbound = inbound
         self.outbound = outbound
         self.limits = limits
@@ -71,9 +76,10 @@ class ChildChannel:
         end = socket.socket(fileno=int(setup["pipe"]))
         inbound = Arena.attach(setup["inbound"][0], setup["inbound"][1], "inbound")
         outbound = Arena.attach(setup["outbound"][0], setup["outbound"][1], "outbound")
-        for fd in (end.fileno(), inbound.fd, outbound.fd):
+        scratch = int(setup["scratch"])
+        for fd in (end.fileno(), inbound.fd, outbound.fd, *([scratch] if scratch >= 0 else [])):
             os.set_inheritable(fd, False)
-        return cls(Pipe(end), inbound, outbound, limits, confinement)
+        return cls(Pipe(end), inbound, outbound, limits, confinement, scratch)
 
     def receive(self, timeout_s: float | None = None) -> Incoming | None:
         """The next message, or None when none came in `timeout_s` (0: at once, None: for ever) or slices were

@@ -38,6 +38,7 @@ from tensorlink.program.graph import LossProgram, StageProgram
 from tensorlink.program.limits import check
 from tensorlink.program.values import DTYPES
 from tensorlink.program.weights import dump, load
+from tensorlink.steplog.shelf import Shelf
 
 #: Caps of one stage where the node sets none.
 MAX_STAGE_BYTES = 1 << 40
@@ -45,6 +46,10 @@ MAX_STAGE_FLOPS = 1 << 60
 MAX_DIMS = 32
 #: The log keeps at most this share of the inbound arena; beyond it, it copies.
 LOG_SHARE = 4
+#: A window of committed steps stays in memory where it takes at most this share of what the rig offers.
+WINDOW_SHARE = 4
+#: What a step keeps per byte of parameters under an optimizer like Adam: weights, two moments, the gradient.
+STATE_COPIES = 4
 OPEN_TIMEOUT_S = 30.0
 #: How long a prepare waits for what it needs where the node says nothing.
 PREPARE_TIMEOUT_S = 120.0
@@ -86,6 +91,7 @@ class Stages:
 
     def __init__(self, channel: ChildChannel) -> None:
         self._channel = channel
+        self._shelf = Shelf(channel.scratch, channel.limits.file_bytes) if channel.scratch >= 0 else None
         self._hosted: dict[str, Hosted] = {}
         #: What one micro-batch may cost; `compute.py` puts what was measured here.
         self.bounds = Bounds(channel.limits.memory_bytes or MAX_STAGE_BYTES, MAX_STAGE_FLOPS)
@@ -277,9 +283,15 @@ class Stages:
             pool,
             window_steps=window,
             shared_bytes=self._channel.inbound.num_bytes // LOG_SHARE,
+            shelf=self._shelf_for(program, window),
             bounds=bounds,
         )
         return Hosted(key, stage, commitments.Roots(), 0, pool)
+
+    def _shelf_for(self, program: StageProgram, window: int) -> Shelf | None:
+        """The shelf, where a window of steps would take too large a part of this rig's memory."""
+        sizes = (math.prod(spec.shape) * DTYPES[spec.dtype].itemsize for spec in program.parameters.values())
+        return self._shelf if STATE_COPIES * sum(sizes) * window > self.bounds.max_bytes // WINDOW_SHARE else None
 
     #: What a stage is made with; a test's own computing process puts a cheating one here.
     make_stage: Callable[..., Stage] = Stage

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from tensorlink.network import Network
 
 WAIT_FOR_WORKERS_S = 20.0
+#: Of the audit window, what a rig needs memory for: it keeps older steps on disk where memory is short.
+STEPS_IN_MEMORY = 1
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +139,7 @@ def place(
         samples = _samples(traced, example_inputs, micro_batches)
         costs = profile(traced, example_inputs, samples=samples)
         audit_terms = _audit_terms(network, audit_rates)
-        training = Training(micro_batches, audit_terms.window_steps)
+        training = Training(micro_batches, STEPS_IN_MEMORY)
 
         def cut(shares: tuple[float, ...]) -> list[StageNeed]:
             parts = partition_between(traced, costs, len(shares), private, speeds=shares)

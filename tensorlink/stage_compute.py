@@ -8,9 +8,11 @@ knows what authors may ask for.
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import tensorlink.errors  # noqa: F401 - the computing process's errors find their classes among those that are loaded
@@ -26,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 COMPUTE = (sys.executable, "-m", "tensorlink.compute")
 ARENA_BYTES = 16 << 30
+#: The scratch file takes at most this share of what is free on the disk when the rig starts.
+DISK_SHARE = 2
 CALL_TIMEOUT_S = 600.0
 #: What a single action may take: a program that a stranger wrote to be slow ends with its process.
 MAX_ACTION_S = 600.0
@@ -37,10 +41,18 @@ RESTART_AFTER_S = 5.0
 class StageCompute:
     """One computing process with all stages of the rig, and a fresh one when it dies.
 
-    `port` gives the way to the network. Stages are known from `add` to `remove`.
+    `port` gives the way to the network. Stages are known from `add` to `remove`. Steps of long audit windows may be
+    kept on disk in the folder `scratch`, if one is given.
     """
 
-    def __init__(self, memory_bytes: int, num_threads: int, command: Sequence[str], port: Callable[[], WorkerPort]):
+    def __init__(
+        self,
+        memory_bytes: int,
+        num_threads: int,
+        command: Sequence[str],
+        port: Callable[[], WorkerPort],
+        scratch: Path | None = None,
+    ):
         self.measured: dict[str, Any] = {}
         self.inflight = Inflight()
         self._port = port
@@ -52,11 +64,17 @@ class StageCompute:
         self._stopping = threading.Event()
         self._sandbox = Sandbox(
             list(command),
-            limits=Limits(memory_bytes=memory_bytes, num_threads=num_threads, action_s=MAX_ACTION_S),
+            limits=Limits(
+                memory_bytes=memory_bytes,
+                num_threads=num_threads,
+                action_s=MAX_ACTION_S,
+                file_bytes=0 if scratch is None else shutil.disk_usage(scratch).free // DISK_SHARE,
+            ),
             inbound_bytes=ARENA_BYTES,
             outbound_bytes=ARENA_BYTES,
             on_event=self._on_event,
             on_exit=self._on_exit,
+            scratch=scratch,
         )
 
     def start(self) -> None:

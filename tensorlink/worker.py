@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from smartnodes_core.errors import AuthorityError, JobError, ProtocolError, RecordError
@@ -38,16 +39,23 @@ class StageHandler:
     """A `JobHandler` for training stages; one computing process serves all stages of the rig.
 
     `memory_bytes` is what the rig offers (0: what the computing process measures), `num_threads` how many threads
-    compute. When the computing process dies, its stages are lost and a fresh one is started.
+    compute. `scratch` is a folder for what is kept for audits and would fill the memory; without one it stays there.
+    When the computing process dies, its stages are lost and a fresh one is started.
     """
 
     job_type = JOB_TYPE
 
-    def __init__(self, memory_bytes: int = 0, num_threads: int = 1, command: Sequence[str] = COMPUTE):
+    def __init__(
+        self,
+        memory_bytes: int = 0,
+        num_threads: int = 1,
+        command: Sequence[str] = COMPUTE,
+        scratch: Path | None = None,
+    ):
         self._lock = threading.Lock()
         self._papers: dict[str, StagePapers] = {}
         self._port: WorkerPort | None = None
-        self._compute = StageCompute(memory_bytes, num_threads, command, lambda: self.port)
+        self._compute = StageCompute(memory_bytes, num_threads, command, lambda: self.port, scratch)
 
     def start(self) -> None:
         """Start the computing process and measure the rig."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 
 def main() -> object:
@@ -26,7 +27,7 @@ def _worker(milliseconds: str, flags: list[str]) -> int:
     command = (sys.executable, str(Path(__file__).resolve()), "compute", milliseconds)
 
     class PacedHandler(StageHandler):
-        def __init__(self, *args: int, **options: int) -> None:
+        def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options, command=command)
 
     command_line.StageHandler = PacedHandler

@@ -61,7 +61,7 @@ def _run(config: RigConfig, life: Life) -> None:
     if not config.bootstrap:  # before anything is started or put on chain
         raise ConfigError("no bootstrap validator is named: set `bootstrap` to host:port of one")
     config.data_dir.mkdir(parents=True, exist_ok=True)
-    handler = StageHandler(config.max_memory_bytes, config.num_threads)
+    handler = StageHandler(config.max_memory_bytes, config.num_threads, scratch=config.data_dir)
     handler.start()
     try:
         station = Station.open(config, "worker")
