@@ -25,10 +25,10 @@ BATCH = 3
 
 #: What a generated program declares: parameters, buffers and inputs of the shapes that ops like to take.
 PARAMETERS = {
-    "w": ["float32", [4, 4], True, False],
-    "v": ["float32", [4], True, False],
-    "k": ["float32", [4, 4, 3, 3], True, False],
-    "g": ["float32", [16, 4], True, False],
+    "w": ["float32", [4, 4], True, []],
+    "v": ["float32", [4], True, []],
+    "k": ["float32", [4, 4, 3, 3], True, []],
+    "g": ["float32", [16, 4], True, []],
 }
 BUFFERS = {
     "i": ["int64", [4], True, False],
@@ -131,6 +131,8 @@ def generated(random: Random) -> dict[str, Any]:
         else:
             nodes.append(node(random, values, id))
         values.append(id)
+    if random.random() < 0.1:
+        nodes = [[*each, {"autocast": random.choice(["bfloat16", "float16"])}] for each in nodes]
     graph = {"inputs": [0, 1], "mutations": [], "nodes": nodes, "outputs": [values[-1]]}
     return {
         "kind": "stage", "version": 1, "stage_index": 0, "num_stages": 1, "train": graph, "eval": graph,
@@ -168,7 +170,7 @@ def _change(random: Random, document: dict[str, Any]) -> None:
         kind == 0
         or not isinstance(nodes, list)
         or not nodes
-        or not all(isinstance(n, list) and len(n) == 5 for n in nodes)
+        or not all(isinstance(n, list) and len(n) in (5, 6) for n in nodes)
     ):
         container, key = random.choice(_places(document))
         container[key] = random.choice([None, True, -1, 1 << 40, 1 << 70, "", "x", [], {}, [["v", 0]], 0])

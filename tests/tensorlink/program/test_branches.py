@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tensorlink.errors import ProgramError, TraceError
+from tensorlink.errors import OverLimitError, ProgramError, TraceError
+from tensorlink.program.admission import Admission, Bounds
 from tensorlink.program.decode import MAX_BRANCH_DEPTH
 from tensorlink.program.graph import Graph, Node, ParameterSpec, StageProgram
 from tensorlink.program.interpreter import Interpreter
@@ -246,3 +247,32 @@ def test_branches_of_other_shapes_are_an_error_at_the_trace() -> None:
 
     with pytest.raises(TraceError):
         trace(Uneven(), (torch.ones(3, 4),))
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["branches", "branches_in_autocast"])
+def test_sizes_met_at_run_time_are_admitted_or_refused_in_branches_and_under_autocast(
+    autocast: torch.dtype | None,
+) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cond(x.sum() > 0, self.left, self.right, (x,))
+
+    program = trace(Model(), (torch.randn(4, 8),), autocast=autocast).whole()
+    parameters = {name: torch.zeros(spec.shape) for name, spec in program.parameters.items()}
+    interpreter = Interpreter(program.train, parameters, {})
+    interpreter.admit = Admission.of_stage(program, True, Bounds(max_bytes=1 << 20, max_flops=1 << 30))
+    assert interpreter.run([torch.randn(6, 8)])[0].shape == (6, 8)
+    with pytest.raises(OverLimitError, match="at most"):
+        interpreter.run([torch.randn(20_000, 8)])
+
+
+def test_divisors_that_a_kernel_would_trust_are_not_looked_at_where_they_have_no_data() -> None:
+    divide = Node("aten.div.Tensor_mode", (Value(0), Value(0)), (("rounding_mode", "floor"),), 1, autocast="bfloat16")
+    slots = [Slot(name="x", type="tensor", dtype="int64", shape=[-1, 4], requires_grad=False)]
+    graph = Graph((0,), (divide,), (1,))
+    program = StageProgram(0, 1, graph, graph, {}, {}, Cut(slots=slots), Cut(slots=slots))
+    assert check(program, batch=2, max_bytes=1 << 20, max_flops=1 << 20).flops_forward

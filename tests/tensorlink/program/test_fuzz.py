@@ -49,6 +49,15 @@ class Recurrent(nn.Module):
         return self.head(self.gru(self.embedding(tokens))[0])
 
 
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cond(x.sum() > 0, self.left, self.right, (x,))
+
+
 @pytest.fixture(scope="module")
 def corpus() -> list[dict[str, Any]]:
     """Valid programs, as JSON, to be mutated."""
@@ -60,6 +69,7 @@ def corpus() -> list[dict[str, Any]]:
         trace(convolutions, (torch.randn(3, 2, 4, 4),)).whole().to_json(),
         trace(attention, (torch.randn(3, 5, 8),)).whole().to_json(),
         trace(Recurrent(), (torch.randint(0, 7, (3, 5)),)).whole().to_json(),
+        trace(Branching(), (torch.randn(3, 5),), autocast=torch.bfloat16).whole().to_json(),
         trace_loss(nn.CrossEntropyLoss(weight=torch.ones(5)), torch.randn(3, 5), torch.randint(0, 5, (3,))).to_json(),
     ]
     return [json.loads(program) for program in programs]
@@ -115,7 +125,8 @@ HUGE = 1 << 47
         (_weights(data_offsets=[32, 56]), "overlap"),
         (_weights(data_offsets=[0, 1 << 40]), "takes 24 bytes"),
         (_weights(data_offsets=[-8, 16]), "malformed"),
-        (_weights(shape=[HUGE, HUGE]), "its offsets span"),
+        (_weights(shape=[HUGE]), "its offsets span"),
+        (_weights(shape=[HUGE, HUGE]), "no tensor can have"),
         (_weights(shape=[HUGE, HUGE, 0], data_offsets=[0, 0]), "no tensor can have"),
         (_weights(shape=[float("nan"), 3]), "malformed"),
         (_weights(shape=[True, 6]), "malformed"),

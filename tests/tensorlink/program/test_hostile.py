@@ -419,6 +419,12 @@ def test_dropout_that_hides_in_a_keyword_is_refused() -> None:
         Interpreter(Graph((0,), (node,), (1,)), {}, {})
 
 
+def test_noise_that_hides_in_a_keyword_is_refused() -> None:
+    hiding = Node("aten.rrelu.default", (Value(0), 0.1, 0.3), (("training", True),), 1)
+    with pytest.raises(ProgramError, match="draws random numbers"):
+        Interpreter(_program(hiding).train, {}, {})
+
+
 def test_a_slot_of_integers_cannot_ask_for_a_gradient() -> None:
     data = _edited(lambda document: document["inputs"].__setitem__(0, ["x", "tensor", "int64", [-1, 4], True]))
     with pytest.raises(ProgramError, match="int64' cannot have a gradient"):
