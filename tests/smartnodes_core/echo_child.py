@@ -31,6 +31,9 @@ def serve(channel, message):
     elif method == "grow":
         bytearray(params["num_bytes"])
         channel.reply(message.call_id, {})
+    elif method == "scratch":
+        os.pwrite(channel.scratch, params["data"], params["offset"])
+        channel.reply(message.call_id, {"data": os.pread(channel.scratch, len(params["data"]), params["offset"])})
     elif method == "torn":
         channel._pipe._socket.sendall(b"\xff\xff\xff\xff")
     elif method == "inspect":

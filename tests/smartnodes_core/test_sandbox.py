@@ -22,7 +22,7 @@ CHILD = [sys.executable, str(Path(__file__).with_name("echo_child.py"))]
 
 
 class Rig:
-    def __init__(self, limits=None):
+    def __init__(self, limits=None, scratch=None):
         self.events, self.exits = queue.Queue(), queue.Queue()
         self.sandbox = Sandbox(
             CHILD,
@@ -31,6 +31,7 @@ class Rig:
             outbound_bytes=1 << 20,
             on_event=lambda name, params: self.events.put((name, params)),
             on_exit=self.exits.put,
+            scratch=scratch,
         )
         self.sandbox.start()
 
@@ -40,8 +41,8 @@ def make(monkeypatch):
     monkeypatch.setenv("A_SECRET", "hunter2")
     made = []
 
-    def start(limits=None):
-        made.append(Rig(limits))
+    def start(limits=None, scratch=None):
+        made.append(Rig(limits, scratch))
         return made[-1]
 
     yield start
@@ -218,3 +219,11 @@ def test_what_cannot_be_started_is_an_error():
 def test_a_child_started_by_hand_says_so():
     with pytest.raises(LocalError, match="not by hand"):
         ChildChannel.open()
+
+
+def test_a_child_writes_to_its_scratch_file_as_far_as_it_may_and_the_folder_stays_empty(make, tmp_path):
+    rig = make(Limits(file_bytes=1 << 16), tmp_path)
+    assert rig.sandbox.call("scratch", {"data": b"kept", "offset": 1000}, timeout_s=10) == {"data": b"kept"}
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(SandboxError):
+        rig.sandbox.call("scratch", {"data": b"kept", "offset": 1 << 16}, timeout_s=10)
