@@ -135,11 +135,12 @@ class DistributedModel(torch.nn.Module):
         return {prefix + name: tensor for name, tensor in self._placement.state.fetch().items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Send weights to the workers, cast to the dtypes they have there; the optimizer's state stays.
+        """Send weights to the workers, cast to the dtypes they have there; the optimizer's state stays. Gradients and
+        graphs since the last step are dropped.
 
         Raises JobError naming what is missing, unknown (unless `strict` is False) or of another shape.
         """
-        self._steps.drop_gradients()
+        self._steps.start_over()
         missing, unexpected = self._placement.state.send(state_dict, strict)
         return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 

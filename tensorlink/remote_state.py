@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -69,9 +70,54 @@ class RemoteState:
         pieces = [self._checked(given, program.expected_state()) for program in self._programs]
         specs = {name: (str(kept.dtype).removeprefix("torch."), tuple(kept.shape)) for name, kept in self._kept.items()}
         self._kept.update({name: value.clone() for name, value in self._checked(given, specs).items()})
-        data = [self._completed(stage, piece) for stage, piece in enumerate(pieces)]
-        self._driver.call_all("set_state", lambda stage: {}, lambda stage: [data[stage]])
+        self._driver.call_all("set_state", lambda stage: {}, lambda stage: [dump(pieces[stage])])
         return missing, unexpected
+
+    # -- part by part, for checkpoints --------------------------------------------------------------------------------
+
+    def saved(self, stage: int) -> dict[str, int]:
+        """Parameters and buffers of a stage that belong to the module's state_dict, with their bytes.
+
+        Tied names once, under the first; what several stages hold counts for the first of them.
+        """
+        aliases, earlier = self._traced.aliases, self._programs[:stage]
+        wanted = {aliases.get(name, name) for name in self._traced.state_names}
+        return {
+            name: num_bytes_of(DTYPES[dtype], shape)
+            for name, (dtype, shape) in self._programs[stage].expected_state().items()
+            if name in wanted and not any(name in program.expected_state() for program in earlier)
+        }
+
+    @property
+    def kept(self) -> dict[str, torch.Tensor]:
+        """What no stage computes with and the module's state_dict has all the same."""
+        return {name: tensor for name, tensor in self._kept.items() if name in self._traced.state_names}
+
+    def specs(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """dtype and shape of everything that the module's state_dict has, tied names once."""
+        found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.kept.items()}
+        for program in self._programs:
+            held = program.expected_state()
+            for name in self.saved(program.stage_index):
+                found[name] = DTYPES[held[name][0]], tuple(held[name][1])
+        return found
+
+    def fetch_some(self, stage: int, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """These tensors of a stage."""
+        expected = {name: self._programs[stage].expected_state()[name] for name in names}
+        most = sum(num_bytes_of(DTYPES[dtype], shape) for dtype, shape in expected.values()) + HEADER_BYTES
+        body = json.dumps(list(expected)).encode()
+        return load(self._driver.call(stage, "state", {}, [body], max_body_bytes=most).body, expected)
+
+    def send_some(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Every stage takes those of `tensors`, of the right dtypes and shapes, that it holds."""
+        for program in self._programs:
+            held = {name: tensors[name] for name in program.expected_state() if name in tensors}
+            if held:
+                self._driver.call(program.stage_index, "set_state", {}, [dump(held)])
+        self._kept.update({name: tensor for name, tensor in tensors.items() if name in self._kept})
+
+    # -- checks -------------------------------------------------------------------------------------------------------
 
     @staticmethod
     def _checked(
@@ -88,15 +134,11 @@ class RemoteState:
             piece[name] = value.detach().to("cpu", DTYPES[dtype])
         return piece
 
-    def _completed(self, stage: int, piece: dict[str, torch.Tensor]) -> bytes:
-        """A stage takes all of its state or nothing: what was not given is as it is there now."""
-        expected = self._programs[stage].expected_state()
-        if piece.keys() != expected.keys():
-            reply = self._driver.call(stage, "state", {}, max_body_bytes=self._max_bytes(stage))
-            piece = {**load(reply.body, expected), **piece}
-        return dump(piece)
-
     def _max_bytes(self, stage: int) -> int:
         expected = self._programs[stage].expected_state().values()
-        sizes = [DTYPES[dtype].itemsize * torch.Size(shape).numel() for dtype, shape in expected]
-        return sum(sizes) + HEADER_BYTES
+        return sum(num_bytes_of(DTYPES[dtype], shape) for dtype, shape in expected) + HEADER_BYTES
+
+
+def num_bytes_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """The bytes of a tensor."""
+    return dtype.itemsize * torch.Size(shape).numel()

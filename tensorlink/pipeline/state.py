@@ -52,6 +52,14 @@ class StageState(ABC):
         self._keep_state_after()
         self.optimizer = optimizer
 
+    def set_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replaces optimizer state by copies, parameter by parameter. Nobody may be reading it meanwhile. Raises
+        OptimizerError before anything is changed."""
+        if self.optimizer is None:
+            raise ProtocolError("no optimizer is set whose state this could be")
+        self._keep_state_after()
+        self.optimizer.load_state_tensors(tensors)
+
     def _keep_state_after(self) -> None:
         """The state is about to change other than by a step: the last step's audit needs it as it is."""
         record = self.log.last()
@@ -120,14 +128,14 @@ class StageState(ABC):
         self._buffers_at_start = dict(self.buffers)
 
     def set_state(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-        """Replaces parameters and buffers by values of the same names and shapes. Nobody may be reading them
-        meanwhile."""
+        """Replaces parameters and buffers by values of the same names and shapes; what the open step has computed with
+        the old ones is dropped. Nobody may be reading them meanwhile."""
         self._keep_state_after()
         with torch.no_grad():
             for name, tensor in parameters.items():
                 self.parameters[name].copy_(tensor)
         self.buffers.update(buffers)
-        self._buffers_at_start = dict(self.buffers)
+        self.zero_grad(self.log.open.step)
 
 
 def clipped(gradient: Mapping[str, Tensor], coefficient: float) -> dict[str, Tensor]:
