@@ -18,9 +18,11 @@ from tensorlink.pipeline.driver import Driver
 from tensorlink.program.graph import StageProgram
 from tensorlink.program.values import DTYPES
 from tensorlink.program.weights import dump, load
-from tensorlink.remote_state import HEADER_BYTES, num_bytes_of
+from tensorlink.remote_state import HEADER_BYTES, num_bytes_of, parts
 from tensorlink.stage_optimizer import check_state, decode_options, encode_options, state_specs
 
+#: State travels in parts of this size.
+PART_BYTES = 512 << 20
 State = dict[str, dict[str, Tensor]]
 
 
@@ -43,25 +45,38 @@ class RemoteOptimizer:
         """The state of every parameter that has any."""
         found: State = {}
         for program in self._programs:
-            names = [name for name in program.parameters if name not in found]
-            found.update(self.fetch(program.stage_index, names))
+            found.update(self.fetch(program.stage_index, self.sizes(program.stage_index)))
         return found
 
     def fetch(self, stage: int, names: Iterable[str]) -> State:
         """State of these parameters of a stage. Raises TensorError for what the optimizer does not keep."""
+        found: State = {}
+        for name, tensor in self.fetch_flat(stage, names).items():
+            parameter, _, key = name.rpartition("/")
+            found.setdefault(parameter, {})[key] = tensor
+        return found
+
+    def fetch_flat(self, stage: int, names: Iterable[str]) -> dict[str, Tensor]:
+        """As `fetch`, under `parameter/state name`."""
         specs = self._specs(stage, names)
         if not specs:
             return {}
         most = sum(num_bytes_of(*spec) for kept in specs.values() for spec in kept.values())
         body = json.dumps(list(specs)).encode()
         reply = self._driver.call(stage, "optimizer_state", {}, [body], max_body_bytes=most + HEADER_BYTES)
-        found: State = {}
-        for name, tensor in load(reply.body).items():
+        found = load(reply.body)
+        for name, tensor in found.items():
             parameter, _, key = name.rpartition("/")
             if (tensor.dtype, tuple(tensor.shape)) != specs.get(parameter, {}).get(key):
                 raise TensorError(f"stage {stage} sent optimizer state {name!r:.80}, which was not asked for")
-            found.setdefault(parameter, {})[key] = tensor
         return found
+
+    def sizes(self, stage: int) -> dict[str, int]:
+        """Bytes of state, at most, of the parameters that a stage is the first to hold."""
+        earlier = self._programs[:stage]
+        names = [n for n in self._programs[stage].parameters if not any(n in each.parameters for each in earlier)]
+        specs = self._specs(stage, names)
+        return {name: sum(num_bytes_of(*spec) for spec in kept.values()) for name, kept in specs.items()}
 
     def checked(self, state: Mapping[str, Mapping[str, Any]]) -> State:
         """The state as stages hold it: in their dtypes, numbers as tensors. Raises OptimizerError where it does not
@@ -77,13 +92,12 @@ class RemoteOptimizer:
                 check_state(self._name, options[name], name, spec.shape, DTYPES[spec.dtype], cast[name])
         return cast
 
-    def send(self, state: State) -> None:
-        """Every stage takes the state of its parameters."""
+    def send(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Every stage takes the state of its parameters, part by part."""
         for program in self._programs:
-            tensors = {
-                f"{name}/{key}": tensor for name in program.parameters for key, tensor in state.get(name, {}).items()
-            }
-            if tensors:
+            sizes = {n: sum(t.nbytes for t in state[n].values()) for n in program.parameters if n in state}
+            for names in parts(sizes, PART_BYTES):
+                tensors = {f"{name}/{key}": tensor for name in names for key, tensor in state[name].items()}
                 self._driver.call(program.stage_index, "set_optimizer_state", {}, [dump(tensors)])
 
     def _specs(self, stage: int, names: Iterable[str]) -> dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:

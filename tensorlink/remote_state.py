@@ -89,6 +89,11 @@ class RemoteState:
         }
 
     @property
+    def tied(self) -> dict[str, str]:
+        """Names of the module's state_dict that share a tensor with an earlier one, and the earlier name."""
+        return {name: first for name, first in self._traced.aliases.items() if name in self._traced.state_names}
+
+    @property
     def kept(self) -> dict[str, torch.Tensor]:
         """What no stage computes with and the module's state_dict has all the same."""
         return {name: tensor for name, tensor in self._kept.items() if name in self._traced.state_names}
@@ -109,13 +114,20 @@ class RemoteState:
         body = json.dumps(list(expected)).encode()
         return load(self._driver.call(stage, "state", {}, [body], max_body_bytes=most).body, expected)
 
-    def send_some(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Every stage takes those of `tensors`, of the right dtypes and shapes, that it holds."""
-        for program in self._programs:
-            held = {name: tensors[name] for name in program.expected_state() if name in tensors}
-            if held:
-                self._driver.call(program.stage_index, "set_state", {}, [dump(held)])
-        self._kept.update({name: tensor for name, tensor in tensors.items() if name in self._kept})
+    def held(self, stage: int, names: Iterable[str]) -> dict[str, int]:
+        """Those of `names` that a stage holds, with their bytes."""
+        expected = self._programs[stage].expected_state()
+        return {n: num_bytes_of(DTYPES[expected[n][0]], expected[n][1]) for n in names if n in expected}
+
+    def send_some(self, stage: int, tensors: Mapping[str, torch.Tensor]) -> int:
+        """A stage takes these tensors, which have its dtypes and shapes; returns the bytes sent."""
+        data = dump(tensors)
+        self._driver.call(stage, "set_state", {}, [data])
+        return len(data)
+
+    def keep(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Those of `tensors` that no stage computes with."""
+        self._kept.update({name: tensor.clone() for name, tensor in tensors.items() if name in self._kept})
 
     # -- checks -------------------------------------------------------------------------------------------------------
 
@@ -137,6 +149,19 @@ class RemoteState:
     def _max_bytes(self, stage: int) -> int:
         expected = self._programs[stage].expected_state().values()
         return sum(num_bytes_of(DTYPES[dtype], shape) for dtype, shape in expected) + HEADER_BYTES
+
+
+def parts(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Names in order, in lists of at most `most` bytes together, or of a single name that has more."""
+    made: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if size > room or not made:
+            made.append([])
+            room = most
+        made[-1].append(name)
+        room -= size
+    return made
 
 
 def num_bytes_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

@@ -47,7 +47,7 @@ _WORDS: dict[str, tuple[str, ...]] = {"adjust_lr_fn": ("original", "match_rms_ad
 #: With these options an optimizer keeps all the state that it ever keeps.
 _EVERYTHING: dict[str, Any] = {"amsgrad": True, "centered": True, "momentum": 0.5}
 #: Keys that schedulers of torch keep in a group; workers have no use for them.
-_SCHEDULER = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
+SCHEDULER_KEYS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
 
 
 def why_not(name: str) -> str:
@@ -61,7 +61,9 @@ def encode_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """A group's options as they travel: floats as `float.hex()`, tuples as lists (None in them as ""); what is ours
     to decide is left out."""
     return {
-        name: _encode(name, value) for name, value in options.items() if name not in _OURS and name not in _SCHEDULER
+        name: _encode(name, value)
+        for name, value in options.items()
+        if name not in _OURS and name not in SCHEDULER_KEYS
     }
 
 
