@@ -142,7 +142,11 @@ class Stages:
         if one.stage.optimizer and params["optimizer"] != one.stage.optimizer.name:  # an auditor goes by the order
             raise ProtocolError(f"ordered was {params['optimizer']!r:.40}, this stage has {one.stage.optimizer.name}")
         record = one.stage.commit(
-            step, float.fromhex(params["clip_coefficient"]), params["options"], bytes(params.get("order", b""))
+            step,
+            float.fromhex(params["clip_coefficient"]),
+            params["options"],
+            bytes(params.get("order", b"")),
+            str(params.get("clip_norm", "")),
         )
         self._channel.reply(call_id, {"step": step})
         optimizer = one.stage.optimizer.state_tensors() if one.stage.optimizer else {}

@@ -209,6 +209,7 @@ class StageHandler:
             "step": decide.step,
             "decision": decide.decision,
             "clip_coefficient": decide.clip_coefficient,
+            "clip_norm": order.clip_norm,
             "optimizer": order.optimizer,
             "options": order.options,
             "order": decide.order,

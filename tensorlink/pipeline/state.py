@@ -5,6 +5,7 @@ Neighbours: `stage.py` adds to it what computes micro-batches; `steplog/` keeps 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +19,9 @@ from tensorlink.program.graph import StageProgram
 from tensorlink.stage_optimizer import StageOptimizer
 from tensorlink.steplog import snapshots
 from tensorlink.steplog.log import StepLog, StepRecord
+
+#: Two honest sums of the same squares are no farther apart than this.
+NORM_TOLERANCE = 1e-3
 
 
 class StageState(ABC):
@@ -83,21 +87,29 @@ class StageState(ABC):
         return len(self.log.open.units)
 
     def commit(
-        self, step: int, clip_coefficient: float, options: Sequence[Mapping[str, Any]], order: bytes
+        self,
+        step: int,
+        clip_coefficient: float,
+        options: Sequence[Mapping[str, Any]],
+        order: bytes,
+        clip_norm: str = "",
     ) -> StepRecord:
         """Updates the parameters with this step's gradients; what an audit of it needs stays in the log.
 
         Nobody may be reading parameters or optimizer state (hashing) meanwhile. Raises ProtocolError for another step
-        than the open one, OptimizerError before anything is changed.
+        than the open one and for a coefficient that the order's `clip_norm` does not give (the stage would be held
+        responsible), OptimizerError before anything is changed.
         """
         if step < self.step or self.optimizer is None:
             raise ProtocolError(
                 f"step {step} cannot be committed: the open step is {self.step}, the optimizer "
                 f"{'is set' if self.optimizer else 'is not set'}"
             )
+        squared_norm, _ = self.gradients.squared_norm()
+        if not clip_fits(clip_coefficient, clip_norm, squared_norm, NORM_TOLERANCE / 2):
+            raise ProtocolError(f"clip coefficient {clip_coefficient} is not what the order and the gradient give")
         record = self.log.open
-        record.step = step
-        record.squared_norm, _ = self.gradients.squared_norm()
+        record.step, record.squared_norm = step, squared_norm
         state = self.optimizer.state_tensors()
         record.before = snapshots.take(self.parameters, self._buffers_at_start, state, self.log.make_room())
         record.gradient = self.gradients.take()
@@ -136,6 +148,17 @@ class StageState(ABC):
                 self.parameters[name].copy_(tensor)
         self.buffers.update(buffers)
         self.zero_grad(self.log.open.step)
+
+
+def clip_fits(coefficient: float, clip_norm: str, squared_norm: float, tolerance: float) -> bool:
+    """Whether an order to clip to `clip_norm` (`float.hex()`, "" for none) gives this coefficient on a stage.
+
+    Other stages' gradients are not known here: the global norm is at least this stage's.
+    """
+    if not clip_norm:
+        return coefficient == 1.0
+    most = float.fromhex(clip_norm) / max(math.sqrt(squared_norm), 1e-30)
+    return 0.0 <= coefficient <= min(1.0, most * (1 + tolerance))
 
 
 def clipped(gradient: Mapping[str, Tensor], coefficient: float) -> dict[str, Tensor]:
