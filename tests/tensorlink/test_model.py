@@ -320,7 +320,11 @@ def test_clipping_takes_the_norm_of_all_that_was_accumulated(fresh):
     for each, opt in ((model, optimizer), (plain, plain_optimizer)):
         for part in (slice(0, 5), slice(5, 9)):
             F.cross_entropy(each(x[part]) * 20, y[part]).backward()
-        clip = model.clip_grad_norm_ if each is model else partial(nn.utils.clip_grad_norm_, plain.module.parameters())
+        clip = (
+            model.clip_grad_norm_
+            if each is model
+            else partial(nn.utils.clip_grad_norm_, list(plain.module.parameters()))
+        )
         assert clip(1e9) > 0.5
         clip(0.5)
         opt.step()
@@ -334,7 +338,11 @@ def test_a_training_step_clips_like_the_loop(fresh):
     x, y = fresh[4:]
     model.train_step(x, y, loss_fn=F.cross_entropy, optimizer=optimizer, clip_norm=0.01)
     clipping = torch.optim.SGD(plain.module.parameters(), lr=0.1, momentum=0.9)
-    clipping.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(plain.module.parameters(), 0.01))
+
+    def clip(*_):
+        nn.utils.clip_grad_norm_(plain.module.parameters(), 0.01)
+
+    clipping.register_step_pre_hook(clip)
     plain.train_step(x, y, loss_fn=F.cross_entropy, optimizer=clipping)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, plain.module.state_dict()[name], rtol=1e-6, atol=1e-7)
