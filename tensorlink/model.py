@@ -157,7 +157,7 @@ class DistributedModel(torch.nn.Module):
     ) -> None:
         """Write the weights into `folder` as Hugging Face lays them out (`model.safetensors.index.json` and shards of
         at most `shard_bytes`, tied names once), and the optimizer's options and state beside them; this process holds
-        two shards at most.
+        a few shards at a time.
 
         A folder that holds a checkpoint goes over to the new one at the very end, or not at all. Gradients that wait
         for a step are not part of it. Raises CheckpointError, OSError, WorkerLostError.
