@@ -90,6 +90,12 @@ class Calls:
             self.num_calls = 0
             self.crossing.input_roots.clear()
 
+    def resume(self, step_index: int, num_calls: int) -> None:
+        """Count on from where a checkpoint was made, so that dropout masks go on as they would have; never
+        backwards."""
+        place = max((self.step_index, self.num_calls), (step_index, num_calls))
+        self.step_index, self.num_calls = place
+
     def free_dropped(self) -> None:
         """Have the stages free the activations of forwards whose graph the user let go of."""
         while not self._dropped.empty():

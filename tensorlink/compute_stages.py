@@ -1,9 +1,9 @@
 """What the computing process serves about stages: methods, one-way messages and events of the pipe.
 
 Calls: `load`, `set_loss`, `set_optimizer`, `prepare`, `decide`, `zero_grad`, `state`, `optimizer_state`, `set_state`,
-`open`, `unload`. One-way: `begin`, `backward`, `drop_call`, `tensor`, `shared` (a tied parameter's sum). Events:
-`send`, `loss`, `done`, `commitment`, `failed` (and `released`, which the channel sends). Every message names its stage
-by `key`; tensors lie in the arenas and are named by `offset` and `num_bytes`.
+`set_optimizer_state`, `open`, `unload`. One-way: `begin`, `backward`, `drop_call`, `tensor`, `shared` (a tied
+parameter's sum). Events: `send`, `loss`, `done`, `commitment`, `failed` (and `released`, which the channel sends).
+Every message names its stage by `key`; tensors lie in the arenas and are named by `offset` and `num_bytes`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tensorlink.program.admission import Bounds
 from tensorlink.program.graph import LossProgram, StageProgram
 from tensorlink.program.limits import check
 from tensorlink.program.values import DTYPES
-from tensorlink.program.weights import dump, load
+from tensorlink.program.weights import Expected, dump, load
 from tensorlink.steplog.shelf import Shelf
 
 #: Caps of one stage where the node sets none.
@@ -109,6 +109,7 @@ class Stages:
             "state": self._state,
             "optimizer_state": self._optimizer_state,
             "set_state": self._set_state,
+            "set_optimizer_state": self._set_optimizer_state,
             "open": self._open,
             "unload": self._unload,
         }
@@ -214,8 +215,14 @@ class Stages:
             one.stage.abort(step)
             self._channel.reply(call_id, {"step": step})
             return
+        if one.stage.optimizer and params["optimizer"] != one.stage.optimizer.name:  # an auditor goes by the order
+            raise ProtocolError(f"ordered was {params['optimizer']!r:.40}, this stage has {one.stage.optimizer.name}")
         record = one.stage.commit(
-            step, float.fromhex(params["clip_coefficient"]), params["options"], bytes(params.get("order", b""))
+            step,
+            float.fromhex(params["clip_coefficient"]),
+            params["options"],
+            bytes(params.get("order", b"")),
+            str(params.get("clip_norm", "")),
         )
         self._channel.reply(call_id, {"step": step})
         optimizer = one.stage.optimizer.state_tensors() if one.stage.optimizer else {}
@@ -250,7 +257,7 @@ class Stages:
                 f"the program is stage {program.stage_index} of {program.num_stages}, it was sent for {place.stage} of "
                 f"{place.num_stages}"
             )
-        state = self._load_state(program, params["weights"])
+        state = self._load_state(params["weights"], program.expected_state())
         one = self._host(key, place, program, state, int(params["window_steps"]), bounds)
         one.work_units = estimate.flops_forward + estimate.flops_backward
         self._hosted[key] = one
@@ -296,10 +303,10 @@ class Stages:
     #: What a stage is made with; a test's own computing process puts a cheating one here.
     make_stage: Callable[..., Stage] = Stage
 
-    def _load_state(self, program: StageProgram, place: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _load_state(self, place: Mapping[str, Any], expected: Expected | None, some: bool = False) -> dict[str, Tensor]:
         offset = int(place["offset"])
         try:
-            return load(self._channel.inbound.view(offset, int(place["num_bytes"])), program.expected_state())
+            return load(self._channel.inbound.view(offset, int(place["num_bytes"])), expected, some=some)
         finally:
             self._channel.release(offset)
 
@@ -375,20 +382,34 @@ class Stages:
 
     def _state(self, params: dict[str, Any]) -> dict[str, Any]:
         stage = self._of(params).stage
-        return put(self._channel, dump({**stage.parameters, **stage.buffers}), OPEN_TIMEOUT_S)
+        held = {**stage.parameters, **stage.buffers}
+        names = _names(params, held)
+        return put(self._channel, dump({name: held[name] for name in names}), OPEN_TIMEOUT_S)
 
     def _optimizer_state(self, params: dict[str, Any]) -> dict[str, Any]:
-        optimizer = self._of(params).stage.optimizer
-        return put(self._channel, dump(optimizer.state_tensors() if optimizer else {}), OPEN_TIMEOUT_S)
+        stage = self._of(params).stage
+        state = stage.optimizer.state_tensors() if stage.optimizer else {}
+        names = set(_names(params, stage.parameters))
+        wanted = {name: tensor for name, tensor in state.items() if name.rpartition("/")[0] in names}
+        return put(self._channel, dump(wanted), OPEN_TIMEOUT_S)
 
     def _set_state(self, params: dict[str, Any]) -> dict[str, Any]:
         one = self._of(params)
-        state = self._load_state(one.stage.program, params["weights"])
-        one.wait_for_hashing()
         program = one.stage.program
+        state = self._load_state(params["weights"], program.expected_state(), some=True)
+        one.wait_for_hashing()
         one.stage.set_state(
-            {name: state[name] for name in program.parameters}, {name: state[name] for name in program.buffers}
+            {name: state[name] for name in program.parameters if name in state},
+            {name: state[name] for name in program.buffers if name in state},
         )
+        one.roots.forget()
+        return {}
+
+    def _set_optimizer_state(self, params: dict[str, Any]) -> dict[str, Any]:
+        one = self._of(params)
+        state = self._load_state(params["state"], None)
+        one.wait_for_hashing()
+        one.stage.set_optimizer_state(state)
         one.roots.forget()
         return {}
 
@@ -418,3 +439,13 @@ def _counts(params: dict[str, Any], names: Sequence[str]) -> list[int]:
     if min(counts) < 0:
         raise ProtocolError(f"a tensor's {', '.join(names)} are counted from 0")
     return counts
+
+
+def _names(params: Mapping[str, Any], held: Mapping[str, Tensor]) -> list[str]:
+    """The names that a call asks for, all where it names none."""
+    names = params.get("names")
+    if names is None:
+        return list(held)
+    if not isinstance(names, list) or not all(isinstance(name, str) and name in held for name in names):
+        raise ProtocolError("names are a list of what this stage holds")
+    return names

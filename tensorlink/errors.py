@@ -23,6 +23,12 @@ class OptimizerError(LocalError):
     code = "optimizer"
 
 
+class CheckpointError(LocalError):
+    """A checkpoint that is damaged, unfinished or of another model; the message names the file or the tensor."""
+
+    code = "checkpoint"
+
+
 class NonFiniteError(SmartnodesError):
     """NaN or infinity where training needs finite numbers; the message says where it was first seen."""
 

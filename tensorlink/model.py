@@ -6,15 +6,17 @@ step in `steps.py`, a whole step at once in `train_step.py`, weights in `remote_
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from smartnodes_core.errors import JobError
 from smartnodes_core.records import Verdict
 from tensorlink.calls import Calls
+from tensorlink.checkpoint import Checkpoints
 from tensorlink.errors import RemoteParameterError
 from tensorlink.pipeline.batching import LossReduction
 from tensorlink.placement import place
@@ -97,6 +99,7 @@ class DistributedModel(torch.nn.Module):
         self._calls = Calls(self._placement, micro_batches)
         self._steps = Steps(self._placement, self._calls)
         self._train_step = TrainStep(self._placement, self._calls, self._steps, isinstance(example_inputs, dict))
+        self._checkpoints = Checkpoints(self._placement, self._calls, self._steps)
         self._closing = threading.Lock()
         self.train(module.training)
 
@@ -163,13 +166,60 @@ class DistributedModel(torch.nn.Module):
         return {prefix + name: tensor for name, tensor in self._placement.state.fetch().items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Send weights to the workers, cast to the dtypes they have there; the optimizer's state stays.
+        """Send weights to the workers, cast to the dtypes they have there; the optimizer's state stays. Gradients and
+        graphs since the last step are dropped.
 
         Raises JobError naming what is missing, unknown (unless `strict` is False) or of another shape.
         """
-        self._steps.drop_gradients()
+        self._steps.start_over()
         missing, unexpected = self._placement.state.send(state_dict, strict)
         return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+    def save_checkpoint(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        optimizer: DistributedOptimizer | None = None,
+        shard_bytes: int = 512 << 20,
+        progress: bool = True,
+    ) -> None:
+        """Write the weights into `folder` as Hugging Face lays them out (`model.safetensors.index.json` and shards of
+        at most `shard_bytes`, tied names once), and the optimizer's options and state beside them; this process holds
+        a few shards at a time.
+
+        A folder that holds a checkpoint goes over to the new one at the very end, or not at all. Gradients that wait
+        for a step are not part of it. Raises CheckpointError, OSError, WorkerLostError.
+        """
+        self._checkpoints.save(folder, optimizer, shard_bytes, progress)
+
+    def load_checkpoint(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        optimizer: DistributedOptimizer | None = None,
+        part_bytes: int = 512 << 20,
+        progress: bool = True,
+    ) -> int:
+        """Go on from a checkpoint, on whatever number of stages; returns the steps that had been taken.
+
+        With `optimizer` (the same class and groups) training goes on as if it had not stopped: the same losses bit for
+        bit, provided that `seed`, `micro_batches` and the batches are the same, and that no cut comes or goes between
+        two uses of a tied parameter: its gradients are added up stage by stage. Schedulers have a state_dict of their
+        own. Raises CheckpointError or OptimizerError, before anything is changed, for files that are damaged or of
+        another model or optimizer.
+        """
+        return self._checkpoints.load(folder, optimizer, part_bytes, progress)
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise RemoteParameterError(
+            "the parameters live on workers and cannot be copied: average or copy model.state_dict()"
+        )
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise RemoteParameterError(
+            "the parameters live on workers and cannot be pickled: use model.save_checkpoint(folder), or save "
+            "model.state_dict()"
+        )
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         raise RemoteParameterError(

@@ -14,7 +14,7 @@ from tensorlink.errors import RemoteParameterError
 
 _REMEDY = (
     "use tensorlink.DistributedOptimizer for updates, model.zero_grad() and model.clip_grad_norm_() for gradients, "
-    "model.state_dict() for values"
+    "model.state_dict() for values, model.save_checkpoint() to keep them; freeze parameters before wrapping the module"
 )
 #: The stage of a parameter that no stage computes with.
 UNUSED = -1
@@ -34,8 +34,8 @@ _HARMLESS = {
     "__hash__",
     "__len__",
 }
-#: Attributes that would give another tensor to write to, in vain.
-_VALUES = {"data", "T", "mT", "H", "mH", "real", "imag"}
+#: Attributes that would give another tensor to write to, in vain, or a gradient that never comes.
+_VALUES = {"data", "T", "mT", "H", "mH", "real", "imag", "grad", "_grad"}
 
 
 class RemoteParameter(torch.nn.Parameter):
@@ -68,7 +68,7 @@ class RemoteParameter(torch.nn.Parameter):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         attribute = getattr(getattr(func, "__self__", None), "__name__", "") if name in ("__get__", "__set__") else ""
-        if attribute in _VALUES:
+        if attribute in _VALUES or name == "__set__":
             name = attribute
         elif attribute or name in _HARMLESS:
             return super().__torch_function__(func, types, args, kwargs or {})

@@ -35,7 +35,7 @@ class PrivateLayers:
     """
 
     def __init__(self, head: StageProgram | None, tail: StageProgram | None, state: Mapping[str, Tensor], seed: int):
-        programs = [program for program in (head, tail) if program is not None]
+        self.programs = programs = [program for program in (head, tail) if program is not None]
         self.parameters = {
             name: state[name].clone().requires_grad_(spec.requires_grad and state[name].is_floating_point())
             for program in programs
@@ -111,6 +111,17 @@ class PrivateLayers:
     def set_optimizer(self, name: str, groups: Sequence[Mapping[str, Any]]) -> None:
         """The optimizer, with fresh state; groups and options as they travel. Raises OptimizerError."""
         self._optimizer = StageOptimizer(name, groups, self.parameters)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Copies under `parameter/state name`."""
+        state = {} if self._optimizer is None else self._optimizer.state_tensors()
+        return {name: tensor.clone() for name, tensor in state.items()}
+
+    def set_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes copies, parameter by parameter; `set_optimizer` came before. Raises OptimizerError before anything is
+        changed."""
+        assert self._optimizer is not None
+        self._optimizer.load_state_tensors(tensors)
 
     def squared_norm(self) -> tuple[float, str]:
         """Of the gradients added so far, and the name of the first that is not finite ("" for none)."""

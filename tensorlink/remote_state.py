@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -72,10 +73,73 @@ class RemoteState:
         private = self._checked(given, self._private.expected_state)
         specs = {name: (str(kept.dtype).removeprefix("torch."), tuple(kept.shape)) for name, kept in self._kept.items()}
         self._kept.update({name: value.clone() for name, value in self._checked(given, specs).items()})
-        data = [self._completed(stage, piece) for stage, piece in enumerate(pieces)]
-        self._driver.call_all("set_state", lambda stage: {}, lambda stage: [data[stage]])
+        self._driver.call_all("set_state", lambda stage: {}, lambda stage: [dump(pieces[stage])])
         self._private.set_state(private)
         return missing, unexpected
+
+    # -- part by part, for checkpoints --------------------------------------------------------------------------------
+
+    def saved(self, stage: int) -> dict[str, int]:
+        """Parameters and buffers of a stage that belong to the module's state_dict, with their bytes.
+
+        Tied names once, under the first; what several stages hold counts for the first of them.
+        """
+        wanted, earlier = self._wanted(), self._programs[:stage]
+        return {
+            name: num_bytes_of(DTYPES[dtype], shape)
+            for name, (dtype, shape) in self._programs[stage].expected_state().items()
+            if name in wanted and not any(name in program.expected_state() for program in earlier)
+        }
+
+    def _wanted(self) -> set[str]:
+        """Names of the module's state_dict, tied ones once."""
+        return {self._traced.aliases.get(name, name) for name in self._traced.state_names}
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Names of the module's state_dict that share a tensor with an earlier one, and the earlier name."""
+        return {name: first for name, first in self._traced.aliases.items() if name in self._traced.state_names}
+
+    def here(self) -> dict[str, torch.Tensor]:
+        """What no stage holds and the module's state_dict has all the same: copies of what private layers compute
+        with, and of what nothing does."""
+        held = {name for program in self._programs for name in program.expected_state()}
+        found = {name: tensor.clone() for name, tensor in self._kept.items()} | self._private.state()
+        return {name: tensor for name, tensor in found.items() if name in self._wanted() and name not in held}
+
+    def specs(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """dtype and shape of everything that the module's state_dict has, tied names once."""
+        found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.here().items()}
+        for program in self._programs:
+            held = program.expected_state()
+            for name in self.saved(program.stage_index):
+                found[name] = DTYPES[held[name][0]], tuple(held[name][1])
+        return found
+
+    def fetch_some(self, stage: int, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """These tensors of a stage."""
+        expected = {name: self._programs[stage].expected_state()[name] for name in names}
+        most = sum(num_bytes_of(DTYPES[dtype], shape) for dtype, shape in expected.values()) + HEADER_BYTES
+        body = json.dumps(list(expected)).encode()
+        return load(self._driver.call(stage, "state", {}, [body], max_body_bytes=most).body, expected)
+
+    def held(self, stage: int, names: Iterable[str]) -> dict[str, int]:
+        """Those of `names` that a stage holds, with their bytes."""
+        expected = self._programs[stage].expected_state()
+        return {n: num_bytes_of(DTYPES[expected[n][0]], expected[n][1]) for n in names if n in expected}
+
+    def send_some(self, stage: int, tensors: Mapping[str, torch.Tensor]) -> int:
+        """A stage takes these tensors, which have its dtypes and shapes; returns the bytes sent."""
+        data = dump(tensors)
+        self._driver.call(stage, "set_state", {}, [data])
+        return len(data)
+
+    def keep(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Those of `tensors` that belong here: to private layers, or to nothing that computes."""
+        self._kept.update({name: tensor.clone() for name, tensor in tensors.items() if name in self._kept})
+        self._private.set_state({n: tensor for n, tensor in tensors.items() if n in self._private.expected_state})
+
+    # -- checks -------------------------------------------------------------------------------------------------------
 
     @staticmethod
     def _checked(
@@ -92,15 +156,24 @@ class RemoteState:
             piece[name] = value.detach().to("cpu", DTYPES[dtype])
         return piece
 
-    def _completed(self, stage: int, piece: dict[str, torch.Tensor]) -> bytes:
-        """A stage takes all of its state or nothing: what was not given is as it is there now."""
-        expected = self._programs[stage].expected_state()
-        if piece.keys() != expected.keys():
-            reply = self._driver.call(stage, "state", {}, max_body_bytes=self._max_bytes(stage))
-            piece = {**load(reply.body, expected), **piece}
-        return dump(piece)
-
     def _max_bytes(self, stage: int) -> int:
         expected = self._programs[stage].expected_state().values()
-        sizes = [DTYPES[dtype].itemsize * torch.Size(shape).numel() for dtype, shape in expected]
-        return sum(sizes) + HEADER_BYTES
+        return sum(num_bytes_of(DTYPES[dtype], shape) for dtype, shape in expected) + HEADER_BYTES
+
+
+def parts(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Names in order, in lists of at most `most` bytes together, or of a single name that has more."""
+    made: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if size > room or not made:
+            made.append([])
+            room = most
+        made[-1].append(name)
+        room -= size
+    return made
+
+
+def num_bytes_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """The bytes of a tensor."""
+    return dtype.itemsize * torch.Size(shape).numel()

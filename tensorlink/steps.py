@@ -82,6 +82,15 @@ class Steps:
             self._private.zero_grad()
             self._calls.end(committed=False)
 
+    def start_over(self) -> None:
+        """Weights are about to change other than by a step: what was computed with the old ones is dropped, graphs
+        too."""
+        self._clip_norm = None
+        if self._calls.num_calls:
+            self._driver.call_all("zero_grad", lambda stage: {"step": self._calls.step_index})
+            self._private.zero_grad()
+            self._calls.end(committed=False)
+
     def prepare(self, num_units: int) -> list[Prepared]:
         """Each stage's squared gradient norm, and the first of its gradients that is not finite ("" for none); at the
         end those of the private layers."""

@@ -119,6 +119,8 @@ class StageHandler:
             "state": self._state,
             "set_state": self._set_state,
             "usage": self._usage,
+            "optimizer_state": self._optimizer_state,
+            "set_optimizer_state": self._set_optimizer_state,
         }.get(method)
         if serve is None:
             raise ProtocolError(f"stages have no method {method!r:.40}")
@@ -205,11 +207,7 @@ class StageHandler:
         return reply, []
 
     def _set_optimizer(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
-        try:
-            optimizer = bounded_json(body)
-        except ValueError as error:
-            raise ProtocolError(f"an optimizer is described in JSON: {str(error)[:100]}") from None
-        return self._compute.call(stage, "set_optimizer", {"optimizer": optimizer}), []
+        return self._compute.call(stage, "set_optimizer", {"optimizer": _json(body, "an optimizer")}), []
 
     def _zero_grad(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
         return self._compute.call(stage, "zero_grad", {"step": field_of(params, "step")}), []
@@ -234,13 +232,20 @@ class StageHandler:
             "step": decide.step,
             "decision": decide.decision,
             "clip_coefficient": decide.clip_coefficient,
+            "clip_norm": order.clip_norm,
+            "optimizer": order.optimizer,
             "options": order.options,
             "order": decide.order,
         }
         return self._compute.call(stage, "decide", content), []
 
     def _state(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
-        return {}, [self._compute.take(self._compute.call(stage, "state", {}))]
+        """Weights by name: those that the body lists, or all where it is empty."""
+        return {}, [self._compute.take(self._compute.call(stage, "state", _wanted(body)))]
+
+    def _optimizer_state(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
+        """The optimizer's state of the parameters that the body lists, or of all where it is empty."""
+        return {}, [self._compute.take(self._compute.call(stage, "optimizer_state", _wanted(body)))]
 
     def _set_state(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
         return self._compute.call(stage, "set_state", {"weights": self._compute.put(body)}), []
@@ -248,6 +253,9 @@ class StageHandler:
     def _usage(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
         """What this rig has spent since it started, all its jobs together; see `smartnodes_core/usage.py`."""
         return {"node": USAGE.read(), "compute": self._compute.call(stage, "usage", {})}, []
+
+    def _set_optimizer_state(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
+        return self._compute.call(stage, "set_optimizer_state", {"state": self._compute.put(body)}), []
 
     def _check_plan(self, stage: StageOfJob, record: Prepare | Decide) -> None:
         if record.job != stage.job.id or record.plan_version != stage.job.plan.version:
@@ -266,3 +274,14 @@ def _record(params: dict[str, Any], name: str) -> bytes:
     if not isinstance(value, bytes):
         raise ProtocolError(f"the parameter {name!r} holds a record's bytes")
     return value
+
+
+def _json(body: memoryview, what: str) -> Any:
+    try:
+        return bounded_json(body)
+    except ValueError as error:
+        raise ProtocolError(f"{what} is described in JSON: {str(error)[:100]}") from None
+
+
+def _wanted(body: memoryview) -> dict[str, Any]:
+    return {"names": _json(body, "what is asked for")} if len(body) else {}

@@ -15,15 +15,13 @@ from smartnodes_core.records import NO_DIGEST, Unit
 from tensorlink.audit.compare import Deviation, deviation, update_deviation
 from tensorlink.audit.sums import own_gradient
 from tensorlink.audit.unit import Case, compare, compare_unit, unit_inputs
+from tensorlink.errors import OptimizerError
 from tensorlink.pipeline.backward import GradientSum
-from tensorlink.pipeline.state import clipped
+from tensorlink.pipeline.state import NORM_TOLERANCE, clip_fits, clipped
 from tensorlink.pipeline.tied import Ties
 from tensorlink.stage_optimizer import StageOptimizer
 from tensorlink.steplog.digests import root
 from tensorlink.steplog.replay import UnitInputs, UnitResult, Variant
-
-#: The worker's own norm is summed in another order than ours.
-NORM_TOLERANCE = 1e-3
 
 
 def examine_step(case: Case) -> Deviation | None:
@@ -100,13 +98,8 @@ def _norm(case: Case, gradient: Mapping[str, Tensor]) -> Deviation | None:
             "squared norm", abs(reported - squared), NORM_TOLERANCE * squared, "is not that of the gradient"
         )
     coefficient = float.fromhex(case.commitment.clip_coefficient)
-    # other stages' norms are not known here: the global norm is at least this stage's
-    most = 1.0 if not case.order.clip_norm else float.fromhex(case.order.clip_norm) / max(math.sqrt(squared), 1e-30)
-    least = 0.0 if case.order.clip_norm else 1.0
-    if not least <= coefficient <= min(1.0, most * (1 + NORM_TOLERANCE)):
-        return Deviation(
-            "clip coefficient", coefficient, min(1.0, most), "is not what the order and the gradient allow"
-        )
+    if not clip_fits(coefficient, case.order.clip_norm, squared, NORM_TOLERANCE):
+        return Deviation("clip coefficient", coefficient, 1.0, "is not what the order and the gradient allow")
     return None
 
 
@@ -122,9 +115,10 @@ def _update(case: Case) -> Deviation | None:
         name: tensor.clone().requires_grad_(program.parameters[name].requires_grad) for name, tensor in before.items()
     }
     optimizer = StageOptimizer(case.order.optimizer, case.order.options, weights)
-    if optimizer_before:
-        _check_state(optimizer_before, before)
+    try:
         optimizer.load_state_tensors(optimizer_before)
+    except OptimizerError as error:
+        raise AuditError(f"optimizer state before the step: {error}") from None
     gradient = data.checked("gradient", roots, "gradient")
     optimizer.step(clipped(gradient, float.fromhex(case.commitment.clip_coefficient)), case.order.options)
     replayed = {name: tensor.detach() for name, tensor in weights.items()}
@@ -138,11 +132,3 @@ def _update(case: Case) -> Deviation | None:
     ]
     pairs += [(name, optimizer_before.get(name), claimed_state[name], state[name]) for name in state]
     return next((found for pair in pairs if (found := update_deviation(*pair)) is not None), None)
-
-
-def _check_state(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Optimizer state belongs to parameters, and each tensor of it has one element or the parameter's shape."""
-    for name, tensor in state.items():
-        parameter = weights.get(name.rpartition("/")[0])
-        if parameter is None or (tensor.numel() != 1 and tensor.shape != parameter.shape):
-            raise AuditError(f"optimizer state {name!r:.100} of shape {list(tensor.shape)} fits no parameter")

@@ -6,6 +6,7 @@ stages hold; `steplog/` keeps what an audit or a take-over needs.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +22,9 @@ from tensorlink.stage_optimizer import StageOptimizer
 from tensorlink.steplog import snapshots
 from tensorlink.steplog.log import StepLog, StepRecord
 from tensorlink.steplog.shelf import Shelf
+
+#: Two honest sums of the same squares are no farther apart than this.
+NORM_TOLERANCE = 1e-3
 
 
 class StageState(ABC):
@@ -60,6 +64,14 @@ class StageState(ABC):
         optimizer = StageOptimizer(name, groups, self.parameters)
         self._keep_state_after()
         self.optimizer = optimizer
+
+    def set_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replaces optimizer state by copies, parameter by parameter. Nobody may be reading it meanwhile. Raises
+        OptimizerError before anything is changed."""
+        if self.optimizer is None:
+            raise ProtocolError("no optimizer is set whose state this could be")
+        self._keep_state_after()
+        self.optimizer.load_state_tensors(tensors)
 
     def _keep_state_after(self) -> None:
         """The state is about to change other than by a step: the last step's audit needs it as it is."""
@@ -120,22 +132,30 @@ class StageState(ABC):
         return settled
 
     def commit(
-        self, step: int, clip_coefficient: float, options: Sequence[Mapping[str, Any]], order: bytes
+        self,
+        step: int,
+        clip_coefficient: float,
+        options: Sequence[Mapping[str, Any]],
+        order: bytes,
+        clip_norm: str = "",
     ) -> StepRecord:
         """Updates the parameters with this step's gradients; what an audit of it needs stays in the log.
 
         Nobody may be reading parameters or optimizer state (hashing) meanwhile. Raises ProtocolError for another step
-        than the open one, OptimizerError before anything is changed.
+        than the open one and for a coefficient that the order's `clip_norm` does not give (the stage would be held
+        responsible), OptimizerError before anything is changed.
         """
         if step < self.step or self.optimizer is None:
             raise ProtocolError(
                 f"step {step} cannot be committed: the open step is {self.step}, the optimizer "
                 f"{'is set' if self.optimizer else 'is not set'}"
             )
-        record = self.log.open
         settled = self._settled(step)
-        record.step = step
-        record.squared_norm, _ = self.squared_norm(step)
+        squared, _ = self.squared_norm(step)
+        if not clip_fits(clip_coefficient, clip_norm, squared, NORM_TOLERANCE / 2):
+            raise ProtocolError(f"clip coefficient {clip_coefficient} is not what the order and the gradient give")
+        record = self.log.open
+        record.step, record.squared_norm = step, squared
         state = self.optimizer.state_tensors()
         record.before = snapshots.take(self.parameters, self._buffers_at_start, state, self.log.make_room())
         own, ties = self.gradients.take(), self.tied.ties
@@ -171,14 +191,25 @@ class StageState(ABC):
         self._buffers_at_start = dict(self.buffers)
 
     def set_state(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-        """Replaces parameters and buffers by values of the same names and shapes. Nobody may be reading them
-        meanwhile."""
+        """Replaces parameters and buffers by values of the same names and shapes; what the open step has computed with
+        the old ones is dropped. Nobody may be reading them meanwhile."""
         self._keep_state_after()
         with torch.no_grad():
             for name, tensor in parameters.items():
                 self.parameters[name].copy_(tensor)
         self.buffers.update(buffers)
-        self._buffers_at_start = dict(self.buffers)
+        self.zero_grad(self.log.open.step)
+
+
+def clip_fits(coefficient: float, clip_norm: str, squared_norm: float, tolerance: float) -> bool:
+    """Whether an order to clip to `clip_norm` (`float.hex()`, "" for none) gives this coefficient on a stage.
+
+    Other stages' gradients are not known here: the global norm is at least this stage's.
+    """
+    if not clip_norm:
+        return coefficient == 1.0
+    most = float.fromhex(clip_norm) / max(math.sqrt(squared_norm), 1e-30)
+    return 0.0 <= coefficient <= min(1.0, most * (1 + tolerance))
 
 
 def clipped(gradient: Mapping[str, Tensor], coefficient: float) -> dict[str, Tensor]:

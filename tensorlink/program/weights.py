@@ -81,16 +81,18 @@ def dump(state: Mapping[str, Tensor]) -> bytes:
     return b"".join([len(text).to_bytes(8, "little"), text, *(tensor_bytes(state[name]) for name in sorted(state))])
 
 
-def load(data: bytes | bytearray | memoryview, expected: Expected | None = None) -> dict[str, Tensor]:
+def load(
+    data: bytes | bytearray | memoryview, expected: Expected | None = None, *, some: bool = False
+) -> dict[str, Tensor]:
     """The tensors in `data`, each newly allocated, contiguous and 64-byte aligned.
 
     `expected` maps names to (dtype, shape) as `StageProgram.expected_state()` gives them: exactly these must be
-    there. Raises TensorError naming the tensor, before anything is allocated.
+    there, or with `some` no others. Raises TensorError naming the tensor, before anything is allocated.
     """
     view = memoryview(data).cast("B")
     entries, start = _header(view)
     if expected is not None:
-        _compare(entries, expected)
+        _compare(entries, {name: expected[name] for name in expected if name in entries} if some else expected)
     loaded = {}
     for name, (dtype, shape, begin, end) in entries.items():
         tensor = torch.empty(shape, dtype=DTYPES[dtype])

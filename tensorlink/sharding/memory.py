@@ -83,10 +83,10 @@ class StageNeed:
 def optimizer_copies(name: str, options: Mapping[str, Any]) -> float:
     """How many bytes of state an optimizer of `stage_optimizer.ALLOWED` keeps per byte of parameters, found by
     trying."""
-    parameter = torch.nn.Parameter(torch.zeros(64))
-    parameter.grad = torch.zeros(64)
+    parameter = torch.nn.Parameter(torch.zeros(64, 64))  # a matrix: some take nothing else, some keep less for it
+    parameter.grad = torch.zeros_like(parameter)
     optimizer = ALLOWED[name]([parameter])  # type: ignore[call-arg]
     optimizer.param_groups[0].update({**options, "foreach": False, "fused": False, "capturable": False})
     optimizer.step()
     tensors = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
-    return sum(tensor.numel() for tensor in tensors if tensor.numel() == 64) / 64
+    return sum(tensor.numel() for tensor in tensors if tensor.numel() > 1) / parameter.numel()

@@ -195,16 +195,25 @@ class Stages:
         elif method == "decide":
             decide = Decide.decode(params["decide"])
             if decide.decision == "commit":
-                stage.commit(decide.step, float.fromhex(decide.clip_coefficient), order.options, decide.order)
+                coefficient = float.fromhex(decide.clip_coefficient)
+                assert order.optimizer == stage.optimizer.name
+                stage.commit(decide.step, coefficient, order.options, decide.order, order.clip_norm)
             else:
                 stage.abort(decide.step)
         elif method == "state":
-            return Reply({}, memoryview(dump({**stage.parameters, **stage.buffers})))
+            held = {**stage.parameters, **stage.buffers}
+            return Reply({}, memoryview(dump({name: held[name] for name in names(body, held)})))
+        elif method == "optimizer_state":
+            wanted, state = names(body, stage.parameters), stage.optimizer.state_tensors()
+            return Reply({}, memoryview(dump({n: t for n, t in state.items() if n.rpartition("/")[0] in wanted})))
         elif method == "set_state":
-            state = load(body[0], stage.program.expected_state())
+            state = load(body[0], stage.program.expected_state(), some=True)
             stage.set_state(
-                {name: state[name] for name in stage.parameters}, {name: state[name] for name in stage.buffers}
+                {name: state[name] for name in stage.parameters if name in state},
+                {name: state[name] for name in stage.buffers if name in state},
             )
+        elif method == "set_optimizer_state":
+            stage.set_optimizer_state(load(body[0]))
         return Reply({}, memoryview(b""))
 
     def _loaded(self, index, program, weights):
@@ -225,6 +234,11 @@ class Stages:
 
     def event(self, index, name, params):
         self._listener.on_event(index, name, params)
+
+
+def names(body, held):
+    """What is asked for: all where the body is empty."""
+    return json.loads(body[0]) if body else list(held)
 
 
 class Port:

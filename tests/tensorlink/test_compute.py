@@ -80,8 +80,8 @@ class Node:
         }  # fmt: skip
         self.post("tensor", **{**params, **changes})
 
-    def state(self, **place):
-        reply = self.call("state", **place)
+    def state(self, method="state", **params):
+        reply = self.call(method, **params)
         data = bytes(self.sandbox.outbound.view(reply["offset"], reply["num_bytes"]))
         self.sandbox.post("sent", {"offset": reply["offset"]})
         return load(data)
@@ -178,6 +178,7 @@ def test_three_processes_train_bitwise_like_the_plain_loop(rig, nodes):
                 step=step,
                 decision="commit",
                 clip_coefficient=(1.0).hex(),
+                optimizer="AdamW",
                 options=group(program),
                 order=b"o" * 32,
             )
@@ -247,6 +248,51 @@ def test_state_goes_out_and_in(nodes, gpt, rig):
     assert all(torch.equal(found[name], tensor) for name, tensor in changed.items())
 
 
+def test_state_goes_out_and_in_by_name(nodes, gpt, rig):
+    programs, states, _ = gpt
+    node, program = nodes(), only(programs[0])
+    node.load(program, states[0], rig.JOB)
+    some = list(program.parameters)[:2]
+    found = node.state(names=some)
+    assert sorted(found) == sorted(some)
+    node.call("set_state", weights=node.put(dump({some[0]: found[some[0]] + 1})))
+    after = node.state()
+    assert torch.equal(after.pop(some[0]), states[0][some[0]] + 1)
+    assert all(torch.equal(tensor, states[0][name]) for name, tensor in after.items())
+    for names in (["other"], [some], 3, {"a": 1}):
+        with pytest.raises(ProtocolError):
+            node.call("state", names=names)
+    for wrong in ({"other": torch.ones(1)}, {some[0]: torch.ones(1)}, {some[0]: found[some[0]].double()}):
+        with pytest.raises(TensorError):
+            node.call("set_state", weights=node.put(dump(wrong)))
+
+
+def test_optimizer_state_goes_in_and_out_by_parameter(nodes, gpt, rig):
+    programs, states, _ = gpt
+    node, program = nodes(), only(programs[0])
+    node.load(program, states[0], rig.JOB)
+    name, other = list(program.parameters)[:2]
+    shape = program.parameters[name].shape
+    state = {f"{name}/momentum_buffer": torch.randn(shape)}
+    with pytest.raises(ProtocolError, match="no optimizer is set"):
+        node.call("set_optimizer_state", state=node.put(dump(state)))
+    node.call("set_optimizer", optimizer={"name": "SGD", "groups": group(program, lr=0.1, momentum=0.9)})
+    assert node.state("optimizer_state") == {}
+    node.call("set_optimizer_state", state=node.put(dump(state)))
+    for names in (None, [name], [other, name]):
+        found = node.state("optimizer_state", names=names)
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in state.items())
+    assert node.state("optimizer_state", names=[other]) == {}
+    for wrong in ({f"{name}/other": torch.ones(1)}, {"x/momentum_buffer": torch.ones(1)}, {name: torch.ones(1)},
+                  {f"{name}/momentum_buffer": torch.ones(1)}, {"/": torch.ones(1)}):  # fmt: skip
+        with pytest.raises(OptimizerError):
+            node.call("set_optimizer_state", state=node.put(dump(wrong)))
+    with pytest.raises(TensorError):
+        node.call("set_optimizer_state", state=node.put(b"\xff" * 100))
+    assert node.state("optimizer_state").keys() == state.keys()
+
+
 def test_hostile_messages_are_answered_with_errors_and_nothing_breaks(nodes, gpt, rig):
     programs, states, _ = gpt
     node = nodes()
@@ -270,13 +316,21 @@ def test_hostile_messages_are_answered_with_errors_and_nothing_breaks(nodes, gpt
     node.load(program, states[0], rig.JOB)
     with pytest.raises(ProtocolError, match="loaded already"):
         node.load(program, states[0], rig.JOB)
-    with pytest.raises(OptimizerError, match="allowed are"):
+    with pytest.raises(OptimizerError, match="found optimizer 'LBFGS'"):
         node.call("set_optimizer", optimizer={"name": "LBFGS", "groups": []})
     wrong = [{"parameters": list(program.parameters), "foreach": True}]
     with pytest.raises(OptimizerError, match="no option 'foreach'"):
         node.call("set_optimizer", optimizer={"name": "AdamW", "groups": wrong})
     with pytest.raises(AuditError, match="not held"):
         node.call("open", step=5, unit=0, tier=1)
+    node.call("set_optimizer", optimizer={"name": "AdamW", "groups": group(program)})
+    decide = {"step": 0, "decision": "commit", "clip_coefficient": (1.0).hex(), "options": group(program)}
+    with pytest.raises(ProtocolError, match="ordered was 'SGD', this stage has AdamW"):
+        node.call("decide", **decide, optimizer="SGD")
+    with pytest.raises(OptimizerError, match="groups are not those"):
+        node.call("decide", **{**decide, "options": []}, optimizer="AdamW")
+    with pytest.raises(ProtocolError, match="clip coefficient"):
+        node.call("decide", **{**decide, "clip_coefficient": (0.5).hex()}, optimizer="AdamW")
     with pytest.raises(ProtocolError):
         node.call("decide", step=0, decision="perhaps", clip_coefficient="0x1p+0", options=[])
     assert node.state().keys() == states[0].keys()
@@ -509,8 +563,8 @@ def test_an_auditor_in_a_process_of_its_own_finds_a_cheat_in_another(nodes, gpt,
         worker.tensor(x[3 * m : 3 * m + 3], micro_batch=m)
         worker.tensor(torch.randn(3, 6, 16), micro_batch=m, type="activation_gradient")
     worker.call("prepare", step=0, num_units=2)
-    decide = {"step": 0, "decision": "commit", "clip_coefficient": (1.0).hex(), "options": order.options}
-    worker.call("decide", **decide, order=order.digest())
+    decide = {"step": 0, "decision": "commit", "clip_coefficient": (1.0).hex(), "optimizer": "AdamW"}
+    worker.call("decide", **decide, options=order.options, order=order.digest())
     content = worker.wait("commitment")
     del content["key"]
     units = [Unit(**unit) for unit in content.pop("units")]

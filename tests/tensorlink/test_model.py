@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import json
+import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -327,6 +330,51 @@ def test_clipping_is_torch_s(fresh):
         torch.testing.assert_close(value, plain.module.state_dict()[name], rtol=1e-6, atol=1e-7)
 
 
+def test_several_forwards_before_one_backward_and_a_second_backward_through_both(fresh):
+    model, optimizer, plain, plain_optimizer, x, y = fresh
+    for each, opt in ((model, optimizer), (plain, plain_optimizer)):
+        first, second = each(x[:5]), each(x[4:])
+        loss = F.cross_entropy(first, y[:5]) + 0.5 * F.cross_entropy(second, y[4:])
+        loss.backward(retain_graph=True)
+        (first.square().mean() * second.square().mean()).backward()
+        opt.step()
+    plain.end_step()
+    assert_same_state(model, plain.module)
+
+
+def test_clipping_takes_the_norm_of_all_that_was_accumulated(fresh):
+    model, optimizer, plain, plain_optimizer, x, y = fresh
+    for each, opt in ((model, optimizer), (plain, plain_optimizer)):
+        for part in (slice(0, 5), slice(5, 9)):
+            F.cross_entropy(each(x[part]) * 20, y[part]).backward()
+        clip = (
+            model.clip_grad_norm_
+            if each is model
+            else partial(nn.utils.clip_grad_norm_, list(plain.module.parameters()))
+        )
+        assert clip(1e9) > 0.5
+        clip(0.5)
+        opt.step()
+    plain.end_step()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, plain.module.state_dict()[name], rtol=1e-6, atol=1e-7)
+
+
+def test_a_training_step_clips_like_the_loop(fresh):
+    model, optimizer, plain, *_ = fresh
+    x, y = fresh[4:]
+    model.train_step(x, y, loss_fn=F.cross_entropy, optimizer=optimizer, clip_norm=0.01)
+    clipping = torch.optim.SGD(plain.module.parameters(), lr=0.1, momentum=0.9)
+
+    def clip(*_):
+        nn.utils.clip_grad_norm_(plain.module.parameters(), 0.01)
+
+    clipping.register_step_pre_hook(clip)
+    plain.train_step(x, y, loss_fn=F.cross_entropy, optimizer=clipping)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, plain.module.state_dict()[name], rtol=1e-6, atol=1e-7)
+
+
 def test_a_gradient_that_is_not_finite_drops_the_step_on_every_stage(fresh):
     model, optimizer, plain, plain_optimizer, x, y = fresh
     before = model.state_dict()
@@ -495,6 +543,9 @@ def test_a_training_step_needs_a_scalar_loss_and_a_target_of_the_batch(fresh):
 def test_torch_s_own_tools_are_refused_with_the_name_of_ours(mlp):
     model, _ = mlp
     own = torch.optim.SGD(model.parameters(), lr=0.1)
+    ours_ = tensorlink.DistributedOptimizer(model, torch.optim.SGD, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros(1))
     for act, ours in (
         (own.step, "DistributedOptimizer"),
         (own.zero_grad, "zero_grad"),
@@ -502,6 +553,17 @@ def test_torch_s_own_tools_are_refused_with_the_name_of_ours(mlp):
         (lambda: next(model.parameters()).grad, "DistributedOptimizer"),
         (lambda: next(model.parameters()).detach(), "state_dict"),
         (lambda: next(model.parameters()) + 1, "state_dict"),
+        (lambda: nn.utils.clip_grad_value_(model.parameters(), 1.0), "clip_grad_norm_"),
+        (lambda: nn.utils.parameters_to_vector(model.parameters()), "state_dict"),
+        (lambda: nn.utils.vector_to_parameters(torch.zeros(999), model.parameters()), "state_dict"),
+        (lambda: torch.optim.swa_utils.AveragedModel(model), r"average or copy model\.state_dict\(\)"),
+        (lambda: copy.deepcopy(model), "state_dict"),
+        (lambda: copy.copy(model), "save_checkpoint"),
+        (lambda: torch.save(model, io.BytesIO()), "save_checkpoint"),
+        (lambda: pickle.dumps(model), "save_checkpoint"),
+        (lambda: model.requires_grad_(False), "freeze parameters before wrapping"),
+        (lambda: scaler.step(ours_), "DistributedOptimizer"),
+        (lambda: scaler.unscale_(ours_), "DistributedOptimizer"),
     ):
         with pytest.raises(RemoteParameterError, match=ours):
             act()

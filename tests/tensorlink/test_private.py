@@ -16,7 +16,7 @@ import tensorlink
 from smartnodes_core.errors import JobError
 from smartnodes_core.records import NO_DIGEST
 from tensorlink.audit.commitments import input_root
-from tensorlink.errors import NonFiniteError, PartitionError, RemoteParameterError
+from tensorlink.errors import NonFiniteError, OptimizerError, PartitionError, RemoteParameterError
 from tensorlink.parameters import PRIVATE
 from tensorlink.pipeline.frames import tensor_bytes
 from tensorlink.steplog.digests import digest, root
@@ -325,6 +325,79 @@ def test_weights_make_the_round_trip_and_the_wrapped_module_stays_as_it_is(fresh
     again = tensorlink.DistributedOptimizer(model, torch.optim.SGD, lr=0.1, momentum=0.9)
     assert train(model, again, x, y) == train(plain, plain_optimizer, x, y)
     assert_same_state(model, plain)
+
+
+def adamw(parameters, **options):
+    return torch.optim.AdamW(parameters, lr=1e-2, foreach=False, **options)
+
+
+def test_the_optimizer_s_state_holds_that_of_private_layers_and_makes_the_round_trip(fresh):
+    _, model, _, plain, _, x, y = fresh
+    optimizer = tensorlink.DistributedOptimizer(model, torch.optim.AdamW, lr=1e-2)
+    plain_optimizer = adamw(plain.module.parameters())
+    for _ in range(2):
+        assert train(model, optimizer, x, y) == train(plain, plain_optimizer, x, y)
+    ours, theirs = optimizer.state_dict(), plain_optimizer.state_dict()
+    assert ours["state"].keys() == theirs["state"].keys()
+    for number, state in theirs["state"].items():
+        assert all(torch.equal(ours["state"][number][key], value) for key, value in state.items())
+    again = tensorlink.DistributedOptimizer(model, torch.optim.AdamW, lr=1e-2)
+    again.load_state_dict(ours)
+    fewer = {number: state for number, state in ours["state"].items() if number}
+    with pytest.raises(OptimizerError, match=r"for '0\.weight'"):
+        again.load_state_dict({**ours, "state": {**fewer, 0: {"step": torch.tensor(2.0)}}})
+    assert train(model, again, x, y) == train(plain, plain_optimizer, x, y)
+    assert_same_state(model, plain)
+
+
+MOST = ["stem", "norm", "head"]
+
+
+@pytest.mark.parametrize(
+    ("make", "before", "after"),
+    [
+        *[(Cnn, before, after) for before, after in ((MOST, MOST), (MOST, ()), ((), MOST), ("first", "last"))],
+        (Transformer, "both", ()),
+        (Transformer, (), "both"),
+        (tied, "both", "both"),
+    ],
+)
+def test_a_checkpoint_is_resumed_bitwise_whatever_is_private_before_and_after(inside, tmp_path, make, before, after):
+    def learn(model, optimizer, seed):
+        x, y = batch(module, seed)
+        optimizer.zero_grad()
+        loss = loss_fn(model(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    torch.manual_seed(0)
+    module, other = make(), make()
+    losses, states = [], []
+    for private, wrapped in ((before, module), (after, other)):
+        model, _ = pair(inside, wrapped, private)
+        with model:
+            optimizer = tensorlink.DistributedOptimizer(model, torch.optim.AdamW, lr=1e-2)
+            if private is before and wrapped is module:
+                learn(model, optimizer, 0)
+                with torch.no_grad():
+                    model(batch(module, 7)[0])
+                model(batch(module, 8)[0]).square().mean().backward()  # is not part of what is saved
+                model.zero_grad()
+                model.save_checkpoint(tmp_path, optimizer=optimizer, shard_bytes=300, progress=False)
+            else:
+                kept = model(batch(module, 9)[0])
+                assert model.load_checkpoint(tmp_path, optimizer=optimizer, part_bytes=300, progress=False) == 1
+                with pytest.raises(JobError, match="run the forward again"):
+                    kept.sum().backward()
+            losses.append([learn(model, optimizer, seed) for seed in (1, 2)])
+            states.append((model.state_dict(), optimizer.state_dict()["state"]))
+    assert losses[0] == losses[1]
+    (one, moments), (two, others) = states
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    assert moments.keys() == others.keys()
+    for number, state in moments.items():
+        assert all(torch.equal(others[number][key], value) for key, value in state.items())
 
 
 def test_private_parameters_are_stand_ins_that_say_where_they_are(fresh):

@@ -37,6 +37,67 @@ def batch(step):
     return {"input_ids": tokens[:, :-1].contiguous()}, tokens[:, 1:].contiguous()
 
 
+def test_weights_and_moments_of_all_holders_make_the_round_trip_and_training_goes_on_bitwise(
+    network, processes, tmp_path
+):
+    """A second job takes over from the first one's checkpoint, and then its own state from itself."""
+    module, (x, _) = gpt2(0.1), batch(0)
+    twin = copy.deepcopy(module)
+    torch.manual_seed(1)
+    other = type(module)(module.config)
+    arguments = {"micro_batches": 2, "example_inputs": x, "seed": 5}
+    options = {"network": network, "stages": 2, "progress": False, "audit_rates": EVERY_STEP, **arguments}
+
+    def steps(model, optimizer, numbers):
+        found = []
+        for step in numbers:
+            x, y = batch(step)
+            found.append(model.train_step(x, y, loss_fn=loss_fn, optimizer=optimizer, clip_norm=1e9).item())
+        return found
+
+    with tensorlink.DistributedModel(module, **options) as model:
+        plain = tensorlink.reference(twin, stages=model.programs, **arguments)
+        plain_optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2, foreach=False)
+        optimizer = tensorlink.DistributedOptimizer(model, torch.optim.AdamW, lr=1e-2)
+        expected = [
+            plain.train_step(*batch(step), loss_fn=loss_fn, optimizer=plain_optimizer).item() for step in range(4)
+        ]
+        assert steps(model, optimizer, range(2)) == expected[:2]
+        model.save_checkpoint(tmp_path, optimizer=optimizer, shard_bytes=30_000, progress=False)
+    with tensorlink.DistributedModel(other, **options) as model:
+        optimizer = tensorlink.DistributedOptimizer(model, torch.optim.AdamW, lr=1e-2)
+        assert model.load_checkpoint(tmp_path, optimizer=optimizer, part_bytes=20_000, progress=False) == 2
+        assert steps(model, optimizer, [2]) == expected[2:3]
+        weights, moments = model.state_dict(), optimizer.state_dict()
+        assert weights["lm_head.weight"] is weights["transformer.wte.weight"]
+        steps(model, optimizer, [9])  # leads away
+        model.load_state_dict(weights)
+        optimizer = tensorlink.DistributedOptimizer(model, torch.optim.AdamW, lr=1e-2)
+        optimizer.load_state_dict(moments)
+        model.eval(), plain.eval()  # masks are of another step now
+        assert steps(model, optimizer, [3]) == [
+            plain.train_step(*batch(3), loss_fn=loss_fn, optimizer=plain_after(twin, moments, weights)).item()
+        ]
+        ours, theirs = model.state_dict(), twin.state_dict()
+        assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+        held = [
+            model._placement.state.fetch_some(program.stage_index, ["transformer.wte.weight"])
+            for program in model.programs
+        ]
+        assert torch.equal(*(tensors["transformer.wte.weight"] for tensors in held))
+        done = processes.wait_until(lambda: sum(model.audits().values()) >= 6, AUDITED_WITHIN_S)
+        assert done is not None, model.audits()
+        assert model.audits() == {"passed": 6, "failed": 0, "inconclusive": 0}
+
+
+def plain_after(twin, moments, weights):
+    """torch's own optimizer, with these moments, over the twin with these weights."""
+    twin.load_state_dict(weights)
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2, foreach=False)
+    optimizer.load_state_dict(moments)
+    return optimizer
+
+
 @pytest.mark.parametrize(
     ("num_workers", "p", "schedule"),
     [

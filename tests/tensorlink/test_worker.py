@@ -267,6 +267,10 @@ def test_only_the_program_and_weights_of_the_job_record_are_loaded(handler, stag
         ("decide", {"decide": "x"}, b""),
         ("zero_grad", {"step": -1}, b""),
         ("set_optimizer", {}, b"{"),
+        ("state", {}, b"{"),
+        ("state", {}, b"[3]"),
+        ("optimizer_state", {}, b"[" * 100),
+        ("optimizer_state", {}, b'["no such parameter"]'),
     ],
 )
 def test_malformed_calls_are_the_callers_fault(handler, loaded, method, params, body):

@@ -209,6 +209,49 @@ def test_an_aborted_step_leaves_no_trace(rig):
     )
 
 
+@pytest.mark.parametrize(
+    ("coefficient", "clip_norm"), [(0.5, ""), (1.0, (1e-9).hex()), (2.0, (1e9).hex()), (-0.1, (1.0).hex()),
+                                   (float("nan"), (1.0).hex())]
+)  # fmt: skip
+def test_a_clip_coefficient_that_no_order_gives_is_refused_before_anything_changes(rig, coefficient, clip_norm):
+    _, pipe = prepare(rig, "mlp")
+    x, y = rig.batch("mlp")
+    backward_call(rig, pipe, forward_call(pipe, x), y)
+    for stage in pipe.stages:
+        before = {name: parameter.detach().clone() for name, parameter in stage.parameters.items()}
+        with pytest.raises(ProtocolError, match="not what the order and the gradient give"):
+            stage.commit(0, coefficient, groups(stage), b"", clip_norm)
+        assert all(torch.equal(stage.parameters[name], value) for name, value in before.items())
+        stage.commit(0, 0.0, groups(stage), b"", (1.0).hex())
+
+
+def test_weights_that_are_replaced_drop_what_was_computed_with_the_old_ones(rig):
+    _, pipe = prepare(rig, "mlp")
+    x, y = rig.batch("mlp")
+    backward_call(rig, pipe, forward_call(pipe, x), y)
+    for stage in pipe.stages:
+        stage.set_state({name: value.detach() + 1 for name, value in stage.parameters.items()}, {})
+        assert stage.num_units == len(stage.gradients) == len(stage.log.open.forwards) == 0
+
+
+@pytest.mark.parametrize("name", ["Adam", "SGD"])
+def test_optimizer_state_that_is_replaced_leaves_the_last_step_s_audit_what_it_was(rig, name):
+    _, pipe = prepare(rig, "mlp")
+    for stage in pipe.stages:
+        stage.set_optimizer(name, groups(stage))
+    x, y = rig.batch("mlp")
+    train_step(pipe, x, y, 0)
+    stage = pipe.stages[0]
+    before = {key: value.clone() for key, value in stage.optimizer.state_tensors().items()}
+    stage.set_optimizer_state({key: value + 1 for key, value in before.items()})
+    _, kept = stage.state_after(stage.log.committed(0))
+    assert all(torch.equal(kept[key], value) for key, value in before.items())
+    assert all(torch.equal(value, before[key] + 1) for key, value in stage.optimizer.state_tensors().items())
+    stage.optimizer = None
+    with pytest.raises(ProtocolError, match="no optimizer is set"):
+        stage.set_optimizer_state({})
+
+
 def test_dropout_masks_depend_on_step_and_micro_batch_alone(rig):
     _, pipe = prepare(rig, "dropout")
     x = torch.ones(8, 8)
