@@ -1,16 +1,16 @@
 """What the computing process serves about stages: methods, one-way messages and events of the pipe.
 
-Calls: `load`, `set_loss`, `set_optimizer`, `prepare`, `decide`, `zero_grad`, `state`, `optimizer_state`, `set_state`,
-`open`, `unload`. One-way: `begin`, `backward`, `drop_call`, `tensor`. Events: `send`, `loss`, `done`, `commitment`,
-`failed` (and `released`, which the channel sends). Every message names its stage by `key`; tensors lie in the arenas
-and are named by `offset` and `num_bytes`.
+Calls: `load`, `load_part`, `load_end`, `set_loss`, `set_optimizer`, `prepare`, `decide`, `zero_grad`, `state`,
+`optimizer_state`, `set_state`, `open`, `unload`. One-way: `begin`, `backward`, `drop_call`, `tensor`. Events: `send`,
+`loss`, `done`, `commitment`, `failed` (and `released`, which the channel sends). Every message names its stage by
+`key`; tensors lie in the arenas and are named by `offset` and `num_bytes`.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +30,8 @@ from tensorlink.pipeline.stage import Place, Stage
 from tensorlink.program.graph import LossProgram, StageProgram
 from tensorlink.program.limits import check
 from tensorlink.program.values import DTYPES
-from tensorlink.program.weights import dump, load
+from tensorlink.program.weights import dump
+from tensorlink.stage_loading import Loading
 
 #: Caps of one stage where the node sets none.
 MAX_STAGE_BYTES = 1 << 40
@@ -68,9 +69,12 @@ class Stages:
     def __init__(self, channel: ChildChannel) -> None:
         self._channel = channel
         self._hosted: dict[str, Hosted] = {}
+        self._loading = Loading()
         self._turn = 0
         self.methods: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "load": self._load,
+            "load_part": self._load_part,
+            "load_end": self._load_end,
             "set_loss": self._set_loss,
             "set_optimizer": self._set_optimizer,
             "begin": self._begin,
@@ -174,19 +178,35 @@ class Stages:
                 f"the program is stage {program.stage_index} of {program.num_stages}, it was sent for {place.stage} of "
                 f"{place.num_stages}"
             )
-        state = self._load_state(program, params["weights"])
-        one = self._host(key, place, program, state, int(params["window_steps"]))
-        one.work_units = estimate.flops_forward + estimate.flops_backward
-        self._hosted[key] = one
-        if params.get("loss_program"):
-            one.stage.set_loss(LossProgram.from_json(params["loss_program"]))
-        if params.get("optimizer"):
-            one.stage.set_optimizer(params["optimizer"]["name"], params["optimizer"]["groups"])
+        work_units = estimate.flops_forward + estimate.flops_backward
+
+        def finish(state: dict[str, Tensor], root: bytes) -> dict[str, Any]:
+            one = self._host(key, place, program, state, int(params["window_steps"]))
+            one.work_units = work_units
+            self._hosted[key] = one
+            if params.get("loss_program"):
+                one.stage.set_loss(LossProgram.from_json(params["loss_program"]))
+            if params.get("optimizer"):
+                one.stage.set_optimizer(params["optimizer"]["name"], params["optimizer"]["groups"])
+            return {"initial_root": root}
+
+        self._loading.begin(key, program, finish)
         return {
-            "initial_root": commitments.initial_root(program, state),
-            "work_units": one.work_units,
+            "work_units": work_units,
             "memory_bytes": estimate.parameter_bytes + estimate.saved_bytes + estimate.peak_activation_bytes,
         }
+
+    def _load_part(self, params: dict[str, Any]) -> dict[str, Any]:
+        offset = int(params["offset"])
+        try:
+            data = self._channel.inbound.view(offset, int(params["num_bytes"]))
+            self._loading.put(str(params["key"]), int(params["part"]), data)
+        finally:
+            self._channel.release(offset)
+        return {}
+
+    def _load_end(self, params: dict[str, Any]) -> dict[str, Any]:
+        return self._loading.end(str(params["key"]))
 
     def _host(self, key: str, place: Place, program: StageProgram, state: dict[str, Tensor], window: int) -> Hosted:
         parameters = {
@@ -210,14 +230,8 @@ class Stages:
     #: What a stage is made with; a test's own computing process puts a cheating one here.
     make_stage: Callable[..., Stage] = Stage
 
-    def _load_state(self, program: StageProgram, place: Mapping[str, Any]) -> dict[str, Tensor]:
-        offset = int(place["offset"])
-        try:
-            return load(self._channel.inbound.view(offset, int(place["num_bytes"])), program.expected_state())
-        finally:
-            self._channel.release(offset)
-
     def _unload(self, params: dict[str, Any]) -> dict[str, Any]:
+        self._loading.drop(str(params["key"]))
         one = self._hosted.pop(str(params["key"]), None)
         if one is not None:
             one.pool.shutdown(wait=True)  # the last step's commitment goes out
@@ -290,13 +304,17 @@ class Stages:
 
     def _set_state(self, params: dict[str, Any]) -> dict[str, Any]:
         one = self._of(params)
-        state = self._load_state(one.stage.program, params["weights"])
-        one.wait_for_hashing()
         program = one.stage.program
-        one.stage.set_state(
-            {name: state[name] for name in program.parameters}, {name: state[name] for name in program.buffers}
-        )
-        one.roots.forget()
+
+        def finish(state: dict[str, Tensor], root: bytes) -> dict[str, Any]:
+            one.wait_for_hashing()
+            one.stage.set_state(
+                {name: state[name] for name in program.parameters}, {name: state[name] for name in program.buffers}
+            )
+            one.roots.forget()
+            return {}
+
+        self._loading.begin(one.key, program, finish)
         return {}
 
     def _open(self, params: dict[str, Any]) -> dict[str, Any]:

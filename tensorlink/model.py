@@ -20,6 +20,7 @@ from tensorlink.pipeline.batching import LossReduction
 from tensorlink.placement import place
 from tensorlink.steps import Steps
 from tensorlink.train_step import LossFunction, TrainStep
+from tensorlink.weight_files import Weights
 
 if TYPE_CHECKING:
     from tensorlink.network import Network
@@ -36,12 +37,15 @@ class DistributedModel(torch.nn.Module):
     into, `example_inputs` a tuple (or a dict, for keyword inputs) of tensors like those of training, batch first.
     `seed` fixes dropout.
     `timeout_s` is the shortest time after which silence of the pipeline is an error; it grows with what is measured.
+    `weights` names safetensors files (one, several, a folder, an index) with the values that stages start from: names
+    as in `module.state_dict()`, dtypes and shapes as in the module. What no file has is taken from the module, which
+    may be on the meta device: values are then read while they are sent and never all in memory here.
     `audit_rates` are (per micro-batch, per step) probabilities; `progress` shows a bar while the job is set up.
 
     The activations of a forward whose graph is dropped are freed on the workers with the next forward or step.
 
-    Raises TraceError, PartitionError, NoWorkersError or JobError, each saying what was found, what is needed and what
-    to do.
+    Raises TraceError, InputError, PartitionError, NoWorkersError or JobError, each saying what was found, what is
+    needed and what to do.
     """
 
     def __init__(
@@ -56,12 +60,13 @@ class DistributedModel(torch.nn.Module):
         timeout_s: float = 60.0,
         audit_rates: tuple[float, float] | None = None,
         progress: bool = True,
+        weights: Weights | None = None,
     ):
         super().__init__()
         if not 1 <= micro_batches <= MAX_MICRO_BATCHES:
             raise JobError(f"found micro_batches={micro_batches}, needed 1 to {MAX_MICRO_BATCHES}")
         self._placement = place(
-            module, network, stages, micro_batches, example_inputs, seed, timeout_s, audit_rates, progress
+            module, network, stages, micro_batches, example_inputs, seed, timeout_s, audit_rates, progress, weights
         )
         self._driver = self._placement.driver
         self._remote = self._placement.state.remote_parameters()

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 
 from smartnodes_core.errors import JobError
+from tensorlink.initial_state import Source, Sources, value_of
 from tensorlink.parameters import UNUSED, RemoteParameter
 from tensorlink.pipeline.driver import Driver
 from tensorlink.program.graph import StageProgram
 from tensorlink.program.trace import TracedModel
 from tensorlink.program.values import DTYPES
-from tensorlink.program.weights import dump, load
+from tensorlink.program.weights import load
+from tensorlink.weight_files import FileTensor
+from tensorlink.weight_sending import send_parts
 
 #: Added to the bytes of a stage's tensors for the file's header.
 HEADER_BYTES = 16 << 20
@@ -25,11 +28,14 @@ class RemoteState:
     What the module's state_dict has and no stage computes with stays here: it must survive a round trip all the same.
     """
 
-    def __init__(self, traced: TracedModel, programs: list[StageProgram], driver: Driver):
+    def __init__(self, traced: TracedModel, programs: list[StageProgram], driver: Driver, values: Sources):
         self._traced, self._programs, self._driver = traced, programs, driver
         used = {name for program in programs for name in program.expected_state()}
-        own: dict[str, torch.Tensor] = {**traced.parameters, **traced.buffers}
-        self._kept = {name: tensor.detach().clone() for name, tensor in own.items() if name not in used}
+        self._kept: dict[str, Source] = {
+            name: value if isinstance(value, FileTensor) else value_of(value)
+            for name, value in values.items()
+            if name not in used
+        }
 
     def remote_parameters(self) -> dict[str, RemoteParameter]:
         """Stand-ins in the order of the wrapped module's `named_parameters()`, tied names included."""
@@ -46,7 +52,7 @@ class RemoteState:
     def fetch(self) -> dict[str, torch.Tensor]:
         """Everything that the wrapped module's state_dict has, under its names and in its order."""
         replies = self._driver.call_all("state", lambda stage: {}, max_body_bytes=self._max_bytes)
-        found = {name: tensor.clone() for name, tensor in self._kept.items()}
+        found = {name: value_of(value) for name, value in self._kept.items()}
         for program, reply in zip(self._programs, replies, strict=True):
             found.update(load(reply.body, program.expected_state()))
         aliases = self._traced.aliases
@@ -69,8 +75,10 @@ class RemoteState:
         pieces = [self._checked(given, program.expected_state()) for program in self._programs]
         specs = {name: (str(kept.dtype).removeprefix("torch."), tuple(kept.shape)) for name, kept in self._kept.items()}
         self._kept.update({name: value.clone() for name, value in self._checked(given, specs).items()})
-        data = [self._completed(stage, piece) for stage, piece in enumerate(pieces)]
-        self._driver.call_all("set_state", lambda stage: {}, lambda stage: [data[stage]])
+        whole = [self._completed(stage, piece) for stage, piece in enumerate(pieces)]
+        self._driver.call_all("set_state", lambda stage: {})
+        send_parts(self._driver, self._programs, whole)
+        self._driver.call_all("load_end", lambda stage: {})
         return missing, unexpected
 
     @staticmethod
@@ -85,16 +93,16 @@ class RemoteState:
             if not isinstance(value, torch.Tensor) or tuple(value.shape) != tuple(shape):
                 found = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
                 raise JobError(f"load_state_dict: {name} is {found}, the model has {list(shape)}")
-            piece[name] = value.detach().to("cpu", DTYPES[dtype])
+            piece[name] = value.detach().to("cpu", DTYPES[dtype]).contiguous()
         return piece
 
-    def _completed(self, stage: int, piece: dict[str, torch.Tensor]) -> bytes:
+    def _completed(self, stage: int, piece: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A stage takes all of its state or nothing: what was not given is as it is there now."""
         expected = self._programs[stage].expected_state()
         if piece.keys() != expected.keys():
             reply = self._driver.call(stage, "state", {}, max_body_bytes=self._max_bytes(stage))
             piece = {**load(reply.body, expected), **piece}
-        return dump(piece)
+        return piece
 
     def _max_bytes(self, stage: int) -> int:
         expected = self._programs[stage].expected_state().values()

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 
 def report(placement: Placement, num_steps: int) -> dict[str, Any]:
-    """`job`, `num_steps`, `set_up_s`, `predicted_step_s`, `work_units` (FLOPs committed to), `audits`, `num_spares`,
+    """`job`, `num_steps`, `set_up_s`, `predicted_step_s`, `profile_measured` (whether the model was run for it, as one
+    on the meta device cannot be), `work_units` (FLOPs committed to), `audits`, `num_spares`,
     and per stage its worker, endpoint, parameters, predicted and busy seconds, work, audits and reputation on chain.
     """
     stages = [_stage(placement, stage) for stage in range(len(placement.programs))]
@@ -20,6 +21,7 @@ def report(placement: Placement, num_steps: int) -> dict[str, Any]:
         "num_stages": len(stages),
         "set_up_s": placement.set_up_s,
         "predicted_step_s": placement.table.step_s,
+        "profile_measured": placement.profile_measured,
         "work_units": _total(stages, "work_units"),
         "audits": placement.driver.tally.findings(),
         "stages": stages,

@@ -1,0 +1,81 @@
+"""How a stage's state arrives in the computing process: begun, part by part, ended.
+
+    load | set_state  →  load_part, once for each part  →  load_end
+
+`load` checks the program against the rig's limits and only then allocates what it declares; parts go from shared
+memory straight into those tensors. Until `load_end` there is no stage, and a running one keeps its state. Neighbours:
+`compute_stages.py` serves these methods, `program/parts.py` says what a part is, `weight_sending.py` sends them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from smartnodes_core.errors import ProtocolError
+from tensorlink.audit.commitments import initial_root_of
+from tensorlink.errors import TensorError
+from tensorlink.program.graph import StageProgram
+from tensorlink.program.parts import Assembly
+from tensorlink.program.weights import CONSTANT_PREFIX, constant_digest
+from tensorlink.steplog.digests import digest
+
+State = dict[str, Tensor]
+
+
+class Arriving:
+    """A state on its way. `finish` gets the whole of it, and its root, and makes the answer to `load_end`."""
+
+    def __init__(self, program: StageProgram, finish: Callable[[State, bytes], dict[str, Any]]):
+        self._program, self._finish = program, finish
+        self._assembly = Assembly(program.expected_state())
+        self._digests: dict[str, bytes] = {}
+        self._hash(self._assembly.empty())
+
+    def put(self, part: int, data: memoryview) -> None:
+        """Take a part; a tensor is hashed when the last of it is in. Raises TensorError."""
+        self._hash(self._assembly.put(part, data))
+
+    def end(self) -> dict[str, Any]:
+        """Raises TensorError naming what is missing."""
+        return self._finish(self._assembly.finish(), initial_root_of(self._program, self._digests))
+
+    def _hash(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.startswith(CONSTANT_PREFIX) and name != CONSTANT_PREFIX + constant_digest(tensor):
+                raise TensorError(f"{name!r} does not hold the constant that its name binds")
+            self._digests[name] = digest(name, tensor)
+
+
+class Loading:
+    """The states that are on their way, by the stage's key; a state begun anew replaces one that was not ended."""
+
+    def __init__(self) -> None:
+        self._arriving: dict[str, Arriving] = {}
+
+    def begin(self, key: str, program: StageProgram, finish: Callable[[State, bytes], dict[str, Any]]) -> None:
+        """Allocate what the program declares."""
+        self._arriving.pop(key, None)  # first, so that its memory is free
+        self._arriving[key] = Arriving(program, finish)
+
+    def put(self, key: str, part: int, data: memoryview) -> None:
+        """Take a part."""
+        self._of(key).put(part, data)
+
+    def end(self, key: str) -> dict[str, Any]:
+        """The answer of `finish`; after an error, missing parts may still come."""
+        answer = self._of(key).end()
+        self.drop(key)
+        return answer
+
+    def drop(self, key: str) -> None:
+        """The stage is gone, or nobody waits for its state any more."""
+        self._arriving.pop(key, None)
+
+    def _of(self, key: str) -> Arriving:
+        arriving = self._arriving.get(key)
+        if arriving is None:
+            raise ProtocolError(f"no state is on its way to stage {key!r:.80}: begin with load or set_state")
+        return arriving
