@@ -2,15 +2,17 @@
 
 Llama's `inv_freq` is a buffer of this kind: its constructor computes it, and on the meta device that leaves no values.
 A constructor cannot be run again, for nobody knows its arguments; but models of transformers compute such buffers in
-`_init_weights` too, which transformers itself calls when it loads a model. It also draws random numbers and may leave
-a buffer alone, so it is called twice, from other values and another seed: what comes out equal is a result.
+`_init_weights` too, which transformers itself calls for them when it loads a model. That also draws random numbers and
+may leave a buffer alone, so it is called twice, from other values and another seed: what comes out equal is a result.
+Of other libraries nothing is believed.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,31 +22,33 @@ logger = logging.getLogger(__name__)
 
 
 def initialised(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    """The values of those of the meta buffers `names` that an `_init_weights` of the module computes.
+    """The values of those of the meta buffers `names` that a transformers model in the module computes.
 
     The module is not changed: the initialiser works on a copy of the submodule, whose parameters have no storage.
     """
     found: dict[str, Tensor] = {}
     for prefix in sorted({name.rpartition(".")[0] for name in names}):
         wanted = [name.rpartition(".")[2] for name in names if name.rpartition(".")[0] == prefix]
-        for initialise in _initialisers(module, prefix):
-            results = [_run(initialise, module.get_submodule(prefix), wanted, start) for start in (0, 1)]
-            for name in wanted:
-                one, other = (result.get(name) for result in results)
-                needed = module.get_buffer(f"{prefix}.{name}" if prefix else name)
-                if one is not None and other is not None and _same(one, other) and _fits(one, needed):
-                    found[f"{prefix}.{name}" if prefix else name] = one
-            break
+        owner, initialise = module.get_submodule(prefix), _initialiser(module, prefix)
+        if initialise is None:
+            continue
+        one, other = (_run(initialise, owner, wanted, start) for start in (0, 1))
+        for name in one.keys() & other.keys():
+            if _form(one[name]) == _form(owner._buffers[name]) and torch.equal(one[name], other[name]):
+                found[f"{prefix}.{name}" if prefix else name] = one[name]
     return found
 
 
-def _initialisers(module: nn.Module, prefix: str) -> Iterator[Callable[[nn.Module], Any]]:
-    """`_init_weights` of the submodule itself and of those around it, the innermost first."""
+def _initialiser(module: nn.Module, prefix: str) -> Callable[[nn.Module], Any] | None:
+    """`_init_weights` of the innermost transformers model that holds the submodule."""
+    library = sys.modules.get("transformers.modeling_utils")  # where it is not loaded, no module is of it
     path = prefix.split(".") if prefix else []
     for length in range(len(path), -1, -1):
-        initialise = getattr(module.get_submodule(".".join(path[:length])), "_init_weights", None)
-        if callable(initialise):
-            yield initialise
+        holder = module.get_submodule(".".join(path[:length]))
+        if library is not None and isinstance(holder, library.PreTrainedModel):
+            found: Callable[[nn.Module], Any] = holder._init_weights
+            return found
+    return None
 
 
 def _run(
@@ -67,12 +71,9 @@ def _run(
         except Exception:  # the user's code, on a module without storage
             logger.info("%s._init_weights gives no values", type(owner).__name__, exc_info=True)
             return {}
-    return {name: made._buffers[name] for name in wanted if made._buffers[name] is not None}  # type: ignore[misc]
+    buffers = {name: made._buffers[name] for name in wanted}
+    return {name: buffer for name, buffer in buffers.items() if buffer is not None and not buffer.is_meta}
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return not one.is_meta and one.dtype == other.dtype and torch.equal(one, other)
-
-
-def _fits(found: Tensor, needed: Tensor) -> bool:
-    return (found.dtype, found.shape) == (needed.dtype, needed.shape)
+def _form(tensor: Tensor | None) -> object:
+    return None if tensor is None else (tensor.dtype, tensor.shape)

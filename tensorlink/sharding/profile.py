@@ -64,11 +64,11 @@ def profile(
     """Profiles the training graph on the example's batch.
 
     The module's parameters are read and nothing of it is changed. `measured=False` gives the same result on every
-    machine; so does a module on the meta device, which nothing can run.
+    machine; so does a module (or an example) on the meta device, which nothing can run.
     """
-    measured = measured and not any(t.is_meta for t in (*traced.parameters.values(), *traced.buffers.values()))
     args, kwargs = ((), example_inputs) if isinstance(example_inputs, dict) else (example_inputs, {})
     inputs = flatten_inputs(traced, args, kwargs)
+    measured = measured and not any(t.is_meta for t in (*traced.parameters.values(), *traced.buffers.values(), *inputs))
     batch = next(len(tensor) for tensor, is_dynamic in zip(inputs, traced.binding.dynamic, strict=True) if is_dynamic)
     program = traced.whole()
     estimate = measure(

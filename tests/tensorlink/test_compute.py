@@ -17,7 +17,7 @@ from torch import nn
 from smartnodes_core.errors import AuditError, ProtocolError, SandboxError
 from smartnodes_core.records import Challenge, Commitment, Opening, OpeningItem, Unit
 from smartnodes_core.sandbox import Limits, Sandbox
-from tensorlink.errors import OptimizerError, ProgramError, TensorError
+from tensorlink.errors import OptimizerError, ProgramError
 from tensorlink.measure import numeric_class
 from tensorlink.program.loss import trace_loss
 from tensorlink.program.parts import Parts
