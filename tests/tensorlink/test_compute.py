@@ -17,7 +17,7 @@ from torch import nn
 from smartnodes_core.errors import AuditError, ProtocolError, SandboxError
 from smartnodes_core.records import Challenge, Commitment, Opening, OpeningItem, Unit
 from smartnodes_core.sandbox import Limits, Sandbox
-from tensorlink.errors import OptimizerError, ProgramError
+from tensorlink.errors import OptimizerError, ProgramError, TensorError
 from tensorlink.measure import numeric_class
 from tensorlink.program.loss import trace_loss
 from tensorlink.program.parts import Parts
@@ -268,7 +268,17 @@ def test_hostile_messages_are_answered_with_errors_and_nothing_breaks(nodes, gpt
         node.call("load")
     with pytest.raises(ProtocolError, match="no stage 'k' is loaded"):
         node.call("state")
+    with pytest.raises(ProtocolError, match="no state is on its way"):
+        node.call("load_part", part=0, **node.put(b"x" * 8))
+    with pytest.raises(ProtocolError, match="do not lie aligned"):
+        node.call("load_part", part=0, offset=1 << 40, num_bytes=8)
     node.load(program, states[0], rig.JOB)
+    node.call("set_state")
+    with pytest.raises(TensorError, match=r"part 0 .* has 8 bytes, needed"):
+        node.call("load_part", part=0, **node.put(b"x" * 8))
+    with pytest.raises(TensorError, match="are not complete"):
+        node.call("load_end")
+    assert all(torch.equal(node.state()[name], tensor) for name, tensor in states[0].items())
     with pytest.raises(ProtocolError, match="loaded already"):
         node.load(program, states[0], rig.JOB)
     with pytest.raises(OptimizerError, match="allowed are"):
