@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from smartnodes_core.errors import ProtocolError, SmartnodesError
 from smartnodes_core.sandbox_child import ChildChannel, Incoming
+from tensorlink.allocator import keep_freed_memory
 from tensorlink.compute_errors import translated
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def main(make_stages: Callable[[ChildChannel], Stages] | None = None) -> None:
     """Entry point; `make_stages` lets tests serve stages that cheat."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     channel = ChildChannel.open()
+    keep_freed_memory()
     # torch comes after privileges and limits are set: its threads inherit them
     import torch
 

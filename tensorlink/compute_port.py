@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from smartnodes_core.sandbox_child import ChildChannel
 from tensorlink.audit.opening import Opened
-from tensorlink.pipeline.executor import CallState
+from tensorlink.pipeline.executor import CallState, Timeline
 from tensorlink.pipeline.inbox import Delivery
 from tensorlink.program.values import DTYPE_NAMES
 
+if TYPE_CHECKING:
+    from tensorlink.pipeline.stage import Stage
+
 #: How long a stage waits for the node to have sent what fills the arena: the pace of the slowest link.
 SEND_TIMEOUT_S = 120.0
+#: What ran when is told in a frame's header, which is small: a longer list is not told.
+MAX_TIMELINE = 1024
 
 
 class ChannelPort:
-    """A `pipeline.stage.Port` over the pipe."""
+    """A `pipeline.stage.Port` over the pipe; `neighbour("next")` gives a neighbouring stage that is in this process,
+    which then takes tensors as they are.
+    """
 
-    def __init__(self, channel: ChildChannel, key: str) -> None:
+    def __init__(self, channel: ChildChannel, key: str, neighbour: Callable[[str], Stage | None]) -> None:
         self._channel = channel
         self._key = key
+        self._neighbour = neighbour
 
     def send(self, to: str, delivery: Delivery, slot: int, tensor: Tensor) -> None:
         """Copies the tensor, contiguous, into the arena and names it to the node."""
+        here = self._neighbour(to)
+        if here is not None:
+            here.receive(delivery, slot, tensor.detach().contiguous())
+            return
         place = put_tensor(self._channel, tensor, SEND_TIMEOUT_S)
         self._channel.event(
             "send",
@@ -45,10 +58,12 @@ class ChannelPort:
         place = {"key": self._key, "step": call.step, "call": call.call, "micro_batch": micro_batch}
         self._channel.event("loss", {**place, "value": value.hex()})
 
-    def done(self, call: CallState, type: str, backward_pass: int, busy_s: float) -> None:
+    def done(self, call: CallState, type: str, backward_pass: int, timeline: Timeline) -> None:
         """See `Port`."""
         place = {"key": self._key, "step": call.step, "call": call.call, "backward_pass": backward_pass}
-        self._channel.event("done", {**place, "type": type, "busy_s": busy_s.hex()})
+        busy_s = sum(ended - began for _, _, began, ended in timeline) / 1e9
+        told = timeline if len(timeline) <= MAX_TIMELINE else []
+        self._channel.event("done", {**place, "type": type, "busy_s": busy_s.hex(), "timeline": told})
 
 
 def put_tensor(channel: ChildChannel, tensor: Tensor, timeout_s: float) -> dict[str, int]:

@@ -12,7 +12,7 @@ import math
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,11 +20,13 @@ from torch import Tensor
 
 from smartnodes_core.errors import AuditError, ProtocolError, SmartnodesError
 from smartnodes_core.sandbox_child import ChildChannel
+from tensorlink.allocator import give_back_freed_memory
 from tensorlink.audit import commitments
 from tensorlink.audit.opening import opening
 from tensorlink.compute_errors import translated
 from tensorlink.compute_port import ChannelPort, put, put_opened
 from tensorlink.errors import TensorError
+from tensorlink.pipeline.executor import Ready
 from tensorlink.pipeline.inbox import Delivery
 from tensorlink.pipeline.stage import Place, Stage
 from tensorlink.program.graph import LossProgram, StageProgram
@@ -92,20 +94,34 @@ class Stages:
     # -- the loop's side ----------------------------------------------------------------------------------------------
 
     def run_one(self) -> bool:
-        """Runs one action of one stage, taking turns; False where none is ready."""
-        hosted = list(self._hosted.values())
-        for index in range(len(hosted)):
-            one = hosted[(self._turn + index) % len(hosted)]
-            if one.failed is not None:
-                continue
-            try:
-                if one.stage.run_next():
-                    self._turn += 1
-                    self._answer_prepares(one)
-                    return True
-            except Exception as error:
-                self.fail(one.key, translated(error))
-        return False
+        """Runs one action: jobs take turns, among a job's stages the schedule says; False where none is ready."""
+        ready: dict[tuple[bytes, int, int], tuple[Hosted, Ready]] = {}
+        for one in self._hosted.values():
+            found = one.stage.ready() if one.failed is None else None
+            if found is not None:
+                place = one.stage.place
+                job = (place.job, place.plan_version, place.replica)
+                if job not in ready or found.rank < ready[job][1].rank:
+                    ready[job] = (one, found)
+        if not ready:
+            return False
+        self._turn += 1
+        one, found = list(ready.values())[self._turn % len(ready)]
+        try:
+            one.stage.run(found)
+            self._answer_prepares(one)
+        except Exception as error:
+            self.fail(one.key, translated(error))
+        return True
+
+    def _neighbour(self, place: Place, to: str) -> Stage | None:
+        """The stage of the same job before or after one, where this process has it."""
+        if to == "user":
+            return None
+        wanted = replace(place, stage=place.stage + (1 if to == "next" else -1))
+        found = (one for one in self._hosted.values() if one.stage.place == wanted and one.failed is None)
+        one = next(found, None)
+        return one.stage if one is not None else None
 
     def fail(self, key: str, error: SmartnodesError) -> None:
         """A stage cannot go on: tells the node and fails what waits for it."""
@@ -220,7 +236,7 @@ class Stages:
             program,
             parameters,
             buffers,
-            ChannelPort(self._channel, key),
+            ChannelPort(self._channel, key, lambda to: self._neighbour(place, to)),
             pool,
             window_steps=window,
             shared_bytes=self._channel.inbound.num_bytes // LOG_SHARE,
@@ -235,6 +251,8 @@ class Stages:
         one = self._hosted.pop(str(params["key"]), None)
         if one is not None:
             one.pool.shutdown(wait=True)  # the last step's commitment goes out
+            del one
+            give_back_freed_memory()
         return {}
 
     def _set_loss(self, params: dict[str, Any]) -> dict[str, Any]:

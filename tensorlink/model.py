@@ -60,13 +60,24 @@ class DistributedModel(torch.nn.Module):
         timeout_s: float = 60.0,
         audit_rates: tuple[float, float] | None = None,
         progress: bool = True,
+        schedule: str = "1f1b",
         weights: Weights | None = None,
     ):
         super().__init__()
         if not 1 <= micro_batches <= MAX_MICRO_BATCHES:
             raise JobError(f"found micro_batches={micro_batches}, needed 1 to {MAX_MICRO_BATCHES}")
         self._placement = place(
-            module, network, stages, micro_batches, example_inputs, seed, timeout_s, audit_rates, progress, weights
+            module,
+            network,
+            stages,
+            micro_batches,
+            example_inputs,
+            seed,
+            timeout_s,
+            audit_rates,
+            progress,
+            schedule,
+            weights,
         )
         self._driver = self._placement.driver
         self._remote = self._placement.state.remote_parameters()

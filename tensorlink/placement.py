@@ -55,6 +55,8 @@ class Placement:
     job: Job
     table: PlacementPlan
     state: RemoteState
+    schedule: str
+    num_workers: int
     profile_measured: bool
     set_up_s: float = 0.0
     closed: bool = False
@@ -93,6 +95,7 @@ def place(
     timeout_s: float,
     audit_rates: tuple[float, float] | None,
     progress: bool,
+    schedule: str = "1f1b",
     weights: Weights | None = None,
 ) -> Placement:
     """Bring `module` onto the network's workers. Raises TraceError, InputError, PartitionError, NoWorkersError,
@@ -109,7 +112,8 @@ def place(
         workers = network.find_workers(wanted, WAIT_FOR_WORKERS_S)
         if stages is None:  # as many as there are: those that died and are still announced do not count
             workers = [worker for worker in workers if network.reaches(worker)]
-        num_stages = stages or max(1, len(workers))
+        num_workers = stages or max(1, len(workers))
+        num_stages = num_workers * (2 if schedule in ("zbv", "interleaved") else 1)
         bar.update()
         bar.set_description("partition")
         profiled = profile(traced, example_inputs)
@@ -122,7 +126,22 @@ def place(
         bar.update()
         bar.set_description("open the job")
         needs = [_need(estimate, num_stages, stage) for stage, estimate in enumerate(estimates)]
-        table = _plan_on_living(network, needs, workers, micro_batches)
+        from tensorlink.pipeline.schedule import generate
+
+        placed_on = generate(schedule, num_workers, micro_batches, num_stages).placement
+        whole = [
+            StageNeed(
+                *(
+                    sum(getattr(needs[s], f) for s in range(num_stages) if placed_on[s] == w)
+                    for f in ("parameter_bytes", "activation_bytes", "flops")
+                )
+            )
+            for w in range(num_workers)
+        ]
+        table = _plan_on_living(network, whole, workers, micro_batches)
+        from dataclasses import replace
+
+        table = replace(table, stages=[replace(table.stages[placed_on[s]], stage=s) for s in range(num_stages)])
         driver = Driver(network.user, programs[0].inputs, programs[-1].outputs, timeout_s)
         states = [{name: values[name] for name in program.expected_state()} for program in programs]
         roots = _roots(programs, values, progress)
@@ -130,7 +149,9 @@ def place(
         job = network.user.open_job(record, _plan(network, record, table), driver)
         driver.attach(job)
         state = RemoteState(traced, programs, driver, values)
-        placement = Placement(network, traced, programs, driver, job, table, state, profiled.measured)
+        placement = Placement(
+            network, traced, programs, driver, job, table, state, schedule, num_workers, profiled.measured
+        )
         try:
             bar.update()
             bar.set_description("send weights")

@@ -75,7 +75,8 @@ class TrainStep:
             "training": training,
             "grad": True,
             "weights": [weight.hex() for weight in weights],
-            "schedule": "1f1b",
+            "schedule": self._placement.schedule,
+            "num_workers": self._placement.num_workers,
         }
         call = self._calls.open(pieces, samples, options)
         call.num_backwards, call.freed = 1, True
@@ -87,6 +88,7 @@ class TrainStep:
         self._driver.wait_for(
             lambda: call.is_done("train_step", 0, last + 1) and len(call.losses) == len(samples), "a training step"
         )
+        self.timelines = call.timelines
         value = sum(weight * call.losses[i] for i, weight in enumerate(weights))
         prepared = self._steps.prepare(self._calls.num_units)
         self._steps.decide(optimizer, prepared, loss.digest, weights, clip_norm)

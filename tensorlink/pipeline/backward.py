@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tensorlink.errors import TensorError
+from tensorlink.program.deferred import Deferred
 from tensorlink.program.interpreter import Interpreter
 from tensorlink.records import Cut
 
@@ -29,10 +30,11 @@ class ForwardPass:
     inputs: list[Value]
     outputs: list[Value]
     loss: Tensor | None = None
+    deferred: Deferred | None = None
     freed: bool = False
 
     def free(self) -> None:
-        """Lets go of every activation."""
+        """Lets go of every activation, but for what deferred weight gradients need."""
         self.inputs, self.outputs, self.loss, self.freed = [], [], None, True
 
 
@@ -43,11 +45,12 @@ def forward(
     seed_for: Callable[[int], int],
     grad: bool,
     loss: tuple[Interpreter, Sequence[Value]] | None = None,
+    defer: bool = False,
 ) -> ForwardPass:
     """Runs a stage on `inputs`, in the order of `cut`; those whose slot needs a gradient become leaves.
 
-    `loss` is a loss program's interpreter with its targets: it then runs on the outputs. Raises ProgramError,
-    TensorError.
+    With `defer` a backward leaves weight gradients that can wait in `ForwardPass.deferred`. `loss` is a loss program's
+    interpreter with its targets: it then runs on the outputs. Raises ProgramError, TensorError.
     """
     leaves: list[Value] = []
     for slot, value in zip(cut.slots, inputs, strict=True):
@@ -57,8 +60,9 @@ def forward(
                 value.requires_grad_()
         leaves.append(value)
     with torch.set_grad_enabled(grad):
-        outputs = interpreter.run(leaves, seed_for)
-        passed = ForwardPass(leaves, outputs)
+        deferred = Deferred() if defer and grad else None
+        outputs = interpreter.run(leaves, seed_for, deferred=deferred)
+        passed = ForwardPass(leaves, outputs, deferred=deferred)
         if loss is not None:
             (passed.loss,) = loss[0].run([*outputs, *loss[1]], seed_for)
     return passed
@@ -71,7 +75,7 @@ def backward(
     retain: bool,
 ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
     """Gradients of the inputs (by slot, zeros where nothing flows) and of the parameters (by name, those that got
-    one).
+    one; not those that were deferred).
 
     `gradients` are those of the outputs by slot; of the loss under the slot -1. Raises TensorError for a second
     backward through a graph that was not retained, or a gradient of the wrong shape.

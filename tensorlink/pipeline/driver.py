@@ -47,6 +47,7 @@ class Call:
     input_gradients: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
     losses: dict[int, float] = field(default_factory=dict)
     done: set[tuple[str, int, int]] = field(default_factory=set)  # (type, backward pass, stage)
+    timelines: dict[int, list[Any]] = field(default_factory=dict)  # by stage, what ran when in a training step
     sizes: list[list[int]] = field(default_factory=list)  # per output slot, the length of each micro-batch's piece
     num_backwards: int = 0
     freed: bool = False  # its graph is gone from the stages
@@ -228,6 +229,7 @@ class Driver(JobListener):
             elif event == "done":
                 call.done.add((str(params.get("type")), field_of(params, "backward_pass"), stage))
                 self.tally.busy(stage, _seconds(params, "busy_s"))
+                call.timelines[stage] = params.get("timeline", [])
             self._moved()
 
     def allocate(self, stage: int, header: dict[str, Any], num_bytes: int) -> memoryview:

@@ -19,16 +19,18 @@ from smartnodes_core.errors import ProtocolError
 from tensorlink.errors import TensorError
 from tensorlink.pipeline.arrivals import check_fits, values
 from tensorlink.pipeline.backward import ForwardPass, Value, backward, forward
-from tensorlink.pipeline.executor import BackwardState, CallState, Executor, Ready
+from tensorlink.pipeline.executor import BackwardState, CallState, Executor, Ready, Timeline
 from tensorlink.pipeline.inbox import Delivery, Inbox
 from tensorlink.pipeline.seeds import seed_for
 from tensorlink.pipeline.state import StageState
+from tensorlink.program.deferred import Deferred
 from tensorlink.program.graph import LossProgram, StageProgram
 from tensorlink.program.interpreter import Interpreter
 from tensorlink.program.loss import constants_of
 from tensorlink.records import Slot
-from tensorlink.steplog.digests import as_tensor, digests, slots
+from tensorlink.steplog.digests import digests, slots
 from tensorlink.steplog.log import ForwardRecord, UnitRecord
+from tensorlink.steplog.shelf import Shelf
 
 
 class Port(Protocol):
@@ -40,8 +42,8 @@ class Port(Protocol):
     def loss(self, call: CallState, micro_batch: int, value: float) -> None:
         """The last stage computed the loss of a micro-batch (not weighted)."""
 
-    def done(self, call: CallState, type: str, backward_pass: int, busy_s: float) -> None:
-        """All micro-batches of a call are through, in one direction."""
+    def done(self, call: CallState, type: str, backward_pass: int, timeline: Timeline) -> None:
+        """All micro-batches of a call are through, in one direction; `timeline` says what ran when."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,9 @@ class Stage(StageState):
         *,
         window_steps: int,
         shared_bytes: int = 1 << 62,
+        shelf: Shelf | None = None,
     ) -> None:
-        super().__init__(program, parameters, buffers, window_steps, shared_bytes)
+        super().__init__(program, parameters, buffers, window_steps, shared_bytes, shelf)
         self.place = place
         self._port, self._pool = port, pool
         self._inbox = Inbox()
@@ -159,19 +162,34 @@ class Stage(StageState):
 
     def run_next(self) -> bool:
         """Runs one action; False where none is ready."""
-        ready = self._executor.next()
-        if ready is None:
-            return False
-        began = time.perf_counter()
+        ready = self.ready()
+        if ready is not None:
+            self.run(ready)
+        return ready is not None
+
+    def ready(self) -> Ready | None:
+        """The action that can run now, or None where everything waits for tensors."""
+        return self._executor.next()
+
+    def run(self, ready: Ready) -> None:
+        """Runs what `ready` returned last."""
+        began = time.time_ns()
         if ready.backward is None:
             self._forward(ready)
-            ready.call.busy_s += time.perf_counter() - began
-            self._forward_done(ready.call)
+        elif ready.kind == "W":
+            self._weight_gradients()
         else:
             self._backward(ready, ready.backward)
-            ready.backward.busy_s += time.perf_counter() - began
+        ready.call.ran(ready, began, time.time_ns())
+        if ready.backward is None:
+            self._forward_done(ready.call)
+        else:
             self._backward_done(ready.backward)
-        return True
+
+    @property
+    def num_units(self) -> int:
+        """See `StageState`; a backward counts when its weight gradients are in the sum, too."""
+        return super().num_units - len(self._executor.deferred)
 
     def _forward(self, ready: Ready) -> None:
         call, m = ready.call, ready.micro_batch
@@ -186,10 +204,9 @@ class Stage(StageState):
         if call.grad:
             call.passes[m] = passed
             call.held += 1
+        kept = self._kept(passed.outputs)
         if call.grad or call.training:
-            record = ForwardRecord(
-                call.call, m, call.training, call.type, slots(arrived), self._kept(passed.outputs), before
-            )
+            record = ForwardRecord(call.call, m, call.training, call.type, slots(arrived), kept, before)
             if with_loss and passed.loss is not None:
                 record.target, record.loss = slots(targets), slots([passed.loss])
                 record.loss_weight = call.weights[m]
@@ -197,12 +214,13 @@ class Stage(StageState):
         if with_loss and passed.loss is not None:
             self._port.loss(call, m, float(passed.loss.detach()))
         else:
-            self._send_outputs(delivery, passed)
+            self._send_outputs(delivery, kept)
         if not call.grad:
             passed.free()
 
     def _kept(self, outputs: Sequence[Value]) -> dict[str, Tensor]:
-        """Outputs for the log: those that are views of parameters are copied, for the optimizer writes into those."""
+        """Outputs for the log and for the next stage, by slot index as text: those that are views of parameters are
+        copied, for the optimizer writes into those."""
         return {
             slot: tensor.clone() if tensor.untyped_storage().data_ptr() in self._own else tensor
             for slot, tensor in slots(outputs).items()
@@ -216,16 +234,21 @@ class Stage(StageState):
         if targets is not None and self._loss is not None:
             program, interpreter = self._loss
             loss = (interpreter, values(program.inputs.slots[program.num_outputs :], targets))
-        return forward(self._interpreters[call.training], self.program.inputs, inputs, seeds, call.grad, loss)
+        interpreter = self._interpreters[call.training]
+        return forward(interpreter, self.program.inputs, inputs, seeds, call.grad, loss, defer=self._defers(call))
 
-    def _send_outputs(self, delivery: Delivery, passed: ForwardPass) -> None:
+    def _defers(self, call: CallState) -> bool:
+        """Whether somebody waits for this stage's input gradients, or the schedule puts weight gradients elsewhere."""
+        return bool(self._upstream_slots) or (call.order is not None and call.order.deferred > 1)
+
+    def _send_outputs(self, delivery: Delivery, outputs: Mapping[str, Tensor]) -> None:
         to, type_ = ("user", "output") if self.is_last else ("next", "activation")
-        for slot, value in enumerate(passed.outputs):
-            self._port.send(to, delivery._replace(type=type_), slot, as_tensor(value))
+        for slot, tensor in outputs.items():
+            self._port.send(to, delivery._replace(type=type_), int(slot), tensor)
 
     def _forward_done(self, call: CallState) -> None:
         if call.forward_done and call.type == "forward":
-            self._port.done(call, "forward", 0, call.busy_s)
+            self._port.done(call, "forward", 0, call.take_timeline())
             if not call.grad:
                 self.drop_call(call.step, call.call)
 
@@ -238,8 +261,6 @@ class Stage(StageState):
         if passed.loss is not None:
             gradients = {-1: torch.tensor(call.weights[m], dtype=passed.loss.dtype).expand_as(passed.loss)}
         of_inputs, of_parameters = self._compute_backward(passed, gradients, state.retain)
-        if passed.freed:
-            call.held -= 1
         state.next += 1
         self.gradients.add(of_parameters)
         to = "previous" if self.place.stage else "user"
@@ -247,6 +268,26 @@ class Stage(StageState):
             self._port.send(to, delivery, slot, of_inputs[slot])
         record = self.log.open.forwards[(call.call, m)]
         self._log_unit(delivery, UnitRecord(record, state.backward_pass, slots(arrived), slots(of_inputs)))
+        if passed.deferred:
+            self._executor.deferred.append((state, m))
+        else:
+            self._micro_batch_done(state, passed)
+
+    def _weight_gradients(self) -> None:
+        """What the oldest backward left for later."""
+        state, m = self._executor.deferred.popleft()
+        passed = state.call.passes[m]
+        if passed.deferred is not None:
+            self.gradients.add(self._compute_weight_gradients(passed.deferred))
+        self._micro_batch_done(state, passed)
+
+    def _micro_batch_done(self, state: BackwardState, passed: ForwardPass) -> None:
+        state.finished += 1
+        if passed.freed:
+            state.call.held -= 1
+
+    def _compute_weight_gradients(self, deferred: Deferred) -> dict[str, Tensor]:
+        return deferred.compute()
 
     def _compute_backward(
         self, passed: ForwardPass, gradients: Mapping[int, Tensor], retain: bool
@@ -257,9 +298,9 @@ class Stage(StageState):
         if state.done:
             call = state.call
             if call.type == "train_step":
-                self._port.done(call, "train_step", 0, call.busy_s + state.busy_s)
+                self._port.done(call, "train_step", 0, call.take_timeline())
             else:
-                self._port.done(call, "backward", state.backward_pass, state.busy_s)
+                self._port.done(call, "backward", state.backward_pass, call.take_timeline())
 
     # -- the log ------------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from tensorlink.program.graph import StageProgram
 from tensorlink.stage_optimizer import StageOptimizer
 from tensorlink.steplog import snapshots
 from tensorlink.steplog.log import StepLog, StepRecord
+from tensorlink.steplog.shelf import Shelf
 
 
 class StageState(ABC):
@@ -33,13 +34,14 @@ class StageState(ABC):
         buffers: dict[str, Tensor],
         window_steps: int,
         shared_bytes: int,
+        shelf: Shelf | None = None,
     ) -> None:
         self.program = program
         self.parameters, self.buffers = parameters, buffers
         self.step = 0
         self.optimizer: StageOptimizer | None = None
         self.gradients = GradientSum()
-        self.log = StepLog(window_steps, shared_bytes)
+        self.log = StepLog(window_steps, shared_bytes, shelf)
         self._buffers_at_start = dict(buffers)
 
     @abstractmethod
@@ -61,10 +63,7 @@ class StageState(ABC):
 
     def state_after(self, record: StepRecord) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Weights and optimizer state as a committed step left them; not to be written to."""
-        kept = record.after
-        if kept is None:
-            following = self.log.following(record.step)
-            kept = following.before if following is not None else None
+        kept = record.after or self.log.state_after(record.step)
         if kept is not None:
             return kept.weights, kept.optimizer
         return self.parameters, self.optimizer.state_tensors() if self.optimizer else {}

@@ -19,6 +19,7 @@ from torch import Tensor
 from tensorlink.errors import ProgramError, TensorError
 from tensorlink.program import arguments, dropout
 from tensorlink.program.alignment import aligned
+from tensorlink.program.deferred import Deferred, deferrable_weights, deferring
 from tensorlink.program.graph import Graph, Node
 from tensorlink.program.ops import (
     ALLOWED,
@@ -85,7 +86,8 @@ class Interpreter:
     # -- once ------------------------------------------------------------------------------------------------------
 
     def _compile(self) -> None:
-        self._constants: list[Any] = [None]  # place 0 holds `seed_for`
+        self._constants: list[Any] = [None, None]  # `seed_for` and `deferred` of a run
+        self._deferrable = deferrable_weights(self.graph)
         self._parameter_places: dict[str, int] = {}
         self._buffer_places: dict[str, int] = {}
         self._places: dict[int, int] = {value: self._place() for value in self.graph.inputs}
@@ -155,7 +157,12 @@ class Interpreter:
                 raise ProgramError(f"{node}: draws random numbers of its own; only dropout layers are reproducible")
             function: Callable[..., Any] = ALLOWED[node.op]._op
             guard = GUARDS.get(node.op)
-            return function if guard is None else guarded(guard, function)
+            function = function if guard is None else guarded(guard, function)
+            weights = self._deferrable.get(node.id)
+            if weights:
+                places[:0] = [1]
+                function = deferring(function, weights)
+            return function
         places[:0] = [0, self._place(node.id)]
         return implementation
 
@@ -195,16 +202,19 @@ class Interpreter:
         inputs: Sequence[Tensor | int],
         seed_for: dropout.Seed | None = None,
         observer: Observer | None = None,
+        deferred: Deferred | None = None,
     ) -> list[Any]:
         """The graph's outputs, in the order of its cut.
 
         `inputs` are tensors and sizes in the order of the cut; those not contiguous and 64-byte aligned are copied.
         `seed_for` maps a node id of the uncut program to the seed of its dropout mask, and is needed where the graph
-        has dropout in training mode. Raises TensorError for inputs that do not fit, ProgramError naming the node
+        has dropout in training mode. Weight gradients that can be left for later go to `deferred` when the backward
+        runs. Raises TensorError for inputs that do not fit, ProgramError naming the node
         where a call fails.
         """
         values = self._constants.copy()
         values[0] = seed_for if seed_for is not None else _no_seed
+        values[1] = deferred
         for name, place in self._parameter_places.items():
             values[place] = self.parameters[name]
         for name, place in self._buffer_places.items():

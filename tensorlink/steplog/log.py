@@ -10,13 +10,14 @@ reads it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
+from tensorlink.steplog.shelf import Shelf, Shelved
 from tensorlink.steplog.snapshots import Snapshot
 
 Digests = dict[str, dict[str, bytes]]
@@ -67,6 +68,25 @@ class StepRecord:
     order: bytes = b""
     options: list[dict[str, Any]] = field(default_factory=list)
 
+    def mapped(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> StepRecord:
+        """The same with every map of tensors changed, but for those of buffers: they are shared with the stage."""
+        forwards = {
+            place: replace(one, x=change(one.x), y=change(one.y), target=change(one.target), loss=change(one.loss))
+            for place, one in self.forwards.items()
+        }
+        units = [
+            replace(
+                unit,
+                forward=forwards[(unit.forward.call, unit.forward.micro_batch)],
+                gy=change(unit.gy),
+                gx=change(unit.gx),
+            )
+            for unit in self.units
+        ]
+        before = self.before and self.before.mapped(change)
+        after = self.after and self.after.mapped(change)
+        return replace(self, forwards=forwards, units=units, before=before, after=after, gradient=change(self.gradient))
+
     def all_units(self) -> list[UnitRecord]:
         """Units as they are committed: backwards in the order of their addition, then forwards that had none."""
         used = {(unit.forward.call, unit.forward.micro_batch) for unit in self.units}
@@ -75,14 +95,18 @@ class StepRecord:
 
 
 class StepLog:
-    """The open step and the last `window_steps` committed ones."""
+    """The open step and the last `window_steps` committed ones: the newest in memory, older ones on the shelf where
+    there is one.
+    """
 
-    def __init__(self, window_steps: int, shared_bytes: int) -> None:
+    def __init__(self, window_steps: int, shared_bytes: int, shelf: Shelf | None = None) -> None:
         """`shared_bytes`: how much of the node's shared memory the log may keep before it copies."""
         self._window_steps = max(1, window_steps)
         self._shared_bytes = shared_bytes
         self._held_bytes = 0
         self._committed: OrderedDict[int, StepRecord] = OrderedDict()
+        self._shelf = shelf
+        self._shelved: set[int] = set()
         self._spare: Snapshot | None = None
         self.open = StepRecord(0)
 
@@ -92,12 +116,39 @@ class StepLog:
         self._count()
 
     def make_room(self) -> Snapshot | None:
-        """Drops what a further committed step pushes out of the window; its snapshot's memory may be used again."""
+        """Drops what a further committed step pushes out of the window, and shelves the newest; a snapshot whose
+        memory may be used again. Nobody may be reading committed steps meanwhile."""
         while len(self._committed) >= self._window_steps:
-            _, oldest = self._committed.popitem(last=False)
-            self._spare = oldest.before
+            step, oldest = self._committed.popitem(last=False)
+            if step in self._shelved:
+                self._drop(oldest)
+                self._shelved.remove(step)
+            else:
+                self._spare = oldest.before
+        self._shelve_last()
         spare, self._spare = self._spare, None
         return spare
+
+    def _shelve_last(self) -> None:
+        record = self.last()
+        if self._shelf is None or record is None or record.step in self._shelved:
+            return
+        shelved = self._committed[record.step] = record.mapped(_onto(self._shelf))
+        self._shelved.add(record.step)
+        if shelved.before is not None and shelved.before.is_all(Shelved):
+            self._spare = record.before
+
+    def _drop(self, record: StepRecord) -> None:
+        dropped: set[int] = set()
+
+        def give_back(tensors: dict[str, Any]) -> dict[str, Any]:
+            for kept in tensors.values():
+                if isinstance(kept, Shelved) and id(kept) not in dropped:
+                    dropped.add(id(kept))
+                    kept.shelf.give_back(kept)
+            return {}
+
+        record.mapped(give_back)
 
     def commit(self, next_step: int) -> StepRecord:
         """Closes the open step, keeps it, and opens the next."""
@@ -107,16 +158,21 @@ class StepLog:
         return record
 
     def committed(self, step: int) -> StepRecord | None:
-        """A step within the window, or None."""
-        return self._committed.get(step)
+        """A step within the window, or None; what lay on the shelf is in memory for as long as the caller keeps it."""
+        record = self._committed.get(step)
+        return record.mapped(_from_shelf) if record is not None and step in self._shelved else record
 
     def last(self) -> StepRecord | None:
         """The newest committed step, or None."""
         return next(reversed(self._committed.values()), None)
 
-    def following(self, step: int) -> StepRecord | None:
-        """The step committed after `step`, or None."""
-        return next((record for number, record in self._committed.items() if number > step), None)
+    def state_after(self, step: int) -> Snapshot | None:
+        """The state that the next committed step began with, or None where there is no later one."""
+        later = next((number for number in self._committed if number > step), None)
+        if later is None:
+            return None
+        before = self._committed[later].before
+        return before.mapped(_from_shelf) if before is not None and later in self._shelved else before
 
     def steps(self) -> list[int]:
         """The committed steps held, oldest first."""
@@ -135,11 +191,26 @@ class StepLog:
     def _count(self) -> None:
         self._held_bytes = sum(
             tensor.numel() * tensor.element_size()
-            for record in self._committed.values()
+            for step, record in self._committed.items()
+            if step not in self._shelved
             for unit in record.units
             for group in (unit.forward.x, unit.forward.target, unit.gy)
             for tensor in group.values()
         )
 
-    def __iter__(self) -> Iterator[StepRecord]:
-        return iter(self._committed.values())
+
+def _onto(shelf: Shelf) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Puts tensors on the shelf, each once however often it stands in a record; what finds no room stays."""
+    known: dict[int, Any] = {}
+
+    def put(tensors: dict[str, Any]) -> dict[str, Any]:
+        for tensor in tensors.values():
+            if id(tensor) not in known:
+                known[id(tensor)] = shelf.put(tensor) or tensor
+        return {name: known[id(tensor)] for name, tensor in tensors.items()}
+
+    return put
+
+
+def _from_shelf(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name: kept.shelf.read(kept) if isinstance(kept, Shelved) else kept for name, kept in tensors.items()}

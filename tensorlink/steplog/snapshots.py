@@ -8,8 +8,9 @@ window lends its memory to the next.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,14 @@ class Snapshot:
     def num_bytes(self) -> int:
         """Memory held, buffers not counted: they are shared with the stage until they change."""
         return sum(t.numel() * t.element_size() for part in (self.weights, self.optimizer) for t in part.values())
+
+    def mapped(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Snapshot:
+        """The same with both maps of copies changed."""
+        return Snapshot(change(self.weights), self.buffers, change(self.optimizer))
+
+    def is_all(self, kind: type) -> bool:
+        """Whether both maps hold nothing but objects of this class."""
+        return all(isinstance(kept, kind) for part in (self.weights, self.optimizer) for kept in part.values())
 
 
 def take(

@@ -1,0 +1,80 @@
+"""A file for what the log keeps but seldom reads: states and tensors of committed steps, out of memory until asked for.
+
+The node opens the file and passes its descriptor; this process only reads and writes it. Without a file, or where
+everything fits into memory, nothing of this is used. A full disk is not an error: what cannot be written stays in
+memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smartnodes_core.arena import FirstFit
+from tensorlink.errors import TensorError
+from tensorlink.steplog.digests import tensor_view
+
+logger = logging.getLogger(__name__)
+
+
+class Shelf:
+    """Tensors in the file behind `fd`, of which `num_bytes` may be used. Not thread-safe: one thread at a time."""
+
+    def __init__(self, fd: int, num_bytes: int) -> None:
+        self._fd = fd
+        self._pieces = FirstFit(num_bytes)
+
+    @property
+    def free_bytes(self) -> int:
+        """What can still be put."""
+        return self._pieces.free_bytes
+
+    def put(self, tensor: Tensor) -> Shelved | None:
+        """Writes a tensor; None where there is no room, of which the log is told once a time."""
+        tensor = tensor.detach().contiguous()
+        view = tensor_view(tensor)
+        offset = self._pieces.take(len(view))
+        if offset is None:
+            logger.warning("the shelf is full: %d bytes stay in memory", len(view))
+            return None
+        try:
+            self._write(offset, view)
+        except OSError as error:
+            self._pieces.give_back(offset)
+            logger.warning("the shelf cannot be written, %d bytes stay in memory: %s", len(view), error)
+            return None
+        return Shelved(self, offset, tensor.dtype, tensor.shape)
+
+    def _write(self, offset: int, view: memoryview) -> None:
+        while view:
+            written = os.pwrite(self._fd, view, offset)
+            offset, view = offset + written, view[written:]
+
+    def read(self, shelved: Shelved) -> Tensor:
+        """The tensor again, in memory of its own. Raises TensorError where the file is shorter than it was."""
+        tensor = torch.empty(shelved.shape, dtype=shelved.dtype)
+        view, offset = tensor_view(tensor), shelved.offset
+        while view:
+            count = os.preadv(self._fd, [view], offset)
+            if not count:
+                raise TensorError(f"the shelf ends at {offset}, {len(view)} bytes before the end of a tensor")
+            offset, view = offset + count, view[count:]
+        return tensor
+
+    def give_back(self, shelved: Shelved) -> None:
+        """The tensor is not needed any more."""
+        self._pieces.give_back(shelved.offset)
+
+
+@dataclass(frozen=True, eq=False)
+class Shelved:
+    """A tensor that lies on a shelf."""
+
+    shelf: Shelf
+    offset: int
+    dtype: torch.dtype
+    shape: torch.Size
