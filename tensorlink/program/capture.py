@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from tensorlink.errors import TraceError
 from tensorlink.program.sources import line_of_error
+from tensorlink.program.stand_ins import stand_ins
 
 PREFIX = "module."
 
@@ -97,7 +98,7 @@ def capture(
     batch = Dim("batch", min=2)
     flat = _Flat(module, rebuild)
     shapes = tuple({0: batch} if is_dynamic else None for is_dynamic in dynamic)
-    with _mode(module, training), _quiet(), _kept_attributes(module):
+    with _mode(module, training), _quiet(), stand_ins(module), _kept_attributes(module):
         try:
             exported = torch.export.export(flat, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
         except TraceError:

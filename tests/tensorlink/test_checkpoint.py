@@ -19,7 +19,7 @@ from tensorlink.shards import INDEX, ShardReader
 
 
 class Net(nn.Module):
-    """Masks, statistics, a weight with two names, a frozen one, one nothing computes with, a constant, a lost buffer."""
+    """Masks, statistics, a weight with two names, one frozen, one nothing computes with, a constant, a lost buffer."""
 
     def __init__(self):
         super().__init__()
