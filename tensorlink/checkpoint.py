@@ -93,7 +93,7 @@ class Checkpoints:
         with _bar("load checkpoint", progress) as bar:
             for stage in range(self._placement.driver.num_stages):
                 for names in parts(state.held(stage, weights), part_bytes):
-                    bar.update(state.send_some(stage, {name: weights[name] for name in names}))
+                    state.send_some(stage, {name: weights[name] for name in names}, bar.update)
         state.keep(weights)
         if reader.metadata.get("seed", self._seed) != self._seed:
             warnings.warn(

@@ -1,9 +1,10 @@
 """What the computing process serves about stages: methods, one-way messages and events of the pipe.
 
-Calls: `load`, `set_loss`, `set_optimizer`, `prepare`, `decide`, `zero_grad`, `state`, `optimizer_state`, `set_state`,
-`set_optimizer_state`, `open`, `unload`. One-way: `begin`, `backward`, `drop_call`, `tensor`, `shared` (a tied
-parameter's sum). Events: `send`, `loss`, `done`, `commitment`, `failed` (and `released`, which the channel sends).
-Every message names its stage by `key`; tensors lie in the arenas and are named by `offset` and `num_bytes`.
+Calls: `load`, `load_part`, `load_end`, `set_loss`, `set_optimizer`, `prepare`, `decide`, `zero_grad`, `state`,
+`optimizer_state`, `set_state`, `set_optimizer_state`, `open`, `unload`. One-way: `begin`, `backward`, `drop_call`,
+`tensor`, `shared` (a tied parameter's sum). Events: `send`, `loss`, `done`, `commitment`, `failed` (and `released`,
+which the channel sends). Every message names its stage by `key`; tensors lie in the arenas and are named by `offset`
+and `num_bytes`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -37,7 +38,8 @@ from tensorlink.program.admission import Bounds
 from tensorlink.program.graph import LossProgram, StageProgram
 from tensorlink.program.limits import check
 from tensorlink.program.values import DTYPES
-from tensorlink.program.weights import Expected, dump, load
+from tensorlink.program.weights import dump
+from tensorlink.stage_loading import Loading
 from tensorlink.steplog.shelf import Shelf
 
 #: Caps of one stage where the node sets none.
@@ -95,9 +97,12 @@ class Stages:
         self._hosted: dict[str, Hosted] = {}
         #: What one micro-batch may cost; `compute.py` puts what was measured here.
         self.bounds = Bounds(channel.limits.memory_bytes or MAX_STAGE_BYTES, MAX_STAGE_FLOPS)
+        self._loading = Loading()
         self._turn = 0
         self.methods: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "load": self._load,
+            "load_part": self._load_part,
+            "load_end": self._load_end,
             "set_loss": self._set_loss,
             "set_optimizer": self._set_optimizer,
             "begin": self._begin,
@@ -257,20 +262,36 @@ class Stages:
                 f"the program is stage {program.stage_index} of {program.num_stages}, it was sent for {place.stage} of "
                 f"{place.num_stages}"
             )
-        state = self._load_state(params["weights"], program.expected_state())
-        one = self._host(key, place, program, state, int(params["window_steps"]), bounds)
-        one.work_units = estimate.flops_forward + estimate.flops_backward
-        self._hosted[key] = one
-        if params.get("loss_program"):
-            one.stage.set_loss(LossProgram.from_json(params["loss_program"]))
-        if params.get("optimizer"):
-            one.stage.set_optimizer(params["optimizer"]["name"], params["optimizer"]["groups"])
+        work_units = estimate.flops_forward + estimate.flops_backward
+
+        def finish(state: dict[str, Tensor], digests: Mapping[str, bytes]) -> dict[str, Any]:
+            one = self._host(key, place, program, state, int(params["window_steps"]), bounds)
+            one.work_units = work_units
+            self._hosted[key] = one
+            if params.get("loss_program"):
+                one.stage.set_loss(LossProgram.from_json(params["loss_program"]))
+            if params.get("optimizer"):
+                one.stage.set_optimizer(params["optimizer"]["name"], params["optimizer"]["groups"])
+            root = commitments.initial_root_of(program, digests)
+            return {"initial_root": root, "tied_with": one.stage.tied.ties.others}
+
+        self._loading.begin(key, program.expected_state(), finish)
         return {
-            "initial_root": commitments.initial_root(program, state),
-            "work_units": one.work_units,
-            "tied_with": one.stage.tied.ties.others,
+            "work_units": work_units,
             "memory_bytes": estimate.parameter_bytes + estimate.saved_bytes + estimate.peak_activation_bytes,
         }
+
+    def _load_part(self, params: dict[str, Any]) -> dict[str, Any]:
+        offset = int(params["offset"])
+        try:
+            data = self._channel.inbound.view(offset, int(params["num_bytes"]))
+            self._loading.put(str(params["key"]), int(params["part"]), data)
+        finally:
+            self._channel.release(offset)
+        return {}
+
+    def _load_end(self, params: dict[str, Any]) -> dict[str, Any]:
+        return self._loading.end(str(params["key"]))
 
     def _host(
         self, key: str, place: Place, program: StageProgram, state: dict[str, Tensor], window: int, bounds: Bounds
@@ -303,14 +324,8 @@ class Stages:
     #: What a stage is made with; a test's own computing process puts a cheating one here.
     make_stage: Callable[..., Stage] = Stage
 
-    def _load_state(self, place: Mapping[str, Any], expected: Expected | None, some: bool = False) -> dict[str, Tensor]:
-        offset = int(place["offset"])
-        try:
-            return load(self._channel.inbound.view(offset, int(place["num_bytes"])), expected, some=some)
-        finally:
-            self._channel.release(offset)
-
     def _unload(self, params: dict[str, Any]) -> dict[str, Any]:
+        self._loading.drop(str(params["key"]))
         one = self._hosted.pop(str(params["key"]), None)
         if one is not None:
             one.pool.shutdown(wait=True)  # the last step's commitment goes out
@@ -394,23 +409,35 @@ class Stages:
         return put(self._channel, dump(wanted), OPEN_TIMEOUT_S)
 
     def _set_state(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Begins to take new values of the parameters and buffers in `names`; they take effect with `load_end`."""
         one = self._of(params)
-        program = one.stage.program
-        state = self._load_state(params["weights"], program.expected_state(), some=True)
-        one.wait_for_hashing()
-        one.stage.set_state(
-            {name: state[name] for name in program.parameters if name in state},
-            {name: state[name] for name in program.buffers if name in state},
-        )
-        one.roots.forget()
+        program, expected = one.stage.program, one.stage.program.expected_state()
+
+        def finish(state: dict[str, Tensor], digests: Mapping[str, bytes]) -> dict[str, Any]:
+            one.wait_for_hashing()
+            one.stage.set_state(
+                {name: tensor for name, tensor in state.items() if name in program.parameters},
+                {name: tensor for name, tensor in state.items() if name in program.buffers},
+            )
+            one.roots.forget()
+            return {}
+
+        self._loading.begin(one.key, {name: expected[name] for name in _names(params, expected)}, finish)
         return {}
 
     def _set_optimizer_state(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Begins to take the optimizer state in `names` ("parameter/state name"); it takes effect with `load_end`."""
         one = self._of(params)
-        state = self._load_state(params["state"], None)
-        one.wait_for_hashing()
-        one.stage.set_optimizer_state(state)
-        one.roots.forget()
+        if one.stage.optimizer is None:
+            raise ProtocolError("no optimizer is set whose state this could be")
+
+        def finish(state: dict[str, Tensor], digests: Mapping[str, bytes]) -> dict[str, Any]:
+            one.wait_for_hashing()
+            one.stage.set_optimizer_state(state)
+            one.roots.forget()
+            return {}
+
+        self._loading.begin(one.key, one.stage.optimizer.expected_state(_texts(params.get("names"))), finish)
         return {}
 
     def _open(self, params: dict[str, Any]) -> dict[str, Any]:
@@ -441,11 +468,17 @@ def _counts(params: dict[str, Any], names: Sequence[str]) -> list[int]:
     return counts
 
 
-def _names(params: Mapping[str, Any], held: Mapping[str, Tensor]) -> list[str]:
+def _names(params: dict[str, Any], held: Collection[str]) -> list[str]:
     """The names that a call asks for, all where it names none."""
-    names = params.get("names")
-    if names is None:
+    if params.get("names") is None:
         return list(held)
-    if not isinstance(names, list) or not all(isinstance(name, str) and name in held for name in names):
+    names = _texts(params["names"])
+    if not all(name in held for name in names):
         raise ProtocolError("names are a list of what this stage holds")
+    return names
+
+
+def _texts(names: Any) -> list[str]:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ProtocolError("names are a list of texts")
     return names

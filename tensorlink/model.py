@@ -23,6 +23,7 @@ from tensorlink.placement import place
 from tensorlink.sharding.private import Private
 from tensorlink.steps import Steps
 from tensorlink.train_step import LossFunction, TrainStep
+from tensorlink.weight_files import Weights
 
 if TYPE_CHECKING:
     from tensorlink.network import Network
@@ -41,6 +42,9 @@ class DistributedModel(torch.nn.Module):
     into, `example_inputs` a tuple (or a dict, for keyword inputs) of tensors like those of training, batch first.
     `seed` fixes dropout.
     `timeout_s` is the shortest time after which silence of the pipeline is an error; it grows with what is measured.
+    `weights` names safetensors files (one, several, a folder, an index) with the values that stages start from: names
+    as in `module.state_dict()`, dtypes and shapes as in the module. What no file has is taken from the module, which
+    may be on the meta device: values are then read while they are sent and never all in memory here.
     `audit_rates` are (per micro-batch, per step) probabilities; `progress` shows a bar while the job is set up.
     `schedule` is that of `train_step`: "1f1b" or "gpipe", or "auto" for what is predicted to be fastest in the workers'
     memory. The loop with `loss.backward()` runs all forwards before the first backward, whatever the schedule: with
@@ -57,8 +61,8 @@ class DistributedModel(torch.nn.Module):
 
     The activations of a forward whose graph is dropped are freed on the workers with the next forward or step.
 
-    Raises TraceError, PartitionError, NoWorkersError or JobError, each saying what was found, what is needed and what
-    to do.
+    Raises TraceError, InputError, PartitionError, NoWorkersError or JobError, each saying what was found, what is
+    needed and what to do.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class DistributedModel(torch.nn.Module):
         schedule: str = "auto",
         private: Private = (),
         autocast: torch.dtype | None = None,
+        weights: Weights | None = None,
     ):
         super().__init__()
         if not 1 <= micro_batches <= MAX_MICRO_BATCHES:
@@ -93,6 +98,7 @@ class DistributedModel(torch.nn.Module):
             schedule,
             private,
             autocast,
+            weights,
         )
         self._driver = self._placement.driver
         self._remote = self._placement.state.remote_parameters()

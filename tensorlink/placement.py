@@ -19,7 +19,8 @@ from smartnodes_core.errors import NoWorkersError
 from smartnodes_core.jobs import Job, spec_digest
 from smartnodes_core.records import NO_DIGEST, Announcement, Assignment, AuditTerms, JobRecord, Plan, Record
 from smartnodes_core.usage import USAGE
-from tensorlink.audit.commitments import initial_root
+from tensorlink.audit.commitments import initial_root_of
+from tensorlink.initial_state import Source, Sources, digest_of, initial_values, num_bytes_of, value_of
 from tensorlink.measure import flops_per_s
 from tensorlink.pipeline.batching import check_outputs
 from tensorlink.pipeline.batching import micro_batches as split_into
@@ -30,7 +31,6 @@ from tensorlink.program.inputs import flatten_inputs
 from tensorlink.program.limits import Estimate
 from tensorlink.program.trace import TracedModel, trace
 from tensorlink.program.values import DTYPES
-from tensorlink.program.weights import dump
 from tensorlink.records import set_root
 from tensorlink.remote_state import RemoteState
 from tensorlink.reporting import report
@@ -40,6 +40,8 @@ from tensorlink.sharding.partition import partition_between
 from tensorlink.sharding.plan import CutModel, PlacementPlan, check_schedule, plan
 from tensorlink.sharding.private import Private, PrivateCut
 from tensorlink.sharding.profile import profile
+from tensorlink.weight_files import Weights
+from tensorlink.weight_sending import send_parts
 from tensorlink.worker import JOB_TYPE
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ class Placement:
     table: PlacementPlan
     training: Training
     state: RemoteState
+    profile_measured: bool
     set_up_s: float = 0.0
     closed: bool = False
 
@@ -120,14 +123,18 @@ def place(
     schedule: str = "auto",
     private: Private = (),
     autocast: torch.dtype | None = None,
+    weights: Weights | None = None,
 ) -> Placement:
-    """Bring `module` onto the network's workers. Raises TraceError, PartitionError, NoWorkersError, JobError."""
+    """Bring `module` onto the network's workers. Raises TraceError, InputError, PartitionError, NoWorkersError,
+    JobError.
+    """
     began = time.monotonic()
     check_schedule(schedule)
     with tqdm(total=5, disable=not progress, leave=False, unit="") as bar:
         bar.set_description("trace")
         traced = trace(module, example_inputs, autocast=autocast)
         check_outputs(traced, micro_batches)
+        values = initial_values(module, traced, weights)
         bar.update()
         bar.set_description("find workers")
         wanted = stages or 1
@@ -153,17 +160,18 @@ def place(
         bar.update()
         bar.set_description("open the job")
         driver = Driver(network.user, programs[0].inputs, programs[-1].outputs, timeout_s)
-        states = [traced.state(program) for program in programs]
-        record = _record(network, programs, estimates, states, {"seed": seed, "samples": samples}, audit_terms)
+        states = [{name: values[name] for name in program.expected_state()} for program in programs]
+        roots = _roots(programs, values, progress)
+        record = _record(network, programs, estimates, roots, {"seed": seed, "samples": samples}, audit_terms)
         job = network.user.open_job(record, _plan(network, record, table), driver)
         driver.attach(job)
-        kept = _private_layers(traced, parts, seed)
-        state = RemoteState(traced, programs, driver, kept)
-        placement = Placement(network, traced, programs, kept, driver, job, table, training, state)
+        kept = _private_layers(parts, values, seed)
+        state = RemoteState(traced, programs, driver, kept, values)
+        placement = Placement(network, traced, programs, kept, driver, job, table, training, state, costs.measured)
         try:
             bar.update()
             bar.set_description("send weights")
-            _load_stages(driver, programs, states)
+            _load_stages(driver, programs, states, progress)
         except BaseException:
             placement.close()
             raise
@@ -173,9 +181,9 @@ def place(
     return placement
 
 
-def _private_layers(traced: TracedModel, cut: PrivateCut, seed: int) -> PrivateLayers:
-    state = {n: t for program in (cut.head, cut.tail) if program is not None for n, t in traced.state(program).items()}
-    return PrivateLayers(cut.head, cut.tail, state, seed)
+def _private_layers(cut: PrivateCut, values: Sources, seed: int) -> PrivateLayers:
+    names = {n for program in (cut.head, cut.tail) if program is not None for n in program.expected_state()}
+    return PrivateLayers(cut.head, cut.tail, {name: value_of(values[name]) for name in sorted(names)}, seed)
 
 
 def _samples(traced: TracedModel, example_inputs: Any, micro_batches: int) -> int:
@@ -228,7 +236,7 @@ def _record(
     network: Network,
     programs: list[StageProgram],
     estimates: list[Estimate],
-    states: list[dict[str, torch.Tensor]],
+    roots: list[bytes],
     terms: dict[str, int],
     audit: AuditTerms,
 ) -> JobRecord:
@@ -241,7 +249,7 @@ def _record(
         num_stages=len(programs),
         num_replicas=1,
         specs=[spec_digest(program.to_json()) for program in programs],
-        initial_roots=[initial_root(program, state) for program, state in zip(programs, states, strict=True)],
+        initial_roots=roots,
         work_units=[estimate.work_units for estimate in estimates],
         audit=audit,
         terms=dict(terms),
@@ -271,11 +279,24 @@ def _key(worker: Announcement) -> bytes:
     return worker.node_key
 
 
-def _load_stages(driver: Driver, programs: list[StageProgram], states: list[dict[str, torch.Tensor]]) -> None:
-    """All at once; each stage's weights are written out while those of others are on their way."""
-    specs = [program.to_json() for program in programs]
-    driver.call_all(
-        "load",
-        lambda stage: {"program_bytes": len(specs[stage])},
-        lambda stage: [specs[stage], dump(states[stage])],
+def _roots(programs: list[StageProgram], values: Mapping[str, Source], progress: bool) -> list[bytes]:
+    """The root of each stage's initial state: every tensor is read once, those in files a piece at a time."""
+    names = {name for program in programs for name in program.expected_state()}
+    with _bytes_bar("read weights", sum(num_bytes_of(values[name]) for name in names), progress) as bar:
+        digests = {name: digest_of(name, values[name], bar.update) for name in sorted(names)}
+    return [initial_root_of(program, digests) for program in programs]
+
+
+def _load_stages(driver: Driver, programs: list[StageProgram], states: list[dict[str, Source]], progress: bool) -> None:
+    """The programs, which workers check before they allocate anything; then the weights, in parts."""
+    driver.call_all("load", lambda stage: {}, lambda stage: [programs[stage].to_json()])
+    total = sum(num_bytes_of(value) for state in states for value in state.values())
+    with _bytes_bar("send weights", total, progress) as bar:
+        send_parts(driver, dict(enumerate(states)), bar.update)
+    driver.call_all("load_end", lambda stage: {})
+
+
+def _bytes_bar(what: str, num_bytes: int, progress: bool) -> tqdm[Any]:
+    return tqdm(
+        total=num_bytes, desc=what, disable=not progress, leave=False, unit="B", unit_scale=True, unit_divisor=1024
     )

@@ -9,6 +9,7 @@ byte count.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from blake3 import blake3
@@ -17,6 +18,8 @@ from msgspec import Meta
 from smartnodes_core.records import Count, Digest, Name, Record, canonical, digest_of
 
 LEAF_BYTES = 1 << 20
+#: Weights cross in parts of this length: of these a sender holds a few, a receiver one at a time.
+PART_BYTES = 4 * LEAF_BYTES
 
 _LEAF_KEY = digest_of("tensor leaf key", b"")
 _NODE_KEY = digest_of("tensor node key", b"")
@@ -124,12 +127,21 @@ def tensor_digest(name: str, dtype: str, shape: list[int] | tuple[int, ...], dat
 
     `data` is C-contiguous and little-endian; `dtype` is torch's name without the prefix, such as "float32".
     """
-    view = memoryview(data).cast("B") if len(data) else memoryview(b"")
-    level = [blake3(view[at : at + LEAF_BYTES], key=_LEAF_KEY).digest() for at in range(0, len(view), LEAF_BYTES)]
+    return streamed_digest(name, dtype, shape, [data])
+
+
+def streamed_digest(name: str, dtype: str, shape: list[int] | tuple[int, ...], pieces: Iterable[Buffer]) -> bytes:
+    """The same of a tensor that comes in pieces, each but the last a multiple of LEAF_BYTES long."""
+    level: list[bytes] = []
+    num_bytes = 0
+    for data in pieces:
+        view = memoryview(data).cast("B") if len(data) else memoryview(b"")
+        num_bytes += len(view)
+        level += [blake3(view[at : at + LEAF_BYTES], key=_LEAF_KEY).digest() for at in range(0, len(view), LEAF_BYTES)]
     while len(level) > 1:
         paired = [blake3(level[i] + level[i + 1], key=_NODE_KEY).digest() for i in range(0, len(level) - 1, 2)]
         level = paired + level[len(paired) * 2 :]
-    meta = canonical({"name": name, "dtype": dtype, "shape": list(shape), "num_bytes": len(view)})
+    meta = canonical({"name": name, "dtype": dtype, "shape": list(shape), "num_bytes": num_bytes})
     return blake3(meta + b"".join(level), key=_NODE_KEY).digest()
 
 

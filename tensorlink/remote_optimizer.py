@@ -18,12 +18,13 @@ from tensorlink.pipeline.driver import Driver
 from tensorlink.private import PrivateLayers
 from tensorlink.program.graph import StageProgram
 from tensorlink.program.values import DTYPES
-from tensorlink.program.weights import dump, load
+from tensorlink.program.weights import load
 from tensorlink.remote_state import HEADER_BYTES, num_bytes_of, parts
 from tensorlink.stage_optimizer import check_state, decode_options, encode_options, state_specs
+from tensorlink.weight_sending import replace_state
 
-#: State travels in parts of this size.
-PART_BYTES = 512 << 20
+#: As much state is replaced at once: until it is there, a stage has both.
+REPLACED_BYTES = 512 << 20
 State = dict[str, dict[str, Tensor]]
 
 
@@ -102,9 +103,9 @@ class RemoteOptimizer:
         self._private.set_optimizer_state({f"{n}/{key}": t for n in own for key, t in state.get(n, {}).items()})
         for program in self._programs:
             sizes = {n: sum(t.nbytes for t in state[n].values()) for n in program.parameters if n in state}
-            for names in parts(sizes, PART_BYTES):
+            for names in parts(sizes, REPLACED_BYTES):
                 tensors = {f"{name}/{key}": tensor for name in names for key, tensor in state[name].items()}
-                self._driver.call(program.stage_index, "set_optimizer_state", {}, [dump(tensors)])
+                replace_state(self._driver, "set_optimizer_state", {program.stage_index: tensors})
 
     def _specs(self, stage: int, names: Iterable[str]) -> dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
         options, parameters = self._options(), self._programs[stage].parameters
@@ -129,5 +130,5 @@ class RemoteOptimizer:
 def _as(value: Any, kept: tuple[torch.dtype, tuple[int, ...]] | None) -> Tensor:
     if not isinstance(value, Tensor | int | float):
         raise OptimizerError(f"found optimizer state of type {type(value).__name__}, needed tensors and numbers")
-    tensor = torch.as_tensor(value).detach().cpu()
+    tensor = torch.as_tensor(value).detach().cpu().contiguous()
     return tensor if kept is None else tensor.to(kept[0])

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
 from smartnodes_core.errors import JobError
+from tensorlink.initial_state import Source, Sources, value_of
 from tensorlink.parameters import PRIVATE, UNUSED, RemoteParameter
 from tensorlink.pipeline.driver import Driver
 from tensorlink.private import PrivateLayers
 from tensorlink.program.graph import StageProgram
 from tensorlink.program.trace import TracedModel
 from tensorlink.program.values import DTYPES
-from tensorlink.program.weights import dump, load
+from tensorlink.program.weights import load
+from tensorlink.weight_files import FileTensor
+from tensorlink.weight_sending import replace_state
 
 #: Added to the bytes of a stage's tensors for the file's header.
 HEADER_BYTES = 16 << 20
@@ -27,11 +30,21 @@ class RemoteState:
     What the module's state_dict has and no stage computes with stays here: it must survive a round trip all the same.
     """
 
-    def __init__(self, traced: TracedModel, programs: list[StageProgram], driver: Driver, private: PrivateLayers):
+    def __init__(
+        self,
+        traced: TracedModel,
+        programs: list[StageProgram],
+        driver: Driver,
+        private: PrivateLayers,
+        values: Sources,
+    ):
         self._traced, self._programs, self._driver, self._private = traced, programs, driver, private
         used = {name for program in programs for name in program.expected_state()} | private.expected_state.keys()
-        own: dict[str, torch.Tensor] = {**traced.parameters, **traced.buffers}
-        self._kept = {name: tensor.detach().clone() for name, tensor in own.items() if name not in used}
+        self._kept: dict[str, Source] = {
+            name: value if isinstance(value, FileTensor) else value_of(value)
+            for name, value in values.items()
+            if name not in used
+        }
 
     def remote_parameters(self) -> dict[str, RemoteParameter]:
         """Stand-ins in the order of the wrapped module's `named_parameters()`, tied names included."""
@@ -49,7 +62,7 @@ class RemoteState:
     def fetch(self) -> dict[str, torch.Tensor]:
         """Everything that the wrapped module's state_dict has, under its names and in its order."""
         replies = self._driver.call_all("state", lambda stage: {}, max_body_bytes=self._max_bytes)
-        found = {name: tensor.clone() for name, tensor in self._kept.items()} | self._private.state()
+        found = {name: value_of(value) for name, value in self._kept.items()} | self._private.state()
         for program, reply in zip(self._programs, replies, strict=True):
             found.update(load(reply.body, program.expected_state()))
         aliases = self._traced.aliases
@@ -73,7 +86,7 @@ class RemoteState:
         private = self._checked(given, self._private.expected_state)
         specs = {name: (str(kept.dtype).removeprefix("torch."), tuple(kept.shape)) for name, kept in self._kept.items()}
         self._kept.update({name: value.clone() for name, value in self._checked(given, specs).items()})
-        self._driver.call_all("set_state", lambda stage: {}, lambda stage: [dump(pieces[stage])])
+        replace_state(self._driver, "set_state", dict(enumerate(pieces)))
         self._private.set_state(private)
         return missing, unexpected
 
@@ -103,13 +116,21 @@ class RemoteState:
     def here(self) -> dict[str, torch.Tensor]:
         """What no stage holds and the module's state_dict has all the same: copies of what private layers compute
         with, and of what nothing does."""
+        kept = {name: value_of(self._kept[name]) for name in self._here() if name in self._kept}
+        private = self._private.state()
+        return kept | {name: private[name] for name in self._here() if name in private}
+
+    def _here(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """dtypes and shapes of `here()`."""
         held = {name for program in self._programs for name in program.expected_state()}
-        found = {name: tensor.clone() for name, tensor in self._kept.items()} | self._private.state()
-        return {name: tensor for name, tensor in found.items() if name in self._wanted() and name not in held}
+        found = {name: (value.dtype, tuple(value.shape)) for name, value in self._kept.items()}
+        for name, (dtype, shape) in self._private.expected_state.items():
+            found[name] = DTYPES[dtype], tuple(shape)
+        return {name: spec for name, spec in found.items() if name in self._wanted() and name not in held}
 
     def specs(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """dtype and shape of everything that the module's state_dict has, tied names once."""
-        found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.here().items()}
+        found = self._here()
         for program in self._programs:
             held = program.expected_state()
             for name in self.saved(program.stage_index):
@@ -128,11 +149,9 @@ class RemoteState:
         expected = self._programs[stage].expected_state()
         return {n: num_bytes_of(DTYPES[expected[n][0]], expected[n][1]) for n in names if n in expected}
 
-    def send_some(self, stage: int, tensors: Mapping[str, torch.Tensor]) -> int:
-        """A stage takes these tensors, which have its dtypes and shapes; returns the bytes sent."""
-        data = dump(tensors)
-        self._driver.call(stage, "set_state", {}, [data])
-        return len(data)
+    def send_some(self, stage: int, tensors: Mapping[str, torch.Tensor], on_bytes: Callable[[int], object]) -> None:
+        """A stage takes these tensors, which have its dtypes and shapes; `on_bytes` hears of progress."""
+        replace_state(self._driver, "set_state", {stage: tensors}, on_bytes)
 
     def keep(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Those of `tensors` that belong here: to private layers, or to nothing that computes."""
@@ -153,7 +172,7 @@ class RemoteState:
             if not isinstance(value, torch.Tensor) or tuple(value.shape) != tuple(shape):
                 found = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
                 raise JobError(f"load_state_dict: {name} is {found}, the model has {list(shape)}")
-            piece[name] = value.detach().to("cpu", DTYPES[dtype])
+            piece[name] = value.detach().to("cpu", DTYPES[dtype]).contiguous()
         return piece
 
     def _max_bytes(self, stage: int) -> int:

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 def report(placement: Placement, num_steps: int) -> dict[str, Any]:
     """`job`, `num_steps`, `set_up_s`, `plan` (a table in text), `schedule`, `predicted_step_s` beside `step_s` (the
     median of `train_step`, with what the user's side adds; None before the first), `work_units` (FLOPs committed to),
-    `audits`, `num_spares`, `private_parameters` (those that stay with the user), and per stage its worker, endpoint,
-    parameters, predicted and real busy seconds, bytes of memory by use, work, audits and reputation on chain.
+    `audits`, `num_spares`, `private_parameters` (those that stay with the user), `profile_measured` (whether the
+    model was run for the plan, as one on the meta device cannot be), and per stage its worker, endpoint, parameters,
+    predicted and real busy seconds, bytes of memory by use, work, audits and reputation on chain.
     """
     stages = [_stage(placement, stage, num_steps) for stage in range(len(placement.programs))]
     return {
@@ -26,6 +27,7 @@ def report(placement: Placement, num_steps: int) -> dict[str, Any]:
         "schedule": placement.table.schedule.name,
         "predicted_step_s": placement.table.step_s,
         "step_s": placement.driver.tally.step_s,
+        "profile_measured": placement.profile_measured,
         "work_units": _total(stages, "work_units"),
         "audits": placement.driver.tally.findings(),
         "private_parameters": list(placement.private.parameters),

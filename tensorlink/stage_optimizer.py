@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tensorlink.errors import OptimizerError
+from tensorlink.program.values import DTYPE_NAMES
 
 ALLOWED: dict[str, type[torch.optim.Optimizer]] = {
     "ASGD": torch.optim.ASGD,
@@ -147,6 +148,23 @@ class StageOptimizer:
                         found[f"{self._names[id(parameter)]}/{key}"] = value
         return dict(sorted(found.items()))
 
+    def expected_state(self, names: Sequence[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """dtype and shape of state by `parameter/state name`. Raises OptimizerError for what this optimizer does not
+        keep."""
+        options, kept, found = self._group_of(), dict[str, Any](), {}
+        for name in names:
+            parameter, _, key = name.rpartition("/")
+            if parameter not in kept:
+                if parameter not in options:
+                    raise OptimizerError(_not_here(parameter))
+                spec = self.parameters[parameter]
+                kept[parameter], _ = state_specs(self.name, options[parameter], tuple(spec.shape), spec.dtype)
+            if key not in kept[parameter]:
+                raise OptimizerError(f"{self.name} keeps no {key[:64]!r} for {parameter[:128]!r}")
+            dtype, shape = kept[parameter][key]
+            found[name] = DTYPE_NAMES[dtype], shape
+        return found
+
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies of `tensors` become the state of the parameters that they belong to; others keep theirs.
 
@@ -156,11 +174,10 @@ class StageOptimizer:
         for name, tensor in tensors.items():
             parameter, _, key = name.rpartition("/")
             fresh.setdefault(parameter, {})[key] = tensor
-        groups = self._torch.param_groups if self._torch is not None else []
-        options = {self._names[id(p)]: group for group in groups for p in group["params"]}
+        options = self._group_of()
         for name, state in fresh.items():
             if name not in options:
-                raise OptimizerError(f"optimizer state of {name[:128]!r}: it is no parameter of this stage's optimizer")
+                raise OptimizerError(_not_here(name))
             spec = self.parameters[name]
             check_state(self.name, options[name], name, tuple(spec.shape), spec.dtype, state)
         for name, state in fresh.items():
@@ -168,11 +185,19 @@ class StageOptimizer:
                 copies = {key: tensor.detach().clone() for key, tensor in state.items()}
                 self._torch.state[self.parameters[name]] = copies
 
+    def _group_of(self) -> dict[str, dict[str, Any]]:
+        groups = self._torch.param_groups if self._torch is not None else []
+        return {self._names[id(p)]: group for group in groups for p in group["params"]}
+
     def _names_of(self, group: Mapping[str, Any]) -> list[str]:
         return [key for key in group.get("parameters", ()) if key in self.parameters]
 
     def _options(self, group: Mapping[str, Any]) -> dict[str, Any]:
         return decode_options(self.name, {key: value for key, value in group.items() if key != "parameters"})
+
+
+def _not_here(parameter: str) -> str:
+    return f"optimizer state of {parameter[:128]!r}: it is no parameter of this stage's optimizer"
 
 
 def state_specs(

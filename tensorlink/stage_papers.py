@@ -19,11 +19,12 @@ SPARE_ORDERS = 16
 
 @dataclass
 class StagePapers:
-    """Of one stage. `window_steps` is the job's audit window."""
+    """Of one stage. `window_steps` is the job's audit window; `loading` is the program whose weights are arriving."""
 
     window_steps: int
     program: bytes | None = None
     tied_with: frozenset[int] = frozenset()  # the stages that hold parameters which this one holds too
+    loading: bytes | None = None
     _losses: OrderedDict[bytes, bytes] = field(default_factory=OrderedDict)
     _orders: OrderedDict[int, tuple[bytes, bytes]] = field(default_factory=OrderedDict)
 

@@ -19,7 +19,7 @@ from smartnodes_core.nesting import bounded_json
 from smartnodes_core.records import Commitment, NodeKey, OpeningItem, Signed
 from smartnodes_core.usage import USAGE
 from tensorlink.pipeline.headers import MAX_TENSOR_BYTES, SHARED, counts_of, field_of, num_tensor_bytes
-from tensorlink.records import Decide, Prepare, StepOrder
+from tensorlink.records import PART_BYTES, Decide, Prepare, StepOrder
 from tensorlink.stage_compute import COMPUTE, StageCompute
 from tensorlink.stage_papers import StagePapers
 
@@ -111,6 +111,8 @@ class StageHandler:
             return {}, []
         serve = {
             "load": self._load,
+            "load_part": self._load_part,
+            "load_end": self._load_end,
             "set_loss": self._set_loss,
             "set_optimizer": self._set_optimizer,
             "zero_grad": self._zero_grad,
@@ -174,8 +176,8 @@ class StageHandler:
     # -- calls of the author ------------------------------------------------------------------------------------------
 
     def _load(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
-        """The body holds the program and then the weights; the program must be the one that the job record names."""
-        program = bytes(body[: field_of(params, "program_bytes")])
+        """The body is the program, which must be the one that the job record names; its weights come in parts."""
+        program = bytes(body)
         record = stage.job.record
         if spec_digest(program) != record.specs[stage.stage]:
             raise RecordError("the program is not the one that the job record names for this stage")
@@ -187,17 +189,31 @@ class StageHandler:
             "num_stages": record.num_stages,
             "program": program,
             "loss_program": b"",
-            "weights": self._compute.put(body[len(program) :]),
             "optimizer": {},
             "seed": record.terms["seed"],
             "window_steps": record.audit.window_steps,
             "limits": {"batch": record.terms["samples"]},
         }
         reply = self._compute.call(stage, "load", content)
-        if bytes(reply["initial_root"]) != record.initial_roots[stage.stage]:
-            raise RecordError("the weights are not those that the job record names for this stage")
-        papers = self._papers_of(stage)
-        papers.program, papers.tied_with = program, frozenset(int(number) for number in reply["tied_with"])
+        self._papers_of(stage).loading = program
+        return reply, []
+
+    def _load_part(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
+        """A part of what `load`, `set_state` or `set_optimizer_state` began, by its number in `program/parts.py`."""
+        part = field_of(params, "part")
+        if len(body) > PART_BYTES:
+            raise ProtocolError(f"part {part} has {len(body)} bytes, at most {PART_BYTES} are taken")
+        return self._compute.call(stage, "load_part", {"part": part, **self._compute.put(body)}), []
+
+    def _load_end(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
+        """All parts are there: a stage that was loaded begins in the state that the job record names, or not at all."""
+        reply, papers = self._compute.call(stage, "load_end", {}), self._papers_of(stage)
+        root = reply.get("initial_root")
+        if root is not None:
+            if bytes(root) != stage.job.record.initial_roots[stage.stage]:
+                self._compute.call(stage, "unload", {})
+                raise RecordError("the weights are not those that the job record names for this stage")
+            papers.program, papers.tied_with = papers.loading, frozenset(int(number) for number in reply["tied_with"])
         return reply, []
 
     def _set_loss(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
@@ -248,14 +264,16 @@ class StageHandler:
         return {}, [self._compute.take(self._compute.call(stage, "optimizer_state", _wanted(body)))]
 
     def _set_state(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
-        return self._compute.call(stage, "set_state", {"weights": self._compute.put(body)}), []
+        """Begins to take new values of what the body lists, or of all where it is empty; `load_end` ends it."""
+        return self._compute.call(stage, "set_state", _wanted(body)), []
 
     def _usage(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
         """What this rig has spent since it started, all its jobs together; see `smartnodes_core/usage.py`."""
         return {"node": USAGE.read(), "compute": self._compute.call(stage, "usage", {})}, []
 
     def _set_optimizer_state(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
-        return self._compute.call(stage, "set_optimizer_state", {"state": self._compute.put(body)}), []
+        """Begins to take the optimizer state that the body lists, by "parameter/state name"; `load_end` ends it."""
+        return self._compute.call(stage, "set_optimizer_state", _wanted(body)), []
 
     def _check_plan(self, stage: StageOfJob, record: Prepare | Decide) -> None:
         if record.job != stage.job.id or record.plan_version != stage.job.plan.version:

@@ -40,7 +40,8 @@ logger = logging.getLogger(__name__)
 ListOrReveal = TypeVar("ListOrReveal", ReceivedList, Reveal)
 
 STREAM = "job"
-MAX_STATE_BYTES = 8 << 30
+#: The body of an author's call: what a stage runs is the largest.
+MAX_CALL_BYTES = 64 << 20
 MAX_VERDICTS = 1000
 #: Stages of one job on one rig: schedules use two or three.
 MAX_STAGES_PER_JOB = 8
@@ -190,14 +191,14 @@ class WorkerNode:
 
     # -- the author's calls, the other stages' tensors ----------------------------------------------------------------
 
-    @allow(roles=("user",), max_body_bytes=MAX_STATE_BYTES, check="_check_author")
+    @allow(roles=("user",), max_body_bytes=MAX_CALL_BYTES, check="_check_author")
     def rpc_job(self, caller: Peer, params: dict[str, Any], body: memoryview) -> tuple[dict[str, Any], Any]:
         """A call of the job's author to one of its stages: `method` and `params` are the handler's."""
         stage = self._held.stage(text_in(params, "key"))
         return self.handler.call(stage, text_in(params, "method"), map_in(params, "params"), body)
 
     def _check_author(self, caller: Peer, params: dict[str, Any], num_body_bytes: int) -> None:
-        """Weights may be large: nobody but the author gets memory for them."""
+        """Nobody but the author gets memory for a call's body."""
         if caller.node_key != self._held.stage(text_in(params, "key")).author:
             raise AuthorityError("only the author of a job drives its stages")
 

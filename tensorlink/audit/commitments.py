@@ -26,9 +26,14 @@ def input_root(tensors: Mapping[int, Tensor]) -> bytes:
 
 def initial_root(program: StageProgram, state: Mapping[str, Tensor]) -> bytes:
     """What a job record names as the state in which a stage begins: weights and buffers (constants among them)."""
-    weights = {name: state[name] for name in program.parameters}
-    buffers = {name: state[name] for name in program.buffers}
-    return set_root({"weights": root(weights), "buffers": root(buffers)})
+    return initial_root_of(program, {name: digest(name, state[name]) for name in program.expected_state()})
+
+
+def initial_root_of(program: StageProgram, digests: Mapping[str, bytes]) -> bytes:
+    """The same from the tensors' digests, for those who do not hold all tensors at once."""
+    weights = set_root({name: digests[name] for name in program.parameters})
+    buffers = set_root({name: digests[name] for name in program.buffers})
+    return set_root({"weights": weights, "buffers": buffers})
 
 
 def mode_root(forward: ForwardRecord) -> bytes:

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from tensorlink.errors import TraceError
 from tensorlink.program import autocast as autocasts
 from tensorlink.program.sources import line_of_caller, line_of_error
+from tensorlink.program.stand_ins import stand_ins
 
 PREFIX = "module."
 #: What to do about a course that depends on data.
@@ -108,7 +109,8 @@ def capture(
     flat = _Flat(module, rebuild)
     shapes = tuple({0: batch if times == 1 else times * batch} if times else None for times in rows)
     device, name = tensors[0].device, autocasts.name_of(autocast)
-    quiet = _quiet(), _kept_attributes(module), _no_custom_backward()
+    # stand-ins come before attributes are kept, or lists of weights would keep them
+    quiet = _quiet(), stand_ins(module), _kept_attributes(module), _no_custom_backward()
     with contextlib.ExitStack() as stack:
         for context in (_mode(module, training), *quiet, autocasts.region(device, name)):
             stack.enter_context(context)

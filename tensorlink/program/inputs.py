@@ -86,7 +86,12 @@ def bind_example(
     if batch == 1:
         tensors = [_doubled(t) if is_dynamic else t for t, is_dynamic in zip(tensors, dynamic, strict=True)]
     binding = Binding(signature, arguments, tree, literals, len(paths), tuple(names), dynamic, max(batch, 2))
-    return binding, [aligned(tensor) for tensor in tensors]
+    return binding, [aligned(_on_cpu(tensor)) for tensor in tensors]
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """The tensor, or for one on the meta device zeros like it: traces do not depend on values."""
+    return torch.zeros_like(tensor, device="cpu").requires_grad_(tensor.requires_grad) if tensor.is_meta else tensor
 
 
 def _doubled(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ does not see to.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
@@ -81,18 +81,16 @@ def dump(state: Mapping[str, Tensor]) -> bytes:
     return b"".join([len(text).to_bytes(8, "little"), text, *(tensor_bytes(state[name]) for name in sorted(state))])
 
 
-def load(
-    data: bytes | bytearray | memoryview, expected: Expected | None = None, *, some: bool = False
-) -> dict[str, Tensor]:
+def load(data: bytes | bytearray | memoryview, expected: Expected | None = None) -> dict[str, Tensor]:
     """The tensors in `data`, each newly allocated, contiguous and 64-byte aligned.
 
     `expected` maps names to (dtype, shape) as `StageProgram.expected_state()` gives them: exactly these must be
-    there, or with `some` no others. Raises TensorError naming the tensor, before anything is allocated.
+    there. Raises TensorError naming the tensor, before anything is allocated.
     """
     view = memoryview(data).cast("B")
-    entries, start = _header(view)
+    entries, start = read_header(lambda at, num_bytes: view[at : at + num_bytes], len(view))
     if expected is not None:
-        _compare(entries, {name: expected[name] for name in expected if name in entries} if some else expected)
+        _compare(entries, expected)
     loaded = {}
     for name, (dtype, shape, begin, end) in entries.items():
         tensor = torch.empty(shape, dtype=DTYPES[dtype])
@@ -111,20 +109,25 @@ def load(
 Entry = tuple[str, tuple[int, ...], int, int]
 
 
-def _header(view: memoryview) -> tuple[dict[str, Entry], int]:
-    if len(view) < 8:
-        raise TensorError(f"a safetensors file has at least 8 bytes, found {len(view)}")
-    length = int.from_bytes(view[:8], "little")
-    if length > min(MAX_HEADER_BYTES, len(view) - 8):
-        raise TensorError(f"a safetensors header of {length} bytes in {len(view)}: at most {MAX_HEADER_BYTES} are read")
+def read_header(read: Callable[[int, int], bytes | memoryview], num_bytes: int) -> tuple[dict[str, Entry], int]:
+    """What a file of `num_bytes` says of its tensors: dtype, shape, first and last byte; and where those count from.
+
+    `read(at, num_bytes)` gives bytes of the file. Raises TensorError for a header over its cap or malformed, and for
+    tensors that overlap, leave gaps, or are not all there.
+    """
+    if num_bytes < 8:
+        raise TensorError(f"a safetensors file has at least 8 bytes, found {num_bytes}")
+    length = int.from_bytes(read(0, 8), "little")
+    if length > min(MAX_HEADER_BYTES, num_bytes - 8):
+        raise TensorError(f"a safetensors header of {length} bytes in {num_bytes}: at most {MAX_HEADER_BYTES} are read")
     try:
-        header = bounded_json(view[8 : 8 + length], object_pairs_hook=_unique)
+        header = bounded_json(read(8, length), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise TensorError(f"a safetensors header that is not JSON: {str(error)[:120]}") from None
     if not isinstance(header, dict):
         raise TensorError("a safetensors header is a JSON object")
     header.pop("__metadata__", None)
-    available = len(view) - 8 - length
+    available = num_bytes - 8 - length
     entries = {name: _entry(name, item) for name, item in header.items()}
     at = 0
     for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):

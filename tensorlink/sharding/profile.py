@@ -66,10 +66,11 @@ def profile(
     all.
 
     The module's parameters are read and nothing of it is changed. `measured=False` gives the same result on every
-    machine.
+    machine; so does a module (or an example) on the meta device, which nothing can run.
     """
     args, kwargs = ((), example_inputs) if isinstance(example_inputs, dict) else (example_inputs, {})
     inputs = flatten_inputs(traced, args, kwargs)
+    measured = measured and not any(t.is_meta for t in (*traced.parameters.values(), *traced.buffers.values(), *inputs))
     batch = next(len(tensor) for tensor, is_dynamic in zip(inputs, traced.binding.dynamic, strict=True) if is_dynamic)
     if samples is not None and samples < batch:
         batch = min(batch, max(samples, 2))  # layers that normalise over the batch need two

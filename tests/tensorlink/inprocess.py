@@ -18,13 +18,15 @@ from smartnodes_core.jobs import Job
 from smartnodes_core.nodes.user import UserNode
 from smartnodes_core.records import Announcement, AuditTerms, Signed
 from smartnodes_core.rpc import Reply
+from tensorlink.audit.commitments import initial_root_of
 from tensorlink.pipeline.frames import dtype_name, tensor_bytes
 from tensorlink.pipeline.inbox import Delivery
 from tensorlink.pipeline.stage import Place, Stage
 from tensorlink.program.graph import LossProgram, StageProgram
 from tensorlink.program.values import DTYPES
-from tensorlink.program.weights import dump, load
+from tensorlink.program.weights import dump
 from tensorlink.records import Decide, Prepare, StepOrder
+from tensorlink.stage_loading import Loading
 
 COUNTS = ("step", "call", "micro_batch", "type", "backward_pass")
 
@@ -140,6 +142,7 @@ class Stages:
         self._note = note
         self._job, self._listener = job, listener
         self._work = queue.Queue()
+        self._loading = Loading()
         threading.Thread(target=self._run, daemon=True).start()
 
     def post(self, work):
@@ -179,7 +182,18 @@ class Stages:
     def call(self, index, method, params, body, order):
         stage = self.stages[index]
         if method == "load":
-            self.stages[index] = self._loaded(index, StageProgram.from_json(body[0]), body[1])
+            program = StageProgram.from_json(body[0])
+
+            def begun(state, digests):
+                assert initial_root_of(program, digests) == self._job.record.initial_roots[index]
+                self.stages[index] = self._loaded(index, program, state)
+                return {}
+
+            self._loading.begin(str(index), program.expected_state(), begun)
+        elif method == "load_part":
+            self._loading.put(str(index), params["part"], memoryview(b"".join(body)))
+        elif method == "load_end":
+            self._loading.end(str(index))
         elif method == "set_loss":
             stage.set_loss(LossProgram.from_json(body[0]))
         elif method == "set_optimizer":
@@ -207,17 +221,24 @@ class Stages:
             wanted, state = names(body, stage.parameters), stage.optimizer.state_tensors()
             return Reply({}, memoryview(dump({n: t for n, t in state.items() if n.rpartition("/")[0] in wanted})))
         elif method == "set_state":
-            state = load(body[0], stage.program.expected_state(), some=True)
-            stage.set_state(
-                {name: state[name] for name in stage.parameters if name in state},
-                {name: state[name] for name in stage.buffers if name in state},
-            )
+            expected = stage.program.expected_state()
+
+            def replaced(state, digests):
+                parameters = {name: tensor for name, tensor in state.items() if name in stage.parameters}
+                stage.set_state(parameters, {n: tensor for n, tensor in state.items() if n not in parameters})
+                return {}
+
+            self._loading.begin(str(index), {name: expected[name] for name in names(body, expected)}, replaced)
         elif method == "set_optimizer_state":
-            stage.set_optimizer_state(load(body[0]))
+
+            def restored(state, digests):
+                stage.set_optimizer_state(state)
+                return {}
+
+            self._loading.begin(str(index), stage.optimizer.expected_state(names(body, ())), restored)
         return Reply({}, memoryview(b""))
 
-    def _loaded(self, index, program, weights):
-        state = load(weights, program.expected_state())
+    def _loaded(self, index, program, state):
         parameters = {n: state[n].requires_grad_(spec.requires_grad) for n, spec in program.parameters.items()}
         record = self._job.record
         place = Place(self._job.id, 0, 0, index, record.num_stages, record.terms["seed"])

@@ -23,9 +23,10 @@ from tensorlink.errors import OptimizerError, ProgramError, TensorError
 from tensorlink.measure import numeric_class
 from tensorlink.program import graph
 from tensorlink.program.loss import trace_loss
+from tensorlink.program.parts import Parts
 from tensorlink.program.trace import trace
-from tensorlink.program.values import DTYPES, Value
-from tensorlink.program.weights import dump, load, tensor_bytes
+from tensorlink.program.values import DTYPE_NAMES, DTYPES, Value
+from tensorlink.program.weights import load, tensor_bytes
 from tensorlink.records import StepOrder
 from tensorlink.sharding.partition import partition
 from tensorlink.sharding.profile import profile
@@ -34,6 +35,12 @@ from tensorlink.stage_optimizer import encode_options
 COMMAND = [sys.executable, "-m", "tensorlink.compute"]
 ARENA = 64 << 20
 TIMEOUT_S = 60.0
+
+
+def parts_of(expected, state):
+    """The bytes of each part of a state."""
+    for part in range(len(parts := Parts(expected))):
+        yield b"".join(bytes(tensor_bytes(state[name])[begin:end]) for name, begin, end in parts.pieces(part))
 
 
 class Node:
@@ -67,10 +74,25 @@ class Node:
     def load(self, program, state, job, /, **changes):
         params = {
             "job": job, "plan_version": 0, "replica": 0, "stage": self.index, "num_stages": self.num_stages,
-            "program": program.to_json(), "loss_program": b"", "weights": self.put(dump(state)), "optimizer": {},
-            "seed": 7, "window_steps": 4, "limits": {},
+            "program": program.to_json(), "loss_program": b"", "optimizer": {}, "seed": 7, "window_steps": 4,
+            "limits": {},
         }  # fmt: skip
-        return self.call("load", **{**params, **changes})
+        begun = self.call("load", **{**params, **changes})
+        place = {"key": changes["key"]} if "key" in changes else {}
+        return {**begun, **self.send(program, state, **place)}
+
+    def send(self, program, state, **place):
+        return self.send_parts(parts_of(program.expected_state(), state), **place)
+
+    def send_parts(self, parts, **place):
+        for part, data in enumerate(parts):
+            self.call("load_part", part=part, **self.put(data), **place)
+        return self.call("load_end", **place)
+
+    def replace(self, method, state):
+        self.call(method, names=list(state))
+        expected = {name: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in state.items()}
+        return self.send_parts(parts_of(expected, state))
 
     def tensor(self, tensor, step=0, call=0, micro_batch=0, slot=0, type="activation", backward_pass=0, **changes):
         params = {
@@ -243,7 +265,8 @@ def test_state_goes_out_and_in(nodes, gpt, rig):
     found = node.state()
     assert all(torch.equal(found[name], tensor) for name, tensor in states[0].items())
     changed = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in states[0].items()}
-    node.call("set_state", weights=node.put(dump(changed)))
+    node.call("set_state")
+    node.send(only(programs[0]), changed)
     found = node.state()
     assert all(torch.equal(found[name], tensor) for name, tensor in changed.items())
 
@@ -255,16 +278,18 @@ def test_state_goes_out_and_in_by_name(nodes, gpt, rig):
     some = list(program.parameters)[:2]
     found = node.state(names=some)
     assert sorted(found) == sorted(some)
-    node.call("set_state", weights=node.put(dump({some[0]: found[some[0]] + 1})))
+    node.replace("set_state", {some[0]: found[some[0]] + 1})
     after = node.state()
     assert torch.equal(after.pop(some[0]), states[0][some[0]] + 1)
     assert all(torch.equal(tensor, states[0][name]) for name, tensor in after.items())
     for names in (["other"], [some], 3, {"a": 1}):
         with pytest.raises(ProtocolError):
             node.call("state", names=names)
-    for wrong in ({"other": torch.ones(1)}, {some[0]: torch.ones(1)}, {some[0]: found[some[0]].double()}):
-        with pytest.raises(TensorError):
-            node.call("set_state", weights=node.put(dump(wrong)))
+        with pytest.raises(ProtocolError):
+            node.call("set_state", names=names)
+    for wrong in ({some[0]: torch.ones(1)}, {some[0]: found[some[0]].double()}):
+        with pytest.raises(TensorError, match="bytes, needed"):
+            node.replace("set_state", wrong)
 
 
 def test_optimizer_state_goes_in_and_out_by_parameter(nodes, gpt, rig):
@@ -275,21 +300,24 @@ def test_optimizer_state_goes_in_and_out_by_parameter(nodes, gpt, rig):
     shape = program.parameters[name].shape
     state = {f"{name}/momentum_buffer": torch.randn(shape)}
     with pytest.raises(ProtocolError, match="no optimizer is set"):
-        node.call("set_optimizer_state", state=node.put(dump(state)))
+        node.replace("set_optimizer_state", state)
     node.call("set_optimizer", optimizer={"name": "SGD", "groups": group(program, lr=0.1, momentum=0.9)})
     assert node.state("optimizer_state") == {}
-    node.call("set_optimizer_state", state=node.put(dump(state)))
+    node.replace("set_optimizer_state", state)
     for names in (None, [name], [other, name]):
         found = node.state("optimizer_state", names=names)
         assert found.keys() == state.keys()
         assert all(torch.equal(found[key], tensor) for key, tensor in state.items())
     assert node.state("optimizer_state", names=[other]) == {}
     for wrong in ({f"{name}/other": torch.ones(1)}, {"x/momentum_buffer": torch.ones(1)}, {name: torch.ones(1)},
-                  {f"{name}/momentum_buffer": torch.ones(1)}, {"/": torch.ones(1)}):  # fmt: skip
+                  {"/": torch.ones(1)}):  # fmt: skip
         with pytest.raises(OptimizerError):
-            node.call("set_optimizer_state", state=node.put(dump(wrong)))
-    with pytest.raises(TensorError):
-        node.call("set_optimizer_state", state=node.put(b"\xff" * 100))
+            node.replace("set_optimizer_state", wrong)
+    with pytest.raises(TensorError, match="bytes, needed"):
+        node.replace("set_optimizer_state", {f"{name}/momentum_buffer": torch.ones(1)})
+    for names in (None, 3, {"a": 1}, [3]):
+        with pytest.raises(ProtocolError, match="names are a list of texts"):
+            node.call("set_optimizer_state", names=names)
     assert node.state("optimizer_state").keys() == state.keys()
 
 
@@ -301,10 +329,6 @@ def test_hostile_messages_are_answered_with_errors_and_nothing_breaks(nodes, gpt
         node.load(program, states[0], rig.JOB, program=b'{"kind": "stage"}')
     with pytest.raises(ProgramError):
         node.load(program, states[0], rig.JOB, limits={"max_bytes": 1000})
-    with pytest.raises(TensorError):
-        node.load(program, {**states[0], "more": torch.ones(1)}, rig.JOB)
-    with pytest.raises(ProtocolError):
-        node.load(program, states[0], rig.JOB, weights={"offset": 1 << 40, "num_bytes": 8})
     with pytest.raises(ProtocolError, match="it was sent for"):
         node.load(program, states[0], rig.JOB, num_stages=2)
     with pytest.raises(ProtocolError, match="no method '__class__'"):
@@ -313,7 +337,17 @@ def test_hostile_messages_are_answered_with_errors_and_nothing_breaks(nodes, gpt
         node.call("load")
     with pytest.raises(ProtocolError, match="no stage 'k' is loaded"):
         node.call("state")
+    with pytest.raises(ProtocolError, match="no state is on its way"):
+        node.call("load_part", part=0, **node.put(b"x" * 8))
+    with pytest.raises(ProtocolError, match="do not lie aligned"):
+        node.call("load_part", part=0, offset=1 << 40, num_bytes=8)
     node.load(program, states[0], rig.JOB)
+    node.call("set_state")
+    with pytest.raises(TensorError, match=r"part 0 .* has 8 bytes, needed"):
+        node.call("load_part", part=0, **node.put(b"x" * 8))
+    with pytest.raises(TensorError, match="are not complete"):
+        node.call("load_end")
+    assert all(torch.equal(node.state()[name], tensor) for name, tensor in states[0].items())
     with pytest.raises(ProtocolError, match="loaded already"):
         node.load(program, states[0], rig.JOB)
     with pytest.raises(OptimizerError, match="found optimizer 'LBFGS'"):
@@ -455,7 +489,13 @@ def test_a_prepare_names_the_holder_whose_sum_has_not_come_and_goes_through_when
     prepared = node.call("prepare", step=0, num_units=1, wait_s=60)
     assert prepared["non_finite"] == ""
     node.call(
-        "decide", step=0, decision="commit", clip_coefficient=(1.0).hex(), options=group(program, lr=1.0), order=b""
+        "decide",
+        step=0,
+        decision="commit",
+        optimizer="SGD",
+        clip_coefficient=(1.0).hex(),
+        options=group(program, lr=1.0),
+        order=b"",
     )
     assert torch.equal(node.state()["first.weight"], before - (own + 2.0))
     assert sorted(node.wait("commitment")["shared_roots"]) == ["from/1", "to/1"]
@@ -483,7 +523,7 @@ def test_two_holders_in_one_process_share_without_the_node(nodes, rig):
     module(x).sum().backward()
     gradients = [parameter.grad for parameter in module.parameters()]
     assert squared**0.5 == pytest.approx(nn.utils.get_total_norm(gradients).item(), rel=1e-6)
-    decide = {"step": 0, "decision": "commit", "clip_coefficient": (1.0).hex(), "order": b""}
+    decide = {"step": 0, "decision": "commit", "optimizer": "SGD", "clip_coefficient": (1.0).hex(), "order": b""}
     for program, key in zip(programs, keys, strict=True):
         node.call("decide", options=group(program, lr=1.0), **decide, **key)
     one, other = (node.state(**key)["first.weight"] for key in keys)

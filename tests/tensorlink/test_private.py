@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -325,6 +326,35 @@ def test_weights_make_the_round_trip_and_the_wrapped_module_stays_as_it_is(fresh
     again = tensorlink.DistributedOptimizer(model, torch.optim.SGD, lr=0.1, momentum=0.9)
     assert train(model, again, x, y) == train(plain, plain_optimizer, x, y)
     assert_same_state(model, plain)
+
+
+@pytest.mark.parametrize("private", [*ENDS, ["stem", "norm", "head"]])
+def test_private_layers_of_a_module_without_weights_begin_with_those_of_the_files(inside, tmp_path, private):
+    torch.manual_seed(0)
+    real = Cnn()
+    real.register_buffer("unused", torch.ones(2))
+    with torch.device("meta"):
+        meta = Cnn()
+        meta.register_buffer("unused", torch.ones(2))
+    save_file(real.state_dict(), tmp_path / "model.safetensors")
+    x, y = batch(real, 0)
+    plain = tensorlink.reference(real, micro_batches=4, example_inputs=(x,), seed=3)
+    with tensorlink.DistributedModel(
+        meta, network=inside, stages=2, micro_batches=4, example_inputs=(x,), seed=3, private=private,
+        weights=tmp_path, progress=False,
+    ) as model:  # fmt: skip
+        assert_same_state(model, plain)
+        assert model.report()["profile_measured"] is False
+        optimizer = tensorlink.DistributedOptimizer(model, torch.optim.AdamW, lr=1e-2)
+        plain_optimizer = adamw(plain.module.parameters())
+        for _ in range(2):
+            assert train(model, optimizer, x, y) == train(plain, plain_optimizer, x, y)
+        assert_same_state(model, plain)
+        model.save_checkpoint(tmp_path / "saved", optimizer=optimizer, progress=False)
+        assert model.load_checkpoint(tmp_path / "saved", optimizer=optimizer, progress=False) == 2
+        assert_same_state(model, plain)
+        model.load_state_dict(model.state_dict())
+        assert_same_state(model, plain)
 
 
 def adamw(parameters, **options):

@@ -24,8 +24,8 @@ from smartnodes_core.records import NO_DIGEST, Assignment, AuditTerms, JobRecord
 from tensorlink import stage_compute
 from tensorlink.audit.commitments import initial_root
 from tensorlink.program.trace import trace
-from tensorlink.program.weights import dump, tensor_bytes
-from tensorlink.records import Decide, StepOrder
+from tensorlink.program.weights import tensor_bytes
+from tensorlink.records import PART_BYTES, Decide, StepOrder
 from tensorlink.sharding.partition import partition
 from tensorlink.sharding.profile import profile
 from tensorlink.worker import JOB_TYPE, StageHandler
@@ -121,8 +121,14 @@ def loaded(handler, stage, program):
 
 def load(handler, stage, program):
     whole, state = program
-    data = whole.to_json()
-    return handler.call(stage, "load", {"program_bytes": len(data)}, memoryview(data + dump(state)))
+    handler.call(stage, "load", {}, memoryview(whole.to_json()))
+    handler.call(stage, "load_part", {"part": 0}, memoryview(part_of(state)))
+    return handler.call(stage, "load_end", {}, memoryview(b""))
+
+
+def part_of(state):
+    """A state of less than a part: its tensors by name, one after the other."""
+    return b"".join(bytes(tensor_bytes(state[name])) for name in sorted(state))
 
 
 def header(**changes):
@@ -248,14 +254,21 @@ def test_jobs_of_other_types_or_terms_are_refused(handler, program):
 
 def test_only_the_program_and_weights_of_the_job_record_are_loaded(handler, stage, program):
     whole, state = program
-    data = whole.to_json()
-    with pytest.raises(ProtocolError, match="program_bytes"):
-        handler.call(stage, "load", {}, memoryview(data))
     with pytest.raises(RecordError, match="program is not the one"):
-        handler.call(stage, "load", {"program_bytes": len(data) - 1}, memoryview(data))
+        handler.call(stage, "load", {}, memoryview(whole.to_json()[:-1]))
+    with pytest.raises(ProtocolError, match="begin with load"):
+        handler.call(stage, "load_part", {"part": 0}, memoryview(part_of(state)))
+    with pytest.raises(ProtocolError, match="at most"):
+        handler.call(stage, "load_part", {"part": 0}, memoryview(bytes(PART_BYTES + 1)))
+    with pytest.raises(ProtocolError, match="part"):
+        handler.call(stage, "load_part", {}, memoryview(part_of(state)))
     changed = {name: value + 1 for name, value in state.items()}
     with pytest.raises(RecordError, match="weights are not those"):
-        handler.call(stage, "load", {"program_bytes": len(data)}, memoryview(data + dump(changed)))
+        load(handler, stage, (whole, changed))
+    with pytest.raises(JobError, match="not loaded yet"):
+        handler.allocate(stage, AUTHOR.node_key, header(), 48)
+    load(handler, stage, program)  # an author may try again
+    handler.allocate(stage, AUTHOR.node_key, header(), 48)
 
 
 @pytest.mark.parametrize(
