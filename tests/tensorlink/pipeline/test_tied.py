@@ -142,8 +142,8 @@ class Rig:
         assert [stage.share(step) for stage in self.stages] == [[]] * len(self.stages)
         return [stage.squared_norm(step) for stage in self.stages]
 
-    def commit(self, step, coefficient=1.0):
-        return [stage.commit(step, coefficient, self.groups(stage), b"o" * 32) for stage in self.stages]
+    def commit(self, step, coefficient=1.0, clip_norm=""):
+        return [stage.commit(step, coefficient, self.groups(stage), b"o" * 32, clip_norm) for stage in self.stages]
 
     def assert_same(self):
         for stage in self.stages:
@@ -222,7 +222,7 @@ def test_a_tied_parameter_counts_once_in_the_norm_and_is_clipped_by_it(make):
     norm = sum(squared for squared, _ in one.prepare(0)) ** 0.5
     gradients = [parameter.grad for parameter in one.module.parameters()]
     assert norm == pytest.approx(float(torch.nn.utils.get_total_norm(gradients)), rel=1e-6)
-    one.commit(0, 0.1 / norm)
+    one.commit(0, 0.1 / norm, (0.1).hex())
     for gradient in gradients:
         gradient.mul_(0.1 / norm)
     one.plain_optimizer.step()
@@ -349,7 +349,8 @@ def test_a_holder_without_a_gradient_has_nothing_to_add(rig):
     assert [stage.share(0) for stage in pipe.stages] == [[], []]
     module(x).sum().backward()
     for stage in pipe.stages:
-        stage.set_optimizer("SGD", [{"parameters": ["layers.0.weight"], **encode_options({"lr": 0.1})}])
-        record = stage.commit(0, 1.0, [], b"")
+        groups = [{"parameters": ["layers.0.weight"], **encode_options({"lr": 0.1})}]
+        stage.set_optimizer("SGD", groups)
+        record = stage.commit(0, 1.0, groups, b"")
         assert torch.equal(record.gradient["layers.0.weight"], module.layers[0].weight.grad)
     assert record.sent_sums == {0: {}}

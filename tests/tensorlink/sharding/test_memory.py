@@ -77,7 +77,7 @@ def test_a_trained_stage_holds_what_was_reckoned(name: str, options: dict[str, f
             pipe.stages[-1].receive(Delivery(step, 0, m, "activation_gradient", 0), 0, torch.ones(SAMPLES, 8))
         pipe.run()
         for stage in pipe.stages:
-            stage.commit(step, 1.0, [{} for _ in groups], b"")
+            stage.commit(step, 1.0, groups, b"")
     training = Training(NUM_MICRO_BATCHES, WINDOW, optimizer_copies(name, defaults))
     for stage, need in zip(pipe.stages, needs_of(programs, costs, SAMPLES), strict=True):
         reckoned = need.memory(NUM_MICRO_BATCHES, training)
