@@ -19,6 +19,7 @@ from tensorlink.calls import Calls
 from tensorlink.checkpoint import Checkpoints
 from tensorlink.errors import RemoteParameterError
 from tensorlink.pipeline.batching import LossReduction
+from tensorlink.pipeline.schedule import Timetable
 from tensorlink.placement import place
 from tensorlink.sharding.private import Private
 from tensorlink.steps import Steps
@@ -243,6 +244,12 @@ class DistributedModel(torch.nn.Module):
     def report(self) -> dict[str, Any]:
         """Plan, timings, work, audits and reputations so far, as plain data; see `reporting.py`."""
         return self._placement.report(self._calls.step_index)
+
+    def timetable(self) -> Timetable:
+        """What every stage ran when in the last `train_step` with its loss on the workers: prints as a grid,
+        `pipeline.schedule.picture.draw` makes a picture of it. Each worker's times are by its own clock.
+        """
+        return self._train_step.timetable()
 
     def usage(self) -> dict[str, dict[str, int]]:
         """CPU nanoseconds and bytes that the processes of this job have spent so far, by process ("user", "worker 0",

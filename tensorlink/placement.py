@@ -50,6 +50,9 @@ if TYPE_CHECKING:
 WAIT_FOR_WORKERS_S = 20.0
 #: Of the audit window, what a rig needs memory for: it keeps older steps on disk where memory is short.
 STEPS_IN_MEMORY = 1
+#: The audit window of a job spans this time as predicted, and at least so many steps.
+WINDOW_S = 15.0
+LEAST_WINDOW_STEPS = 2
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +148,6 @@ def place(
         bar.set_description("partition")
         samples = _samples(traced, example_inputs, micro_batches)
         costs = profile(traced, example_inputs, samples=samples)
-        audit_terms = _audit_terms(network, audit_rates)
         training = Training(micro_batches, STEPS_IN_MEMORY)
 
         def cut(shares: tuple[float, ...]) -> list[StageNeed]:
@@ -157,6 +159,7 @@ def place(
         programs = parts.stages
         estimates = [estimate(program, samples) for program in programs]
         logger.info("the plan:\n%s", table.table())
+        audit_terms = _audit_terms(network, audit_rates, table.step_s)
         bar.update()
         bar.set_description("open the job")
         driver = Driver(network.user, programs[0].inputs, programs[-1].outputs, timeout_s)
@@ -210,15 +213,15 @@ def _plan_on_living(
         workers = [worker for worker in workers if worker not in gone]
 
 
-def _audit_terms(network: Network, audit_rates: tuple[float, float] | None) -> AuditTerms:
+def _audit_terms(network: Network, audit_rates: tuple[float, float] | None, step_s: float) -> AuditTerms:
+    """The network's terms, with a window no longer than challenges take to come: workers keep what is in it."""
     audit = network.audit_terms
-    if audit_rates is None:
-        return audit
-    unit_rate, step_rate = audit_rates
+    steps = max(LEAST_WINDOW_STEPS, math.ceil(WINDOW_S / max(step_s, 1e-9)))
+    unit_rate, step_rate = audit_rates or (audit.unit_rate_ppm / 1e6, audit.step_rate_ppm / 1e6)
     return AuditTerms(
         unit_rate_ppm=round(unit_rate * 1e6),
         step_rate_ppm=round(step_rate * 1e6),
-        window_steps=audit.window_steps,
+        window_steps=min(audit.window_steps, steps),
         window_s=audit.window_s,
         auditors=audit.auditors,
     )

@@ -30,6 +30,8 @@ from tensorlink.pipeline.batching import (
     target_tensors,
 )
 from tensorlink.pipeline.driver import Call
+from tensorlink.pipeline.executor import Timeline
+from tensorlink.pipeline.schedule import Kind, Timetable
 from tensorlink.placement import Placement
 from tensorlink.private import LOSS
 from tensorlink.program.inputs import unflatten_outputs
@@ -66,6 +68,7 @@ class TrainStep:
         self._by_keyword = by_keyword
         self._losses: OrderedDict[Any, LossProgram] = OrderedDict()
         self._sent: bytes | None = None  # the digest of the loss that the last stage computes now
+        self._timelines: dict[int, Timeline] = {}
 
     def run(
         self,
@@ -126,7 +129,18 @@ class TrainStep:
             lambda: call.is_done("train_step", 0, last + 1) and len(call.losses) == len(batch.samples),
             "a training step",
         )
+        self._timelines = call.timelines
         return call.losses
+
+    def timetable(self) -> Timetable:
+        """See `DistributedModel.timetable`."""
+        records: list[tuple[int, Kind, int, float, float]] = []
+        for stage, timeline in sorted(self._timelines.items()):
+            split = {micro_batch for kind, micro_batch, _, _ in timeline if kind == "W"}
+            for kind, micro_batch, began_ns, ended_ns in timeline:
+                known: Kind = "W" if kind == "W" else "F" if kind == "F" else "I" if micro_batch in split else "B"
+                records.append((stage, known, micro_batch, began_ns / 1e9, ended_ns / 1e9))
+        return Timetable.recorded(records, self._placement.table.schedule.placement)
 
     def _with_loss_here(self, batch: Batch, loss: LossProgram, training: bool) -> dict[int, float]:
         """The losses by micro-batch, computed behind the private layers as soon as the last stage's output is in; the

@@ -216,8 +216,15 @@ class WorkerNode:
         return stage
 
     def stream(self, to: NodeKey, header: dict[str, Any], body: Buffer, on_sent: Callable[[], None]) -> None:
-        """`WorkerPort`: a frame to the author or another worker of the job."""
-        self.node.stream(to, STREAM, header, [body], on_sent)
+        """`WorkerPort`: a frame to the author or another worker of the job, or to another stage of this one."""
+        if to != self.node.node_key:
+            self.node.stream(to, STREAM, header, [body], on_sent)
+            return
+        stage = self._held.stage(text_in(header, "key"))
+        view = self.handler.allocate(stage, to, header, len(body))
+        view[:] = body
+        self.handler.receive(stage, to, header, view)
+        on_sent()
 
     def tell_author(self, stage: StageOfJob, event: str, params: dict[str, Any]) -> None:
         """`WorkerPort`: a one-way message to the author."""

@@ -29,6 +29,7 @@ from smartnodes_core.nodes.user import JobListener, UserNode
 from smartnodes_core.records import Commitment, Verdict
 from smartnodes_core.remote_errors import from_wire
 from smartnodes_core.rpc import Reply
+from tensorlink.pipeline.executor import Timeline
 from tensorlink.pipeline.frames import FrameTensor, dtype_name, tensor_bytes
 from tensorlink.pipeline.headers import field_of
 from tensorlink.pipeline.progress import Progress
@@ -47,7 +48,7 @@ class Call:
     input_gradients: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
     losses: dict[int, float] = field(default_factory=dict)
     done: set[tuple[str, int, int]] = field(default_factory=set)  # (type, backward pass, stage)
-    timelines: dict[int, list[Any]] = field(default_factory=dict)  # by stage, what ran when in a training step
+    timelines: dict[int, Timeline] = field(default_factory=dict)  # by stage, what ran when in what was done last
     shapes: list[list[torch.Size]] = field(default_factory=list)  # per output slot, of each micro-batch's piece
     num_backwards: int = 0
     freed: bool = False  # its graph is gone from the stages
@@ -251,7 +252,7 @@ class Driver(JobListener):
             elif event == "done":
                 call.done.add((str(params.get("type")), field_of(params, "backward_pass"), stage))
                 self.tally.busy(stage, _seconds(params, "busy_s"))
-                call.timelines[stage] = params.get("timeline", [])
+                call.timelines[stage] = _timeline(params)
             self._moved()
 
     def allocate(self, stage: int, header: dict[str, Any], num_bytes: int) -> memoryview:
@@ -311,6 +312,21 @@ def _beside(function: Callable[[int], Reply], stage: int) -> Future[Reply]:
 
     threading.Thread(target=run, name=f"call-stage-{stage}", daemon=True).start()
     return future
+
+
+def _timeline(params: dict[str, Any]) -> Timeline:
+    """What a stage says that it ran when."""
+    found = params.get("timeline")
+    if not isinstance(found, list) or not all(_is_run(run) for run in found):
+        raise ProtocolError("a timeline lists kind, micro-batch, begin and end of each action")
+    return [tuple(run) for run in found]
+
+
+def _is_run(run: Any) -> bool:
+    if not isinstance(run, list | tuple) or len(run) != 4:
+        return False
+    kind, *numbers = run
+    return kind in ("F", "B", "W") and all(type(number) is int and number >= 0 for number in numbers)
 
 
 def _seconds(params: dict[str, Any], name: str) -> float:

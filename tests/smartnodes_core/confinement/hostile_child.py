@@ -1,10 +1,7 @@
 """A computing process whose code is hostile: it tries what it is told and says what came of it."""
 
 import os
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import attacks
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 )
 CHILD = [sys.executable, str(Path(__file__).with_name("hostile_child.py"))]
 #: Names alone; what they do is done in the child.
-_spec = importlib.util.spec_from_file_location("attacks", Path(__file__).parents[2] / "attacks.py")
+_spec = importlib.util.spec_from_file_location("attacks", Path(__file__).parent / "attacks.py")
 _attacks = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_attacks)
 ATTACKS = list(_attacks.attacks("", 0))
@@ -74,7 +74,7 @@ def test_the_attacks_succeed_outside(tmp_path):
     ]  # fmt: skip
     every = _attacks.attacks(str(tmp_path), os.getppid())
     code = (
-        f"import sys, os; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); import attacks\n"
+        f"import sys, os; sys.path.insert(0, {str(Path(__file__).parent)!r}); import attacks\n"
         f"every = attacks.attacks({str(tmp_path)!r}, os.getppid())\n"
         f"[every[name]() for name in {wanted!r}]"
     )
@@ -143,7 +143,7 @@ def test_whoever_starts_it_every_attack_is_refused(tmp_path_factory, start, says
         pytest.skip("no interpreter here that every user may run")
     root = Path(__file__).parents[3]
     code = (
-        f"import sys, os, json; sys.path[:0] = [{str(root)!r}, {str(root / 'tests')!r}]\n"
+        f"import sys, os, json; sys.path[:0] = [{str(root)!r}, {str(Path(__file__).parent)!r}]\n"
         "from types import SimpleNamespace; from smartnodes_core.confinement import confine; import attacks\n"
         "parent = os.getppid(); wanted = SimpleNamespace(memory_bytes=0, num_files=256, file_bytes=0, device='cpu')\n"
         "done = confine(wanted, 0, parent)\n"
