@@ -286,7 +286,7 @@ class Port:
     def done(self, call, type, backward_pass, timeline):
         place = {"step": call.step, "call": call.call, "backward_pass": backward_pass}
         busy_s = sum(ended - began for _, _, began, ended in timeline) / 1e9
-        self._stages.event(self._index, "done", {**place, "type": type, "busy_s": busy_s.hex()})
+        self._stages.event(self._index, "done", {**place, "type": type, "busy_s": busy_s.hex(), "timeline": timeline})
 
 
 class Inline(Executor):

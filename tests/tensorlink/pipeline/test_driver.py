@@ -139,6 +139,11 @@ def test_frames_of_a_call_that_was_given_up_are_skipped_without_blame(driver, ca
         ("loss", {"step": 3, "call": 1, "micro_batch": 0, "value": "x"}),
         ("done", {"step": 3, "call": 1, "type": "forward"}),
         ("done", {"step": "3", "call": 1}),
+        ("done", {"step": 3, "call": 1, "type": "forward", "backward_pass": 0, "busy_s": (0.5).hex()}),
+        *(
+            ("done", {"step": 3, "call": 1, "backward_pass": 0, "busy_s": (0.5).hex(), "timeline": timeline})
+            for timeline in ([["X", 0, 1, 2]], [["F", 0, 1]], [["F", 0, 1, -2]], [["F", 0, 1, 2.0]], ["F012"], "F")
+        ),
     ],
 )
 def test_malformed_events_are_the_senders_fault(driver, call, event, params):
@@ -157,12 +162,20 @@ def test_losses_come_from_the_last_stage_alone(driver, call):
 def test_a_wait_ends_with_what_it_waits_for(driver, call):
     def events():
         for stage in range(LAST + 1):
-            params = {"step": 3, "call": 1, "type": "forward", "backward_pass": 0, "busy_s": (0.5).hex()}
+            params = {
+                "step": 3,
+                "call": 1,
+                "type": "forward",
+                "backward_pass": 0,
+                "busy_s": (0.5).hex(),
+                "timeline": [["F", 0, 10**9, 2 * 10**9]],
+            }
             driver.on_event(stage, "done", params)
 
     timer = threading.Timer(0.05, events)
     timer.start()
     driver.wait_for(lambda: call.is_done("forward", 0, LAST + 1), "a forward")
+    assert call.timelines == {stage: [("F", 0, 10**9, 2 * 10**9)] for stage in range(LAST + 1)}
     assert driver.tally.busy_s(0) == 0.5
 
 
