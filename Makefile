@@ -30,6 +30,9 @@ contracts:
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/benchmark_step.py
+	$(BIN)/python benchmarks/benchmark_pipeline.py
+	$(BIN)/python benchmarks/benchmark_memory.py
+	$(BIN)/python benchmarks/benchmark_growth.py
 	$(BIN)/python benchmarks/benchmark_transport.py
 	$(BIN)/python benchmarks/benchmark_interpreter.py
 

@@ -35,9 +35,15 @@ from yardstick.model import Sizes, batch, loss_fn, make_model
 from yardstick.processes import cpu_s
 from yardstick.rivals import PIPELINES, PLAIN, Rivals
 
-WARM_UP_ROUNDS = 1
+#: Enough for the audit window to be full, so that memory is used again rather than taken.
+WARM_UP_ROUNDS = 6
+#: What networks audit where nothing else is said: of micro-batches, of steps.
+RATES = (0.002, 0.02)
 OURS = ("1f1b", "zb", "zbv", "drop-in")
 MODES = (PLAIN, *(f"torch-{name}" for name in PIPELINES), *OURS)
+
+#: What every process counts of itself, in nanoseconds of CPU time (`smartnodes_core/usage.py`).
+OVERHEADS = ("hashing_ns", "signing_ns", "encryption_ns")
 
 Step = Callable[[int], dict[str, Any]]
 
@@ -50,15 +56,20 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a small model, to see whether everything runs")
     options = parser.parse_args()
     sizes = Sizes(layers=4, width=64, context=32) if options.small else Sizes()
+    models: dict[str, tensorlink.DistributedModel] = {}
     with ExitStack() as stack:
-        modes = _modes(stack, options.modes.split(","), sizes)
+        modes = _modes(stack, options.modes.split(","), sizes, models)
         samples = _measure(modes, options.rounds)
-    _print(samples)
+        _print(samples)
+        for name, model in models.items():
+            _print_usage(name, model, samples[name])
     if options.out is not None:
         options.out.write_text(json.dumps(samples, indent=1) + "\n", encoding="utf-8")
 
 
-def _modes(stack: ExitStack, names: list[str], sizes: Sizes) -> dict[str, Step]:
+def _modes(
+    stack: ExitStack, names: list[str], sizes: Sizes, models: dict[str, tensorlink.DistributedModel]
+) -> dict[str, Step]:
     modes: dict[str, Step] = {}
     if any(name == PLAIN or name.startswith("torch-") for name in names):
         rivals = stack.enter_context(Rivals(sizes))
@@ -66,14 +77,16 @@ def _modes(stack: ExitStack, names: list[str], sizes: Sizes) -> dict[str, Step]:
     own = [name for name in names if name in OURS]
     if own:
         network = stack.enter_context(
-            tensorlink.LocalNetwork(workers=2, validators=1, slots_per_worker=8, round_interval_s=600)
+            tensorlink.LocalNetwork(
+                workers=2, validators=1, slots_per_worker=8, round_interval_s=600, audit_rates=RATES
+            )
         )
         for name in own:
-            modes[name] = _own_step(stack, network, name, sizes)
+            modes[name], models[name] = _own_step(stack, network, name, sizes)
     return {name: modes[name] for name in names}
 
 
-def _own_step(stack: ExitStack, network: Any, name: str, sizes: Sizes) -> Step:
+def _own_step(stack: ExitStack, network: Any, name: str, sizes: Sizes) -> tuple[Step, tensorlink.DistributedModel]:
     x, _ = batch(sizes, 0)
     model = stack.enter_context(
         tensorlink.DistributedModel(
@@ -82,7 +95,7 @@ def _own_step(stack: ExitStack, network: Any, name: str, sizes: Sizes) -> Step:
             stages=2,
             micro_batches=sizes.micro_batches,
             example_inputs=(x,),
-            schedule="1f1b" if name == "drop-in" else name,
+            schedule="auto" if name == "drop-in" else name,
             progress=False,
         )
     )
@@ -101,9 +114,10 @@ def _own_step(stack: ExitStack, network: Any, name: str, sizes: Sizes) -> Step:
         else:
             loss = model.train_step(x, y, loss_fn=loss_fn, optimizer=optimizer)
         wall = time.perf_counter() - began
-        return {"wall_s": wall, "cpu_s": cpu_s(pids) - cpu, "loss": loss.item()}
+        used = {what: sum(counts.get(what, 0) for counts in model.usage().values()) for what in OVERHEADS}
+        return {"wall_s": wall, "cpu_s": cpu_s(pids) - cpu, "loss": loss.item(), **used}
 
-    return step
+    return step, model
 
 
 def _measure(modes: dict[str, Step], rounds: int) -> dict[str, list[dict[str, Any]]]:
@@ -133,6 +147,22 @@ def _print(samples: dict[str, list[dict[str, Any]]]) -> None:
             f"{name:14} {statistics.median(wall):8.2f} {min(wall):6.2f} {max(wall):6.2f} {cpu:6.2f}"
             f" {_ratio(base, rows):>20} {_ratio(rows, rivals[best]) if best else '':>22}"
         )
+
+
+def _print_usage(name: str, model: tensorlink.DistributedModel, rows: list[dict[str, Any]]) -> None:
+    """What hashing, signing and encryption took of the CPU time of a step, by timers around the named code.
+
+    Workers count all their jobs together: a mode's share is exact only where it is the only one of ours.
+    """
+    steps = max(1, len(rows) - 1)
+    parts = {what: (rows[-1][what] - rows[0][what]) / steps / 1e9 for what in OVERHEADS}
+    cpu = statistics.median(row["cpu_s"] for row in rows)
+    told = ", ".join(f"{what.removesuffix('_ns')} {seconds:.3f} s" for what, seconds in parts.items())
+    print(f"{name}: {told} of {cpu:.2f} CPU s a step: {sum(parts.values()) / cpu:.1%}; schedule {_schedule(model)}")
+
+
+def _schedule(model: tensorlink.DistributedModel) -> str:
+    return str(model.report()["schedule"])
 
 
 def _ratio(upper: list[dict[str, Any]] | None, lower: list[dict[str, Any]]) -> str:
