@@ -31,6 +31,7 @@ contracts:
 bench: $(STAMP)
 	$(BIN)/python benchmarks/benchmark_step.py
 	$(BIN)/python benchmarks/benchmark_pipeline.py
+	$(BIN)/python benchmarks/benchmark_small_model.py
 	$(BIN)/python benchmarks/benchmark_memory.py
 	$(BIN)/python benchmarks/benchmark_growth.py
 	$(BIN)/python benchmarks/benchmark_transport.py
