@@ -37,7 +37,7 @@ def worker_table(network: LocalNetwork, model: DistributedModel, verdicts: list[
     totals = fetch_reward_totals(
         network.station.node, chain, network_id, validators, chain.round_state(network_id).latest_root
     )
-    stages = {stage["worker"]: stage for stage in model.report()["stages"]}
+    stages = model.report()["stages"]
     rows = []
     for announcement in network.station.find("worker"):
         key = announcement.node_key
@@ -49,13 +49,13 @@ def worker_table(network: LocalNetwork, model: DistributedModel, verdicts: list[
         except Unavailable:
             paid_wei = 0
         own = [verdict for verdict in verdicts if verdict.worker == key]
-        stage = stages.get(key.hex())
+        held = [stage for stage in stages if stage["worker"] == key.hex()]
         rows.append(
             {
                 "worker": key.hex(),
                 "account": "0x" + member.account.hex(),
-                "stage": stage["stage"] if stage else None,
-                "work_units": stage["work_units"] if stage else 0,
+                "stages": [stage["stage"] for stage in held],
+                "work_units": sum(stage["work_units"] for stage in held),
                 "audits_passed": sum(verdict.finding == "honest" for verdict in own),
                 "audits_failed": sum(verdict.finding == "fraudulent" for verdict in own),
                 "audits_inconclusive": sum(verdict.finding == "inconclusive" for verdict in own),
@@ -64,4 +64,4 @@ def worker_table(network: LocalNetwork, model: DistributedModel, verdicts: list[
                 "sno_claimed": paid_wei / SNO,
             }
         )
-    return sorted(rows, key=lambda row: (row["stage"] is None, row["stage"]))
+    return sorted(rows, key=lambda row: (not row["stages"], row["stages"]))

@@ -12,11 +12,11 @@ TOLERANCE = 1e-5
 
 def lines(result: DemoResult) -> list[str]:
     """What the demo says at its end."""
-    rows = ["", "worker    stage   work units   audits passed  failed  reputation    SNO earned"]
+    rows = ["", "worker    stages  work units   audits passed  failed  reputation    SNO earned"]
     for worker in result.workers:
-        stage = "spare" if worker["stage"] is None else worker["stage"]
+        stages = ", ".join(map(str, worker["stages"])) or "spare"
         rows.append(
-            f"{worker['worker'][:8]}  {stage!s:>5}  {worker['work_units']:11.3e}  {worker['audits_passed']:13d}"
+            f"{worker['worker'][:8]}  {stages:>6}  {worker['work_units']:11.3e}  {worker['audits_passed']:13d}"
             f"  {worker['audits_failed']:6d}  {worker['reputation']:10d}  {worker['sno_earned']:12.3f}"
         )
     difference = result.loss_relative_difference

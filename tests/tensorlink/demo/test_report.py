@@ -20,14 +20,14 @@ def result() -> DemoResult:
         step_times_s=[0.5, 0.5, 0.5],
         validation_before=5.5,
         validation_after=3.25,
-        workers=[_row("aa" * 32, 0), _row("bb" * 32, None)],
+        workers=[_row("aa" * 32, [0, 3]), _row("bb" * 32, [])],
     )
 
 
-def _row(worker: str, stage: int | None) -> dict[str, object]:
+def _row(worker: str, stages: list[int]) -> dict[str, object]:
     return {
         "worker": worker,
-        "stage": stage,
+        "stages": stages,
         "work_units": 1000,
         "audits_passed": 7,
         "audits_failed": 0,
@@ -55,6 +55,7 @@ def test_losses_of_another_number_of_steps_cannot_be_compared(result: DemoResult
 
 def test_the_spare_is_named_as_such(result: DemoResult) -> None:
     assert any("spare" in line for line in report.lines(result))
+    assert any("0, 3" in line for line in report.lines(result))
 
 
 def test_the_report_holds_the_settings_and_the_picture_lies_beside_it(result: DemoResult, tmp_path: Path) -> None:
