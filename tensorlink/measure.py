@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from tensorlink.footprint import RUNTIME_BYTES
+
 _SIZE = 512
 _MEASURE_S = 0.2
 
@@ -27,9 +29,11 @@ def flops_per_s() -> int:
 
 
 def memory_bytes(limit_bytes: int) -> int:
-    """Memory that a job may use: the limit this process runs under, or half of what the machine has available."""
+    """Memory that a job may use: what is left under the limit that this process runs under, or half of what the
+    machine has available.
+    """
     if limit_bytes:
-        return limit_bytes
+        return max(0, limit_bytes - RUNTIME_BYTES)
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():

@@ -21,6 +21,7 @@ from smartnodes_core.jobs import StageOfJob, WorkerPort
 from smartnodes_core.records import NodeKey
 from smartnodes_core.remote_errors import from_wire
 from smartnodes_core.sandbox import Limits, Sandbox
+from tensorlink.footprint import limit_of
 from tensorlink.inflight import ARENA_TIMEOUT_S, LEAST_LIMIT_BYTES, Inflight, Reserved
 from tensorlink.ordered import Ordered
 
@@ -65,7 +66,7 @@ class StageCompute:
         self._sandbox = Sandbox(
             list(command),
             limits=Limits(
-                memory_bytes=memory_bytes,
+                memory_bytes=limit_of(memory_bytes),
                 num_threads=num_threads,
                 action_s=MAX_ACTION_S,
                 file_bytes=0 if scratch is None else shutil.disk_usage(scratch).free // DISK_SHARE,

@@ -18,6 +18,7 @@ from smartnodes_core.errors import PeerFault, SmartnodesError
 from smartnodes_core.identity import verify
 from smartnodes_core.records import Finding, Opening, Signed
 from smartnodes_core.sandbox import Limits, Sandbox
+from tensorlink.footprint import limit_of
 from tensorlink.records import StepOrder
 
 EXAMINE_TIMEOUT_S = 600.0
@@ -38,7 +39,9 @@ class ReplayAuditor:
         self._running = False
         self._sandbox = Sandbox(
             list(command),
-            limits=Limits(memory_bytes=memory_bytes, num_threads=num_threads, nice=NICE, action_s=EXAMINE_TIMEOUT_S),
+            limits=Limits(
+                memory_bytes=limit_of(memory_bytes), num_threads=num_threads, nice=NICE, action_s=EXAMINE_TIMEOUT_S
+            ),
             inbound_bytes=ARENA_BYTES,
             outbound_bytes=1 << 20,
             on_event=self._on_event,

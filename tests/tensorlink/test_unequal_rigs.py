@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
@@ -11,16 +13,16 @@ import tensorlink
 from tensorlink.errors import PartitionError
 from tensorlink.network import LocalNetwork
 
-SMALL_BYTES = 700 << 20
-WIDTH, LAYERS, ROWS = 512, 6, 8
+SMALL_BYTES = 500 << 20
+WIDTH, LAYERS, ROWS = 2560, 6, 8
 X, Y = torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH)
 
 
 @pytest.fixture(scope="module")
 def unequal():
-    """Two rigs, the first of which offers less than half of what the model needs with so long an audit window."""
+    """Two rigs, the first of which offers less than half of what the model needs."""
     small = {"worker-0": {"max-memory-bytes": SMALL_BYTES}}
-    with LocalNetwork(workers=2, audit_window_steps=64, audit_rates=(0.0, 0.0), flags=small) as network:
+    with LocalNetwork(workers=2, audit_rates=(0.0, 0.0), flags=small) as network:
         yield network
 
 
@@ -47,11 +49,15 @@ def test_the_rig_with_little_memory_gets_what_it_can_hold_and_losses_are_the_sam
         assert losses_of(model, tensorlink.DistributedOptimizer(model, torch.optim.AdamW, lr=1e-3)) == expected
         report = model.report()
         offers = {worker.endpoints[0]: worker.offers["memory_bytes"] for worker in unequal.station.find("worker")}
-    layers = {stage["endpoint"]: len(stage["parameters"]) // 2 for stage in report["stages"]}
-    small = next(endpoint for endpoint, num_bytes in offers.items() if num_bytes == SMALL_BYTES)
-    assert layers.pop(small) <= 2
-    assert sum(layers.values()) >= LAYERS - 2
-    assert all(stage["memory_bytes"] <= offers[stage["endpoint"]] for stage in report["stages"])
+    layers, needed = Counter(), Counter()
+    for stage in report["stages"]:
+        layers[stage["endpoint"]] += len(stage["parameters"]) // 2
+        needed[stage["endpoint"]] += stage["memory_bytes"]
+    small = min(offers, key=offers.__getitem__)
+    assert offers[small] == SMALL_BYTES
+    assert 1 <= layers[small] <= 2
+    assert layers.total() == LAYERS
+    assert all(num_bytes <= offers[endpoint] for endpoint, num_bytes in needed.items())
     assert report["schedule"] in report["plan"]
     assert report["step_s"] > 0
 
@@ -68,5 +74,5 @@ def test_a_schedule_that_is_asked_for_is_planned_and_run(unequal, expected):
     ) as model:
         assert losses_of(model, tensorlink.DistributedOptimizer(model, torch.optim.AdamW, lr=1e-3)) == expected
         assert model.report()["schedule"] == "gpipe"
-    with pytest.raises(PartitionError, match="found schedule='zigzag', needed 'auto' or one of 1f1b, gpipe"):
+    with pytest.raises(PartitionError, match="found schedule='zigzag', needed 'auto' or one of gpipe, 1f1b, int"):
         tensorlink.DistributedModel(model_of(2), network=unequal, example_inputs=(X,), schedule="zigzag")
