@@ -26,6 +26,7 @@ from smartnodes_core.sandbox_child import ChildChannel
 from tensorlink.allocator import give_back_freed_memory
 from tensorlink.audit import commitments
 from tensorlink.audit.opening import opening
+from tensorlink.background import background_thread
 from tensorlink.compute_errors import translated
 from tensorlink.compute_port import ChannelPort, put, put_opened
 from tensorlink.errors import TensorError
@@ -301,7 +302,7 @@ class Stages:
             for name, spec in program.parameters.items()
         }
         buffers = {name: state[name] for name in program.buffers}
-        pool = ThreadPoolExecutor(1, thread_name_prefix="hashing")
+        pool = background_thread("hashing")
         stage = self.make_stage(
             place,
             program,

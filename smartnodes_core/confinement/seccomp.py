@@ -54,6 +54,7 @@ def rules(pid: int) -> list[Rule]:
         Rule("sendto", ((4, whole, 0),)),
         Rule("prlimit64", ((2, whole, 0),)),
         Rule("sched_setaffinity", ((0, low, 0),)),
+        Rule("setpriority", ((0, low, 0), (1, low, 0))),  # the calling thread's own, and without privileges only down
         *(Rule("prctl", ((0, low, option),)) for option in _PRCTLS),
         *(Rule("fcntl", ((1, low, command),)) for command in _FCNTLS),
         *(Rule("ioctl", ((1, low, command),)) for command in _IOCTLS),
