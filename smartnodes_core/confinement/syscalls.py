@@ -27,8 +27,8 @@ X86_64 = {
     "rt_sigprocmask": 14, "rt_sigreturn": 15, "sched_get_priority_max": 146, "sched_get_priority_min": 147,
     "sched_getaffinity": 204, "sched_getparam": 143, "sched_getscheduler": 145, "sched_setaffinity": 203,
     "sched_yield": 24, "seccomp": 317, "select": 23, "sendto": 44, "set_mempolicy": 238, "set_robust_list": 273,
-    "set_tid_address": 218, "setitimer": 38, "setpriority": 141, "setsockopt": 54, "shutdown": 48, "sigaltstack": 131, "stat": 4,
-    "statx": 332, "sysinfo": 99, "tgkill": 234, "time": 201, "times": 100, "umask": 95, "uname": 63, "write": 1,
+    "set_tid_address": 218, "setitimer": 38, "setpriority": 141, "setsockopt": 54, "shutdown": 48, "sigaltstack": 131,
+    "stat": 4, "statx": 332, "sysinfo": 99, "tgkill": 234, "time": 201, "times": 100, "umask": 95, "uname": 63, "write": 1,
     "writev": 20,
 }
 
@@ -51,7 +51,8 @@ AARCH64 = {
     "rt_sigreturn": 139, "sched_get_priority_max": 125, "sched_get_priority_min": 126, "sched_getaffinity": 123,
     "sched_getparam": 121, "sched_getscheduler": 120, "sched_setaffinity": 122, "sched_yield": 124, "seccomp": 277,
     "sendto": 206, "set_mempolicy": 237, "set_robust_list": 99, "set_tid_address": 96, "setitimer": 103,
-    "setpriority": 140, "setsockopt": 208, "shutdown": 210, "sigaltstack": 132, "statx": 291, "sysinfo": 179, "tgkill": 131,
+    "setpriority": 140, "setsockopt": 208, "shutdown": 210, "sigaltstack": 132, "statx": 291, "sysinfo": 179,
+    "tgkill": 131,
     "times": 153, "umask": 166, "uname": 160, "write": 64, "writev": 66,
 }
 
