@@ -28,8 +28,8 @@ X86_64 = {
     "sched_getaffinity": 204, "sched_getparam": 143, "sched_getscheduler": 145, "sched_setaffinity": 203,
     "sched_yield": 24, "seccomp": 317, "select": 23, "sendto": 44, "set_mempolicy": 238, "set_robust_list": 273,
     "set_tid_address": 218, "setitimer": 38, "setpriority": 141, "setsockopt": 54, "shutdown": 48, "sigaltstack": 131,
-    "stat": 4, "statx": 332, "sysinfo": 99, "tgkill": 234, "time": 201, "times": 100, "umask": 95, "uname": 63, "write": 1,
-    "writev": 20,
+    "stat": 4, "statx": 332, "sysinfo": 99, "tgkill": 234, "time": 201, "times": 100, "umask": 95, "uname": 63,
+    "write": 1, "writev": 20,
 }
 
 AARCH64 = {
