@@ -29,6 +29,7 @@ from smartnodes_core.nodes.user import JobListener, UserNode
 from smartnodes_core.records import Commitment, Verdict
 from smartnodes_core.remote_errors import from_wire
 from smartnodes_core.rpc import PendingCall, Reply
+from tensorlink.pipeline.backward import Norm
 from tensorlink.pipeline.executor import Timeline
 from tensorlink.pipeline.frames import FrameTensor, dtype_name, tensor_bytes
 from tensorlink.pipeline.headers import field_of
@@ -48,6 +49,7 @@ class Call:
     input_gradients: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
     losses: dict[int, float] = field(default_factory=dict)
     done: set[tuple[str, int, int]] = field(default_factory=set)  # (type, backward pass, stage)
+    prepared: dict[int, Norm] = field(default_factory=dict)  # by stage, what it said of its gradient at its end
     timelines: dict[int, Timeline] = field(default_factory=dict)  # by stage, what ran when in what was done last
     shapes: list[list[torch.Size]] = field(default_factory=list)  # per output slot, of each micro-batch's piece
     num_backwards: int = 0
@@ -263,11 +265,13 @@ class Driver(JobListener):
             if call is None:
                 return
             if event == "loss" and stage == self.num_stages - 1:
-                call.losses[field_of(params, "micro_batch")] = _seconds(params, "value")
+                call.losses[field_of(params, "micro_batch")] = _number(params, "value")
             elif event == "done":
                 call.done.add((str(params.get("type")), field_of(params, "backward_pass"), stage))
-                self.tally.busy(stage, _seconds(params, "busy_s"))
+                self.tally.busy(stage, _number(params, "busy_s"))
                 call.timelines[stage] = _timeline(params)
+                if "squared_norm" in params:
+                    call.prepared[stage] = norm_of(params)
             self._moved()
 
     def allocate(self, stage: int, header: dict[str, Any], num_bytes: int) -> memoryview:
@@ -330,7 +334,15 @@ def _is_run(run: Any) -> bool:
     return kind in ("F", "B", "W") and all(type(number) is int and number >= 0 for number in numbers)
 
 
-def _seconds(params: dict[str, Any], name: str) -> float:
+def norm_of(params: dict[str, Any]) -> Norm:
+    """What a stage says of its gradient. Raises ProtocolError where it is malformed."""
+    name = params.get("non_finite")
+    if not isinstance(name, str):
+        raise ProtocolError("non_finite is the name of a parameter, or empty")
+    return _number(params, "squared_norm"), name
+
+
+def _number(params: dict[str, Any], name: str) -> float:
     try:
         return float.fromhex(params[name])
     except (KeyError, TypeError, ValueError, OverflowError):

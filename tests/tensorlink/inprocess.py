@@ -282,10 +282,12 @@ class Port:
     def share(self, to, id, slot, tensor):
         self._stages.post(lambda: self._stages.stages[to].receive_sum(id, self._index, slot, tensor.clone()))
 
-    def done(self, call, type, backward_pass, timeline):
+    def done(self, call, type, backward_pass, timeline, prepared=None):
         place = {"step": call.step, "call": call.call, "backward_pass": backward_pass}
         busy_s = sum(ended - began for _, _, began, ended in timeline) / 1e9
-        self._stages.event(self._index, "done", {**place, "type": type, "busy_s": busy_s.hex(), "timeline": timeline})
+        norm = {} if prepared is None else {"squared_norm": prepared[0].hex(), "non_finite": prepared[1]}
+        told = {**place, "type": type, "busy_s": busy_s.hex(), "timeline": timeline, **norm}
+        self._stages.event(self._index, "done", told)
 
 
 class Inline(Executor):

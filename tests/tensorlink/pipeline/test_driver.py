@@ -259,3 +259,14 @@ def test_nothing_is_done_for_a_closed_job(driver, user):
     with pytest.raises(JobError, match="the job is closed"):
         driver.call_all("state", lambda stage: {})
     assert user.calls == []
+
+
+def test_a_stage_may_tell_its_gradient_s_norm_with_its_end(driver, call):
+    done = {"step": 3, "call": 1, "type": "train_step", "backward_pass": 0, "busy_s": (0.5).hex(), "timeline": []}
+    driver.on_event(0, "done", done)
+    driver.on_event(LAST, "done", {**done, "squared_norm": (2.5).hex(), "non_finite": "w"})
+    assert call.prepared == {LAST: (2.5, "w")}
+    for wrong in ({"squared_norm": 2.5}, {"squared_norm": "x", "non_finite": ""}, {"squared_norm": (1.0).hex()}):
+        with pytest.raises(ProtocolError):
+            driver.on_event(0, "done", {**done, **wrong})
+    assert call.prepared == {LAST: (2.5, "w")}
