@@ -1,9 +1,9 @@
 """The computing process of a rig: `python -m tensorlink.compute`, started by `smartnodes_core/sandbox.py`.
 
 It has torch, and neither keys nor sockets (`smartnodes_core/confinement/`). One thread takes messages and computes,
-one reads the pipe, one hashes what was computed. Everything in a message is distrusted: it comes from peers by way of
-the node. Neighbours: `compute_stages.py` serves stages (the protocol is written there), `audit/examine.py` re-executes
-others' work.
+one reads the pipe, one (`later.py`) hashes what was computed when there is time. Everything in a message is
+distrusted: it comes from peers by way of the node. Neighbours: `compute_stages.py` serves stages (the protocol is
+written there), `audit/examine.py` re-executes others' work.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,10 @@ from tensorlink.compute_errors import translated
 
 if TYPE_CHECKING:
     from tensorlink.compute_stages import Stages
+
+#: Hashing begins after an action that took this long, or when there has been nothing to do for this long: beside short
+#: actions, and while an answer is on its way, it would be in the way.
+SHORT_S = 0.001
 
 Serve = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -44,15 +49,29 @@ class Compute:
 
     def run(self) -> None:
         """Until the node closes the pipe, which ends the process."""
+        busy_s = time.monotonic()
         while True:
+            began_s = time.monotonic()
             with self._channel.deadline():
                 worked = self._stages.run_one()
-            message = self._channel.receive(0 if worked else self._stages.patience_s())
+            message = self._channel.receive(0 if worked else self._patience_s())
+            now_s = time.monotonic()
+            if now_s - (began_s if worked else busy_s) >= SHORT_S and message is None:
+                self._stages.begin_hashing()
             while message is not None:
                 with self._channel.deadline():
                     self.serve(message)
                 message = self._channel.receive(0)
+                worked = True
             self._stages.tend_prepares()
+            if worked:
+                busy_s = time.monotonic()
+
+    def _patience_s(self) -> float | None:
+        patience_s = self._stages.patience_s()
+        if not self._stages.has_hashing:
+            return patience_s
+        return SHORT_S if patience_s is None else min(SHORT_S, patience_s)
 
     def serve(self, message: Incoming) -> None:
         """Serves one message; whatever goes wrong is answered, or told as the event `failed`."""

@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,10 +26,10 @@ from smartnodes_core.sandbox_child import ChildChannel
 from tensorlink.allocator import give_back_freed_memory
 from tensorlink.audit import commitments
 from tensorlink.audit.opening import opening
-from tensorlink.background import background_thread
 from tensorlink.compute_errors import translated
 from tensorlink.compute_port import ChannelPort, put, put_opened
 from tensorlink.errors import TensorError
+from tensorlink.later import Later
 from tensorlink.pipeline.executor import Ready
 from tensorlink.pipeline.headers import CALL_FIELDS, SHARED_FIELDS
 from tensorlink.pipeline.inbox import Delivery
@@ -76,7 +76,7 @@ class Hosted:
     stage: Stage
     roots: commitments.Roots
     work_units: int
-    pool: ThreadPoolExecutor
+    pool: Later
     hashing: Future[None] | None = None
     prepares: list[Waiting] = field(default_factory=list)
     failed: SmartnodesError | None = None
@@ -190,6 +190,16 @@ class Stages:
         deadlines = [waiting.deadline_s for one in self._hosted.values() for waiting in one.prepares]
         return max(0.001, min(deadlines) - time.monotonic()) if deadlines else None
 
+    @property
+    def has_hashing(self) -> bool:
+        """Whether something is still to be hashed that has not begun."""
+        return any(one.pool.waits for one in self._hosted.values())
+
+    def begin_hashing(self) -> None:
+        """There is time for it now: what the stages have to hash is begun."""
+        for one in self._hosted.values():
+            one.pool.begin()
+
     def _share(self, one: Hosted, waiting: Waiting) -> None:
         if one.stage.num_units >= waiting.num_units:
             one.stage.share(waiting.step)
@@ -302,7 +312,7 @@ class Stages:
             for name, spec in program.parameters.items()
         }
         buffers = {name: state[name] for name in program.buffers}
-        pool = background_thread("hashing")
+        pool = Later("hashing")
         stage = self.make_stage(
             place,
             program,
@@ -348,7 +358,9 @@ class Stages:
     # -- one-way ------------------------------------------------------------------------------------------------------
 
     def _begin(self, params: dict[str, Any]) -> dict[str, Any]:
-        self._of(params).stage.begin(params)
+        one = self._of(params)
+        one.pool.begin()  # of the last step, beside this one
+        one.stage.begin(params)
         return {}
 
     def _backward(self, params: dict[str, Any]) -> dict[str, Any]:

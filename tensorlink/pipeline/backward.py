@@ -18,6 +18,8 @@ from tensorlink.program.interpreter import Interpreter
 from tensorlink.records import Cut
 
 Value = Tensor | int
+#: A squared gradient norm, and the name of a parameter whose gradient is not finite ("" for none).
+Norm = tuple[float, str]
 
 #: A norm of half-precision numbers has to be summed in more than half precision.
 _NORM_DTYPES = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
@@ -120,7 +122,7 @@ def _roots(passed: ForwardPass, gradients: Mapping[int, Tensor]) -> tuple[list[T
     return roots, root_gradients
 
 
-def squared_norm(gradients: Mapping[str, Tensor]) -> tuple[float, str]:
+def squared_norm(gradients: Mapping[str, Tensor]) -> Norm:
     """Sum of squares over all gradients, and the name of the first that is not finite ("" for none)."""
     total, bad = 0.0, ""
     for name, tensor in sorted(gradients.items()):

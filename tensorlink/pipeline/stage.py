@@ -18,7 +18,7 @@ from torch import Tensor
 from smartnodes_core.errors import ProtocolError
 from tensorlink.errors import TensorError
 from tensorlink.pipeline.arrivals import check_fits, values
-from tensorlink.pipeline.backward import ForwardPass, Value, backward, forward
+from tensorlink.pipeline.backward import ForwardPass, Norm, Value, backward, forward
 from tensorlink.pipeline.executor import BackwardState, CallState, Executor, Ready, Timeline
 from tensorlink.pipeline.inbox import Delivery, Inbox
 from tensorlink.pipeline.seeds import seed_for
@@ -47,8 +47,12 @@ class Port(Protocol):
     def loss(self, call: CallState, micro_batch: int, value: float) -> None:
         """The last stage computed the loss of a micro-batch (not weighted)."""
 
-    def done(self, call: CallState, type: str, backward_pass: int, timeline: Timeline) -> None:
-        """All micro-batches of a call are through, in one direction; `timeline` says what ran when."""
+    def done(
+        self, call: CallState, type: str, backward_pass: int, timeline: Timeline, prepared: Norm | None = None
+    ) -> None:
+        """All micro-batches of a call are through, in one direction; `timeline` says what ran when, `prepared` what a
+        prepare would say now, where that was asked for and waits for nobody.
+        """
 
 
 @dataclass(frozen=True)
@@ -318,10 +322,9 @@ class Stage(StageState):
     def _backward_done(self, state: BackwardState) -> None:
         if state.done:
             call = state.call
-            if call.type == "train_step":
-                self._port.done(call, "train_step", 0, call.take_timeline())
-            else:
-                self._port.done(call, "backward", state.backward_pass, call.take_timeline())
+            type_ = "train_step" if call.type == "train_step" else "backward"
+            prepared = self.squared_norm(call.step) if state.prepare and not self.tied.ties.others else None
+            self._port.done(call, type_, state.backward_pass, call.take_timeline(), prepared)
 
     # -- the log ------------------------------------------------------------------------------------------------------
 
