@@ -133,11 +133,13 @@ def squared_norm(gradients: Mapping[str, Tensor]) -> tuple[float, str]:
 
 
 class GradientSum:
-    """Gradients of a step, added in the order of `add`. What `add` was given is never written to."""
+    """Gradients of a step, added in the order of `add`. What `add` was given is never written to; sums stand in memory
+    of their own, that which was lent where there is some."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._own: set[str] = set()
+        self._lent: dict[str, Tensor] = {}
         self._norm: tuple[float, str] | None = None
 
     def add(self, gradients: Mapping[str, Tensor]) -> None:
@@ -145,12 +147,23 @@ class GradientSum:
         self._norm = None
         for name, gradient in gradients.items():
             if name not in self._sums:
-                self._sums[name] = gradient
+                self._sums[name] = self._begin(name, gradient)
             elif name in self._own:
                 self._sums[name].add_(gradient)
             else:
                 self._sums[name] = self._sums[name] + gradient
                 self._own.add(name)
+
+    def _begin(self, name: str, gradient: Tensor) -> Tensor:
+        lent = self._lent.pop(name, None)
+        if lent is None or (lent.shape, lent.dtype) != (gradient.shape, gradient.dtype):
+            return gradient
+        self._own.add(name)
+        return lent.copy_(gradient)
+
+    def lend(self, memory: Mapping[str, Tensor]) -> None:
+        """Tensors for the next sums of these names to stand in, which go with `take`. Any thread may lend."""
+        self._lent.update(memory)
 
     @contextmanager
     def gathering(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
@@ -174,6 +187,11 @@ class GradientSum:
         found = {name: tensor.contiguous() for name, tensor in sorted(self._sums.items())}
         self._sums, self._own, self._norm = {}, set(), None
         return found
+
+    def drop(self) -> None:
+        """Empties this; the sums' memory is there for the next."""
+        self._lent.update({name: self._sums[name] for name in self._own})
+        self._sums, self._own, self._norm = {}, set(), None
 
     def squared_norm(self) -> tuple[float, str]:
         """As the function of this name, over all sums."""

@@ -121,36 +121,55 @@ class StepLog:
         """Drops what a further committed step pushes out of the window, and shelves the newest; a snapshot whose
         memory may be used again. Nobody may be reading committed steps meanwhile."""
         while len(self._committed) >= self._window_steps:
-            step, oldest = self._committed.popitem(last=False)
-            if step in self._shelved:
-                self._drop(oldest)
-                self._shelved.remove(step)
-            else:
+            _, oldest = self._committed.popitem(last=False)
+            self._drop(oldest)
+            if self._shelf is None:
                 self._spare = oldest.before
-        self._shelve_last()
+        last = self.last()
+        if last is not None:
+            self.shelve(last.step)
         spare, self._spare = self._spare, None
         return spare
 
-    def _shelve_last(self) -> None:
-        record = self.last()
-        if self._shelf is None or record is None or record.step in self._shelved:
-            return
-        shelved = self._committed[record.step] = record.mapped(_onto(self._shelf))
-        self._shelved.add(record.step)
-        if shelved.before is not None and shelved.before.is_all(Shelved):
-            self._spare = record.before
+    def shelve(self, step: int) -> dict[str, Tensor]:
+        """Puts a committed step on the shelf, if there is one; returns what its gradient stood in and does no more.
+
+        It may run beside the next step's work, but for what reads or drops committed steps.
+        """
+        record = self._committed.get(step)
+        if self._shelf is None or record is None:
+            return {}
+        shelved = self._committed[step] = record.mapped(_onto(self._shelf))
+        self._shelved.add(step)
+        gradient = shelved.gradient.items()
+        return {
+            name: record.gradient[name]
+            for name, kept in gradient
+            if isinstance(kept, Shelved) and isinstance(record.gradient[name], Tensor)
+        }
+
+    def copy(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> Snapshot | None:
+        """A state on the shelf, without its buffers; None where there is no shelf or it is full."""
+        if self._shelf is None:
+            return None
+        copy = Snapshot(dict(weights), {}, dict(optimizer)).mapped(_onto(self._shelf))
+        if copy.is_all(Shelved):
+            return copy
+        self.give_up(copy)
+        return None
+
+    def give_up(self, copy: Snapshot) -> None:
+        """The shelf's room for a copy is free again."""
+        copy.mapped(_given_back())
+
+    def close(self) -> None:
+        """Drops all steps."""
+        while self._committed:
+            self._drop(self._committed.popitem()[1])
 
     def _drop(self, record: StepRecord) -> None:
-        dropped: set[int] = set()
-
-        def give_back(tensors: dict[str, Any]) -> dict[str, Any]:
-            for kept in tensors.values():
-                if isinstance(kept, Shelved) and id(kept) not in dropped:
-                    dropped.add(id(kept))
-                    kept.shelf.give_back(kept)
-            return {}
-
-        record.mapped(give_back)
+        self._shelved.discard(record.step)
+        record.mapped(_given_back())
 
     def commit(self, next_step: int) -> StepRecord:
         """Closes the open step, keeps it, and opens the next."""
@@ -162,7 +181,7 @@ class StepLog:
     def committed(self, step: int) -> StepRecord | None:
         """A step within the window, or None; what lay on the shelf is in memory for as long as the caller keeps it."""
         record = self._committed.get(step)
-        return record.mapped(_from_shelf) if record is not None and step in self._shelved else record
+        return record.mapped(_from_shelf) if record is not None and self._shelf is not None else record
 
     def last(self) -> StepRecord | None:
         """The newest committed step, or None."""
@@ -174,7 +193,7 @@ class StepLog:
         if later is None:
             return None
         before = self._committed[later].before
-        return before.mapped(_from_shelf) if before is not None and later in self._shelved else before
+        return before.mapped(_from_shelf) if before is not None and self._shelf is not None else before
 
     def steps(self) -> list[int]:
         """The committed steps held, oldest first."""
@@ -193,7 +212,7 @@ class StepLog:
     def _count(self) -> None:
         self._held_bytes = sum(
             tensor.numel() * tensor.element_size()
-            for step, record in self._committed.items()
+            for step, record in list(self._committed.items())
             if step not in self._shelved
             for unit in record.units
             for group in (unit.forward.x, unit.forward.target, unit.gy)
@@ -208,10 +227,24 @@ def _onto(shelf: Shelf) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def put(tensors: dict[str, Any]) -> dict[str, Any]:
         for tensor in tensors.values():
             if id(tensor) not in known:
-                known[id(tensor)] = shelf.put(tensor) or tensor
+                known[id(tensor)] = tensor if isinstance(tensor, Shelved) else shelf.put(tensor) or tensor
         return {name: known[id(tensor)] for name, tensor in tensors.items()}
 
     return put
+
+
+def _given_back() -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Gives the shelf's room back, once for each tensor however often it stands in a record."""
+    dropped: set[int] = set()
+
+    def give_back(tensors: dict[str, Any]) -> dict[str, Any]:
+        for kept in tensors.values():
+            if isinstance(kept, Shelved) and id(kept) not in dropped:
+                dropped.add(id(kept))
+                kept.shelf.give_back(kept)
+        return {}
+
+    return give_back
 
 
 def _from_shelf(tensors: dict[str, Any]) -> dict[str, Any]:

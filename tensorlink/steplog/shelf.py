@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 class Shelf:
-    """Tensors in the file behind `fd`, of which `num_bytes` may be used. Not thread-safe: one thread at a time."""
+    """Tensors in the file behind `fd`, of which `num_bytes` may be used. Thread-safe: the stages of a rig share it."""
 
     def __init__(self, fd: int, num_bytes: int) -> None:
         self._fd = fd
         self._pieces = FirstFit(num_bytes)
+        self._lock = threading.Lock()
 
     @property
     def free_bytes(self) -> int:
@@ -37,14 +39,15 @@ class Shelf:
         """Writes a tensor; None where there is no room, of which the log is told once a time."""
         tensor = tensor.detach().contiguous()
         view = tensor_view(tensor)
-        offset = self._pieces.take(len(view))
+        with self._lock:
+            offset = self._pieces.take(len(view))
         if offset is None:
             logger.warning("the shelf is full: %d bytes stay in memory", len(view))
             return None
         try:
             self._write(offset, view)
         except OSError as error:
-            self._pieces.give_back(offset)
+            self._give_back(offset)
             logger.warning("the shelf cannot be written, %d bytes stay in memory: %s", len(view), error)
             return None
         return Shelved(self, offset, tensor.dtype, tensor.shape)
@@ -67,7 +70,11 @@ class Shelf:
 
     def give_back(self, shelved: Shelved) -> None:
         """The tensor is not needed any more."""
-        self._pieces.give_back(shelved.offset)
+        self._give_back(shelved.offset)
+
+    def _give_back(self, offset: int) -> None:
+        with self._lock:
+            self._pieces.give_back(offset)
 
 
 @dataclass(frozen=True, eq=False)
