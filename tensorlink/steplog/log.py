@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tensorlink.steplog.shelf import Shelf, Shelved
+from tensorlink.steplog.shelf import Shelf, Shelved, from_shelf, given_back, onto
 from tensorlink.steplog.snapshots import Snapshot
 
 Digests = dict[str, dict[str, bytes]]
@@ -139,7 +139,7 @@ class StepLog:
         record = self._committed.get(step)
         if self._shelf is None or record is None:
             return {}
-        shelved = self._committed[step] = record.mapped(_onto(self._shelf))
+        shelved = self._committed[step] = record.mapped(onto(self._shelf))
         self._shelved.add(step)
         gradient = shelved.gradient.items()
         return {
@@ -152,7 +152,7 @@ class StepLog:
         """A state on the shelf, without its buffers; None where there is no shelf or it is full."""
         if self._shelf is None:
             return None
-        copy = Snapshot(dict(weights), {}, dict(optimizer)).mapped(_onto(self._shelf))
+        copy = Snapshot(dict(weights), {}, dict(optimizer)).mapped(onto(self._shelf))
         if copy.is_all(Shelved):
             return copy
         self.give_up(copy)
@@ -160,7 +160,7 @@ class StepLog:
 
     def give_up(self, copy: Snapshot) -> None:
         """The shelf's room for a copy is free again."""
-        copy.mapped(_given_back())
+        copy.mapped(given_back())
 
     def close(self) -> None:
         """Drops all steps."""
@@ -169,7 +169,7 @@ class StepLog:
 
     def _drop(self, record: StepRecord) -> None:
         self._shelved.discard(record.step)
-        record.mapped(_given_back())
+        record.mapped(given_back())
 
     def commit(self, next_step: int) -> StepRecord:
         """Closes the open step, keeps it, and opens the next."""
@@ -181,7 +181,7 @@ class StepLog:
     def committed(self, step: int) -> StepRecord | None:
         """A step within the window, or None; what lay on the shelf is in memory for as long as the caller keeps it."""
         record = self._committed.get(step)
-        return record.mapped(_from_shelf) if record is not None and self._shelf is not None else record
+        return record.mapped(from_shelf) if record is not None and self._shelf is not None else record
 
     def last(self) -> StepRecord | None:
         """The newest committed step, or None."""
@@ -193,7 +193,7 @@ class StepLog:
         if later is None:
             return None
         before = self._committed[later].before
-        return before.mapped(_from_shelf) if before is not None and self._shelf is not None else before
+        return before.mapped(from_shelf) if before is not None and self._shelf is not None else before
 
     def steps(self) -> list[int]:
         """The committed steps held, oldest first."""
@@ -218,34 +218,3 @@ class StepLog:
             for group in (unit.forward.x, unit.forward.target, unit.gy)
             for tensor in group.values()
         )
-
-
-def _onto(shelf: Shelf) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Puts tensors on the shelf, each once however often it stands in a record; what finds no room stays."""
-    known: dict[int, Any] = {}
-
-    def put(tensors: dict[str, Any]) -> dict[str, Any]:
-        for tensor in tensors.values():
-            if id(tensor) not in known:
-                known[id(tensor)] = tensor if isinstance(tensor, Shelved) else shelf.put(tensor) or tensor
-        return {name: known[id(tensor)] for name, tensor in tensors.items()}
-
-    return put
-
-
-def _given_back() -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Gives the shelf's room back, once for each tensor however often it stands in a record."""
-    dropped: set[int] = set()
-
-    def give_back(tensors: dict[str, Any]) -> dict[str, Any]:
-        for kept in tensors.values():
-            if isinstance(kept, Shelved) and id(kept) not in dropped:
-                dropped.add(id(kept))
-                kept.shelf.give_back(kept)
-        return {}
-
-    return give_back
-
-
-def _from_shelf(tensors: dict[str, Any]) -> dict[str, Any]:
-    return {name: kept.shelf.read(kept) if isinstance(kept, Shelved) else kept for name, kept in tensors.items()}

@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,3 +87,35 @@ class Shelved:
     offset: int
     dtype: torch.dtype
     shape: torch.Size
+
+
+def onto(shelf: Shelf) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Puts tensors on the shelf, each once however often it stands in a record; what finds no room stays."""
+    known: dict[int, Any] = {}
+
+    def put(tensors: dict[str, Any]) -> dict[str, Any]:
+        for tensor in tensors.values():
+            if id(tensor) not in known:
+                known[id(tensor)] = tensor if isinstance(tensor, Shelved) else shelf.put(tensor) or tensor
+        return {name: known[id(tensor)] for name, tensor in tensors.items()}
+
+    return put
+
+
+def given_back() -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Gives the shelf's room back, once for each tensor however often it stands in a record."""
+    dropped: set[int] = set()
+
+    def give_back(tensors: dict[str, Any]) -> dict[str, Any]:
+        for kept in tensors.values():
+            if isinstance(kept, Shelved) and id(kept) not in dropped:
+                dropped.add(id(kept))
+                kept.shelf.give_back(kept)
+        return {}
+
+    return give_back
+
+
+def from_shelf(tensors: dict[str, Any]) -> dict[str, Any]:
+    """The tensors again, those on a shelf in memory of their own."""
+    return {name: kept.shelf.read(kept) if isinstance(kept, Shelved) else kept for name, kept in tensors.items()}
