@@ -141,11 +141,14 @@ class StepLog:
             return {}
         shelved = self._committed[step] = record.mapped(onto(self._shelf))
         self._shelved.add(step)
-        gradient = shelved.gradient.items()
+        exchanged = [*record.sent_sums.values(), *record.received_sums.values()]  # these stay, and may be the total
+        kept = {tensor.data_ptr() for sums in exchanged for tensor in sums.values()}
         return {
-            name: record.gradient[name]
-            for name, kept in gradient
-            if isinstance(kept, Shelved) and isinstance(record.gradient[name], Tensor)
+            name: tensor
+            for name, tensor in record.gradient.items()
+            if isinstance(shelved.gradient[name], Shelved)
+            and isinstance(tensor, Tensor)
+            and tensor.data_ptr() not in kept
         }
 
     def copy(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> Snapshot | None:
