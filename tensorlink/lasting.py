@@ -1,8 +1,10 @@
 """Memory for what stays from step to step: weights, optimizer state, sums of gradients, copies of a state.
 
 Activations come and go by the megabyte. What stays, allocated among them, would cut the free memory between into
-pieces that the next micro-batch cannot use; it takes mappings of its own instead, in large pages where the kernel has
-them, and gives them back when the last tensor in them is gone. Neighbour: `allocator.py`, on what comes and goes.
+pieces that the next micro-batch cannot use: glibc looks for 96 bytes more than an aligned tensor takes, so that a hole
+between two tensors in use never takes another of its own size. It takes mappings of its own instead, in large pages
+where the kernel has them, and gives them back when the last tensor in them is gone. Neighbour: `allocator.py`, on what
+comes and goes.
 """
 
 from __future__ import annotations
