@@ -247,6 +247,7 @@ class Stages:
             content = commitments.build(record, one.roots, one.stage.parameters, optimizer, one.work_units)
             one.committed.add(step)
             self._channel.event("commitment", {"key": one.key, **content})
+            one.stage.put_away(record)
 
         one.hashing = one.pool.submit(hash_and_tell)
 
@@ -340,6 +341,7 @@ class Stages:
         one = self._hosted.pop(str(params["key"]), None)
         if one is not None:
             one.pool.shutdown(wait=True)  # the last step's commitment goes out
+            one.stage.close()
             del one
             give_back_freed_memory()
         return {}
@@ -457,11 +459,11 @@ class Stages:
         """The data behind a committed step: `items` lie one after the other at `offset`. Raises AuditError if it is
         gone."""
         one, step = self._of(params), int(params["step"])
+        one.wait_for_hashing()
         record = one.stage.log.committed(step)
         if record is None:
             held = one.stage.log.steps()
             raise AuditError(f"step {step} is not held (any more): the window holds {held[:1]} to {held[-1:]}")
-        one.wait_for_hashing()
         opened = opening(record, int(params["tier"]), int(params["unit"]), *one.stage.state_after(record))
         return {"items": opened.items, **put_opened(self._channel, opened, OPEN_TIMEOUT_S)}
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tensorlink.errors import OptimizerError
+from tensorlink.lasting import lasting
 from tensorlink.program.values import DTYPE_NAMES
 
 ALLOWED: dict[str, type[torch.optim.Optimizer]] = {
@@ -107,6 +108,7 @@ class StageOptimizer:
                 self._groups[index] = len(made)
                 made.append({"params": [self.parameters[key] for key in names], **self._options(group)})
         self._torch: torch.optim.Optimizer | None = None
+        self._settled: set[str] = set()  # parameters whose state lies in lasting memory
         if made:
             try:
                 for group in made:  # torch checks values only where they are given as defaults
@@ -130,13 +132,27 @@ class StageOptimizer:
         changes = [(self._groups[i], self._options(groups[i])) for i in self._groups] if groups is not None else []
         for index, options in changes:
             self._torch.param_groups[index].update(options)
-        for name, parameter in self.parameters.items():
-            parameter.grad = gradients.get(name)
+        known = [name for name in self.parameters if name in gradients and name in self._settled]
+        fresh = [[name] for name in self.parameters if name in gradients and name not in self._settled]
+        for names in [*([known] if known else []), *fresh]:
+            self._step(self._torch, names, gradients)
+
+    def _step(self, optimizer: torch.optim.Optimizer, names: Sequence[str], gradients: Mapping[str, Tensor]) -> None:
+        """Updates these parameters. State that this makes moves to where it can stay: for one parameter at a time, so
+        that it is never held twice."""
+        for name in names:
+            self.parameters[name].grad = gradients[name]
         try:
-            self._torch.step()
+            optimizer.step()
         finally:
-            for parameter in self.parameters.values():
-                parameter.grad = None
+            for name in names:
+                self.parameters[name].grad = None
+        for name in names:
+            if name not in self._settled:
+                state: dict[str, Any] = optimizer.state.get(self.parameters[name], {})
+                made = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.dim()}
+                state.update({key: memory.copy_(made[key]) for key, memory in lasting(made).items()})
+                self._settled.add(name)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The state under `parameter/state name`; the tensors are the live ones."""
@@ -184,6 +200,7 @@ class StageOptimizer:
             if self._torch is not None:
                 copies = {key: tensor.detach().clone() for key, tensor in state.items()}
                 self._torch.state[self.parameters[name]] = copies
+                self._settled.discard(name)
 
     def _group_of(self) -> dict[str, dict[str, Any]]:
         groups = self._torch.param_groups if self._torch is not None else []

@@ -18,7 +18,7 @@ from torch import Tensor
 from smartnodes_core.errors import ProtocolError
 from tensorlink.errors import TensorError
 from tensorlink.pipeline.arrivals import check_fits, values
-from tensorlink.pipeline.backward import ForwardPass, Norm, Value, backward, forward
+from tensorlink.pipeline.backward import ForwardPass, GradientSum, Norm, Value, backward, forward
 from tensorlink.pipeline.executor import BackwardState, CallState, Executor, Ready, Timeline
 from tensorlink.pipeline.inbox import Delivery, Inbox
 from tensorlink.pipeline.seeds import seed_for
@@ -285,9 +285,8 @@ class Stage(StageState):
         gradients = dict(arrived)
         if passed.loss is not None:
             gradients = {-1: torch.tensor(call.weights[m], dtype=passed.loss.dtype).expand_as(passed.loss)}
-        of_inputs, of_parameters = self._compute_backward(passed, gradients, state.retain)
+        of_inputs = self._compute_backward(passed, gradients, state.retain, self.gradients)
         state.next += 1
-        self.gradients.add(of_parameters)
         to = "previous" if self.place.stage else "user"
         for slot in self._upstream_slots:
             self._port.send(to, delivery, slot, of_inputs[slot])
@@ -303,7 +302,7 @@ class Stage(StageState):
         state, m = self._executor.deferred.popleft()
         passed = state.call.passes[m]
         if passed.deferred is not None:
-            self.gradients.add(self._compute_weight_gradients(passed.deferred))
+            self._compute_weight_gradients(passed.deferred, self.gradients)
         self._micro_batch_done(state, passed)
 
     def _micro_batch_done(self, state: BackwardState, passed: ForwardPass) -> None:
@@ -311,13 +310,13 @@ class Stage(StageState):
         if passed.freed:
             state.call.held -= 1
 
-    def _compute_weight_gradients(self, deferred: Deferred) -> dict[str, Tensor]:
-        return deferred.compute()
+    def _compute_weight_gradients(self, deferred: Deferred, into: GradientSum) -> None:
+        deferred.compute(into.add)
 
     def _compute_backward(
-        self, passed: ForwardPass, gradients: Mapping[int, Tensor], retain: bool
-    ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
-        return backward(passed, gradients, self.parameters, retain)
+        self, passed: ForwardPass, gradients: Mapping[int, Tensor], retain: bool, into: GradientSum
+    ) -> dict[int, Tensor]:
+        return backward(passed, gradients, self.parameters, retain, into)
 
     def _backward_done(self, state: BackwardState) -> None:
         if state.done:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from smartnodes_core.errors import ProtocolError
+from tensorlink.lasting import lasting
 from tensorlink.pipeline.backward import GradientSum, squared_norm
 from tensorlink.pipeline.tied import Settled, SumId, TiedGradients
 from tensorlink.program.graph import StageProgram
@@ -22,6 +24,7 @@ from tensorlink.stage_optimizer import StageOptimizer
 from tensorlink.steplog import snapshots
 from tensorlink.steplog.log import StepLog, StepRecord
 from tensorlink.steplog.shelf import Shelf
+from tensorlink.steplog.snapshots import Snapshot
 
 #: Two honest sums of the same squares are no farther apart than this.
 NORM_TOLERANCE = 1e-3
@@ -47,9 +50,11 @@ class StageState(ABC):
         self.step = 0
         self.optimizer: StageOptimizer | None = None
         self.gradients = GradientSum()
+        self.gradients.lend(lasting({name: tensor for name, tensor in parameters.items() if tensor.requires_grad}))
         self.tied = TiedGradients(program, self._send_sum)
         self.log = StepLog(window_steps, shared_bytes, shelf)
         self._buffers_at_start = dict(buffers)
+        self._copy: Snapshot | None = None  # on the shelf, of weights and optimizer as the last step left them
 
     @abstractmethod
     def _end_calls(self, step: int) -> None:
@@ -75,17 +80,32 @@ class StageState(ABC):
 
     def _keep_state_after(self) -> None:
         """The state is about to change other than by a step: the last step's audit needs it as it is."""
-        record = self.log.last()
+        record, copy = self.log.last(), self._copy
+        self._copy = None
         if record is not None and record.after is None:
-            state = self.optimizer.state_tensors() if self.optimizer else {}
-            record.after = snapshots.take(self.parameters, record.buffers_after, state)
+            record.after = (
+                snapshots.take(self.parameters, record.buffers_after, self._optimizer_state())
+                if copy is None
+                else replace(copy, buffers=record.buffers_after)
+            )
+
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        return self.optimizer.state_tensors() if self.optimizer else {}
+
+    def _take_before(self) -> Snapshot:
+        """The state with which the open step began, which its update is about to change."""
+        spare, copy = self.log.make_room(), self._copy
+        self._copy = None
+        if copy is not None:
+            return replace(copy, buffers=dict(self._buffers_at_start))
+        return snapshots.take(self.parameters, self._buffers_at_start, self._optimizer_state(), spare)
 
     def state_after(self, record: StepRecord) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Weights and optimizer state as a committed step left them; not to be written to."""
         kept = record.after or self.log.state_after(record.step)
         if kept is not None:
             return kept.weights, kept.optimizer
-        return self.parameters, self.optimizer.state_tensors() if self.optimizer else {}
+        return self.parameters, self._optimizer_state()
 
     @property
     def num_units(self) -> int:
@@ -156,8 +176,7 @@ class StageState(ABC):
             raise ProtocolError(f"clip coefficient {clip_coefficient} is not what the order and the gradient give")
         record = self.log.open
         record.step, record.squared_norm = step, squared
-        state = self.optimizer.state_tensors()
-        record.before = snapshots.take(self.parameters, self._buffers_at_start, state, self.log.make_room())
+        record.before = self._take_before()
         own, ties = self.gradients.take(), self.tied.ties
         record.sent_sums = {to: {name: own[name] for name in ties.names(to) if name in own} for to in ties.others}
         record.received_sums = {of: dict(settled.received[of]) if settled else {} for of in ties.others}
@@ -176,6 +195,18 @@ class StageState(ABC):
         if self.optimizer is not None:
             self.optimizer.step(clipped(record.gradient, record.clip_coefficient), options)
 
+    def put_away(self, record: StepRecord) -> None:
+        """A committed step is hashed: where there is a shelf, it leaves memory, and a copy of the state goes there for
+        the next step's sake. May run beside the next step's work, in which nobody writes to that state."""
+        self.gradients.lend(self.log.shelve(record.step))
+        self._copy = self.log.copy(self.parameters, self._optimizer_state())
+
+    def close(self) -> None:
+        """The stage is gone: the shelf gets its room back."""
+        if self._copy is not None:
+            self.log.give_up(self._copy)
+        self.log.close()
+
     def abort(self, step: int) -> None:
         """Drops gradients, log and calls of the open step; buffers are again what they were when it began."""
         self.buffers.update(self._buffers_at_start)
@@ -184,7 +215,7 @@ class StageState(ABC):
     def zero_grad(self, step: int) -> None:
         """Drops the gradients added since the last step, and the calls they came from; buffers keep what forwards
         did."""
-        self.gradients.take()
+        self.gradients.drop()
         self.tied.forget()
         self._end_calls(step)
         self.log.begin(max(step, self.step))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tensorlink.errors import ProgramError, TensorError
-from tensorlink.program import arguments, autocast, branches, drawing, dropout
+from tensorlink.program import arguments, autocast, branches, drawing, dropout, fused
 from tensorlink.program.alignment import aligned
 from tensorlink.program.deferred import Deferred, deferrable_weights, deferring
 from tensorlink.program.graph import Graph, Node
@@ -176,6 +176,8 @@ class Interpreter:
             if hidden or is_random(node.op, node.args):
                 raise ProgramError(f"{node}: draws random numbers of its own, which cannot be drawn again")
             function: Callable[..., Any] = ALLOWED[node.op]._op
+            if node.op == ATTENTION and self.device.type == "meta":
+                function = fused.attention
             guard = GUARDS.get(node.op)
             function = function if guard is None else guarded(guard, function)
             weights = self._deferrable.get(node.id)
