@@ -54,7 +54,8 @@ class StageState(ABC):
         self.tied = TiedGradients(program, self._send_sum)
         self.log = StepLog(window_steps, shared_bytes, shelf)
         self._buffers_at_start = dict(buffers)
-        self._copy: Snapshot | None = None  # on the shelf, of weights and optimizer as the last step left them
+        self._copy: Snapshot | None = None  # of weights and optimizer as the last step left them
+        self._spare: Snapshot | None = None  # whose memory the next copy may use
 
     @abstractmethod
     def _end_calls(self, step: int) -> None:
@@ -94,11 +95,13 @@ class StageState(ABC):
 
     def _take_before(self) -> Snapshot:
         """The state with which the open step began, which its update is about to change."""
-        spare, copy = self.log.make_room(), self._copy
-        self._copy = None
-        if copy is not None:
-            return replace(copy, buffers=dict(self._buffers_at_start))
-        return snapshots.take(self.parameters, self._buffers_at_start, self._optimizer_state(), spare)
+        self._spare = self.log.make_room() or self._spare
+        before, self._copy = self._copy or self._state_copied(), None
+        return replace(before, buffers=dict(self._buffers_at_start))
+
+    def _state_copied(self) -> Snapshot:
+        spare, self._spare = self._spare, None
+        return snapshots.take(self.parameters, {}, self._optimizer_state(), spare)
 
     def state_after(self, record: StepRecord) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Weights and optimizer state as a committed step left them; not to be written to."""
@@ -196,10 +199,11 @@ class StageState(ABC):
             self.optimizer.step(clipped(record.gradient, record.clip_coefficient), options)
 
     def put_away(self, record: StepRecord) -> None:
-        """A committed step is hashed: where there is a shelf, it leaves memory, and a copy of the state goes there for
-        the next step's sake. May run beside the next step's work, in which nobody writes to that state."""
+        """A committed step is hashed: where there is a shelf, it leaves memory. The state is copied for the next step's
+        sake, onto the shelf or else in memory. May run beside the next step's work, in which nobody writes to that
+        state."""
         self.gradients.lend(self.log.shelve(record.step))
-        self._copy = self.log.copy(self.parameters, self._optimizer_state())
+        self._copy = self.log.copy(self.parameters, self._optimizer_state()) or self._state_copied()
 
     def close(self) -> None:
         """The stage is gone: the shelf gets its room back."""
