@@ -2,7 +2,8 @@
 
 It has torch, and neither keys nor sockets (`smartnodes_core/confinement/`). One thread takes messages and computes,
 one reads the pipe, one hashes what was computed. Everything in a message is distrusted: it comes from peers by way of
-the node. Neighbours: `compute_stages.py` serves stages (the protocol is written there), `audit/examine.py` re-executes
+the node. A rig of several devices has a rank for each, a thread
+of this process (`tensor_parallel/`). Neighbours: `compute_stages.py` serves stages (the protocol is written there), `audit/examine.py` re-executes
 others' work.
 """
 
@@ -11,8 +12,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from smartnodes_core.errors import ProtocolError, SmartnodesError
 from smartnodes_core.sandbox_child import ChildChannel, Incoming
@@ -22,6 +24,7 @@ from tensorlink.compute_errors import translated
 
 if TYPE_CHECKING:
     from tensorlink.compute_stages import Stages
+    from tensorlink.tensor_parallel.ranks import Ranks
 
 Serve = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -83,7 +86,11 @@ class Compute:
         from tensorlink.compute_stages import MAX_STAGE_FLOPS
         from tensorlink.program.admission import Bounds
 
-        flops_per_s = measure.flops_per_s()
+        ranks = self._stages.ranks
+        if ranks is None:
+            flops_per_s = measure.flops_per_s()
+        else:
+            flops_per_s = sum(ranks.each(lambda group: measure.flops_per_s(group.device)))
         memory_bytes = measure.memory_bytes(self._channel.limits.memory_bytes)
         action_s = self._channel.limits.action_s or math.inf
         self._stages.bounds = self._examiner.bounds = Bounds(
@@ -94,7 +101,7 @@ class Compute:
             "memory_bytes": memory_bytes,
             "confinement": self._channel.confinement.applied,
             "unconfined": self._channel.confinement.missing,
-            "numeric_class": measure.numeric_class(),
+            "numeric_class": measure.numeric_class() + ("" if ranks is None else f" on {ranks}"),
             "num_threads": torch.get_num_threads(),
         }
 
@@ -121,7 +128,30 @@ def main(make_stages: Callable[[ChildChannel], Stages] | None = None) -> None:
     from tensorlink.compute_stages import Stages
 
     torch.set_num_threads(channel.limits.num_threads)
-    Compute(channel, (make_stages or Stages)(channel)).run()
+    stages = (make_stages or Stages)(channel)
+    stages.ranks = _join_ranks(channel)
+    Compute(channel, stages).run()
+
+
+def _join_ranks(channel: ChildChannel) -> Ranks | None:
+    """A rank for each device, connected; nothing can be connected afterwards. None where one CPU rank is all."""
+    limits = channel.limits
+    if limits.num_devices == 1 and limits.device == "cpu":
+        return None
+    from tensorlink.tensor_parallel.ranks import Ranks, quiet_nccl
+
+    quiet_nccl()
+    ranks = Ranks(limits.num_devices, limits.device, _end)
+    if limits.num_devices > 1:
+        channel.seal()
+    return ranks
+
+
+def _end(reason: str) -> NoReturn:
+    """The ranks cannot go on together: this process ends, and its node starts another."""
+    sys.stderr.write(f"{reason}\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 if __name__ == "__main__":

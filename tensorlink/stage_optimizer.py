@@ -138,7 +138,7 @@ class StageOptimizer:
             for parameter in self.parameters.values():
                 parameter.grad = None
 
-    def state_tensors(self) -> dict[str, Tensor]:
+    def state_tensors(self) -> Mapping[str, Tensor]:
         """The state under `parameter/state name`; the tensors are the live ones."""
         found = {}
         if self._torch is not None:
@@ -170,6 +170,13 @@ class StageOptimizer:
 
         Raises OptimizerError, before anything is changed, for what this optimizer does not keep.
         """
+        for name, state in self.check_state_tensors(tensors).items():
+            if self._torch is not None:
+                copies = {key: tensor.detach().clone() for key, tensor in state.items()}
+                self._torch.state[self.parameters[name]] = copies
+
+    def check_state_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """State by parameter and name. Raises OptimizerError for what this optimizer does not keep."""
         fresh: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             parameter, _, key = name.rpartition("/")
@@ -180,10 +187,7 @@ class StageOptimizer:
                 raise OptimizerError(_not_here(name))
             spec = self.parameters[name]
             check_state(self.name, options[name], name, tuple(spec.shape), spec.dtype, state)
-        for name, state in fresh.items():
-            if self._torch is not None:
-                copies = {key: tensor.detach().clone() for key, tensor in state.items()}
-                self._torch.state[self.parameters[name]] = copies
+        return fresh
 
     def _group_of(self) -> dict[str, dict[str, Any]]:
         groups = self._torch.param_groups if self._torch is not None else []
