@@ -73,7 +73,7 @@ def confine(wanted: Wanted, shared_bytes: int, parent_pid: int) -> Confinement:
         done.attempt("new privileges", system.no_new_privileges)
         done.attempt(
             "files",
-            lambda: landlock.restrict(files.libraries(), files.system_files(), files.devices(wanted), connects),
+            lambda: landlock.restrict(files.libraries(), files.system_files(connects), files.devices(wanted), connects),
         )
         more = syscalls.CONNECTING if connects else ()
         done.attempt("system calls", lambda: seccomp.install(wanted.device, os.getpid(), more))
