@@ -138,7 +138,8 @@ def _embedding(rewriting: Rewriting, node: Node) -> bool:
     if not isinstance(result, Seen) or not rewriting.can_split(weight, Split(1)):
         return False
     rewriting.assign(weight, Split(1))
-    return rewriting.emit(node, node.args, Split(len(result.shape) - 1))
+    columns = rewriting.add(node.op, node.args, node)
+    return rewriting.emit(node, (columns, len(result.shape) - 1, 1), None, "tp.gather")
 
 
 # -- what carries a split on -------------------------------------------------------------------------------------------
