@@ -118,6 +118,7 @@ def block_counts(rewriting: Rewriting, node: Node) -> list[int]:
                 counts.append(len(result))
             elif user.op in _VIEWS and isinstance(result, Seen):
                 counts += [math.prod(result.shape[at:to]) for to in range(len(result.shape)) for at in range(to)]
+                waiting.append(user)
             elif user.op in _POINTWISE:
                 waiting.append(user)
     return sorted({count for count in counts if 1 <= count <= MAX_BLOCKS})
