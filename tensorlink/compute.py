@@ -1,10 +1,9 @@
 """The computing process of a rig: `python -m tensorlink.compute`, started by `smartnodes_core/sandbox.py`.
 
 It has torch, and neither keys nor sockets (`smartnodes_core/confinement/`). One thread takes messages and computes,
-one reads the pipe, one hashes what was computed. Everything in a message is distrusted: it comes from peers by way of
-the node. A rig of several devices has a rank for each, a thread
-of this process (`tensor_parallel/`). Neighbours: `compute_stages.py` serves stages (the protocol is written there), `audit/examine.py` re-executes
-others' work.
+one reads the pipe, one hashes what was computed; a rig of several devices has one for each besides
+(`tensor_parallel/`). Everything in a message is distrusted: it comes from peers by way of the node. Neighbours:
+`compute_stages.py` serves stages (the protocol is written there), `audit/examine.py` re-executes others' work.
 """
 
 from __future__ import annotations

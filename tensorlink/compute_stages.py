@@ -1,10 +1,10 @@
 """What the computing process serves about stages: methods, one-way messages and events of the pipe.
 
 Calls: `load`, `load_part`, `load_end`, `set_loss`, `set_optimizer`, `prepare`, `decide`, `zero_grad`, `state`,
-`optimizer_state`, `set_state`, `set_optimizer_state`, `open`, `shards`, `unload`. One-way: `begin`, `backward`, `drop_call`,
-`tensor`, `shared` (a tied parameter's sum). Events: `send`, `loss`, `done`, `commitment`, `failed` (and `released`,
-which the channel sends). Every message names its stage by `key`; tensors lie in the arenas and are named by `offset`
-and `num_bytes`.
+`optimizer_state`, `set_state`, `set_optimizer_state`, `open`, `shards`, `unload`. One-way: `begin`, `backward`,
+`drop_call`, `tensor`, `shared` (a tied parameter's sum). Events: `send`, `loss`, `done`, `commitment`, `failed` (and
+`released`, which the channel sends). Every message names its stage by `key`; tensors lie in the arenas and are named by
+`offset` and `num_bytes`.
 """
 
 from __future__ import annotations
@@ -355,9 +355,7 @@ class Stages:
 
     def _shards(self, params: dict[str, Any]) -> dict[str, Any]:
         """How a stage lies on the devices of this rig: its plan for people, and bytes on each."""
-        stage = self._of(params).stage
-        layout = getattr(stage, "plan", None)
-        return {} if layout is None else {"plan": str(layout), "num_bytes": stage.shard_bytes()}
+        return self._of(params).stage.shards()
 
     def _set_loss(self, params: dict[str, Any]) -> dict[str, Any]:
         self._of(params).stage.set_loss(LossProgram.from_json(params["loss_program"]))

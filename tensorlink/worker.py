@@ -58,7 +58,9 @@ class StageHandler:
         self._lock = threading.Lock()
         self._papers: dict[str, StagePapers] = {}
         self._port: WorkerPort | None = None
-        self._compute = StageCompute(memory_bytes, num_threads, command, lambda: self.port, scratch, num_devices, device)
+        self._compute = StageCompute(
+            memory_bytes, num_threads, command, lambda: self.port, scratch, num_devices, device
+        )
 
     def start(self) -> None:
         """Start the computing process and measure the rig."""

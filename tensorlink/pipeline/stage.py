@@ -114,6 +114,10 @@ class Stage(StageState):
         """Whether outputs go to the user."""
         return self.place.stage == self.place.num_stages - 1
 
+    def shards(self) -> dict[str, Any]:
+        """How the stage lies on several devices, for people, and the bytes on each; nothing where it is on one."""
+        return {}
+
     # -- what is announced --------------------------------------------------------------------------------------------
 
     def set_loss(self, program: LossProgram) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import HashStore, ProcessGroupGloo
+from torch.distributed import HashStore, ProcessGroupGloo  # type: ignore[attr-defined]
 
 from tensorlink.tensor_parallel.split import Split
 
@@ -25,7 +25,10 @@ LOOPBACK = "127.0.0.1"
 
 
 class Group:
-    """One rank's end of the group, which makes nothing where it is alone; all its methods are called from that rank's thread, in the same order on all."""
+    """One rank's end of the group; a rank that is alone connects to nobody.
+
+    All methods are called from that rank's thread, in the same order on all ranks.
+    """
 
     def __init__(
         self, rank: int, size: int, store: HashStore, device: torch.device, timeout_s: float = COLLECTIVE_TIMEOUT_S
@@ -42,7 +45,7 @@ class Group:
         self.all_gather(torch.zeros(1, device=device))
 
     def _gloo(self, store: HashStore) -> Any:
-        options = ProcessGroupGloo._Options()
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [ProcessGroupGloo.create_device(hostname=LOOPBACK)]
         options._threads, options._timeout = 1, self._timeout
         return ProcessGroupGloo(store, self.rank, self.size, options)

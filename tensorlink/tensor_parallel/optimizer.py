@@ -32,12 +32,12 @@ def make_optimizer(
 class ShardedOptimizer(StageOptimizer):
     """One optimizer for each rank. This one has parameters without data: it knows names, shapes and options."""
 
-    def __init__(
-        self, name: str, groups: Sequence[Mapping[str, Any]], weights: ShardedWeights, ranks: Ranks
-    ) -> None:
+    def __init__(self, name: str, groups: Sequence[Mapping[str, Any]], weights: ShardedWeights, ranks: Ranks) -> None:
         shapes = {key: torch.empty_like(tensor, device="meta") for key, tensor in weights.items()}
         super().__init__(
-            name, groups, {key: shape.requires_grad_(weights.parts[0][key].requires_grad) for key, shape in shapes.items()}
+            name,
+            groups,
+            {key: shape.requires_grad_(weights.parts[0][key].requires_grad) for key, shape in shapes.items()},
         )
         self._weights, self._ranks = weights, ranks
         self.each = ranks.each(lambda group: StageOptimizer(name, groups, weights.parts[group.rank]))
@@ -76,12 +76,12 @@ class ShardedOptimizer(StageOptimizer):
 class GatheredOptimizer(StageOptimizer):
     """One optimizer over whole copies, which are filled before and given back after each step."""
 
-    def __init__(
-        self, name: str, groups: Sequence[Mapping[str, Any]], weights: ShardedWeights, ranks: Ranks
-    ) -> None:
+    def __init__(self, name: str, groups: Sequence[Mapping[str, Any]], weights: ShardedWeights, ranks: Ranks) -> None:
         copies = {key: tensor.clone() for key, tensor in weights.items()}
         super().__init__(
-            name, groups, {key: copy.requires_grad_(weights.parts[0][key].requires_grad) for key, copy in copies.items()}
+            name,
+            groups,
+            {key: copy.requires_grad_(weights.parts[0][key].requires_grad) for key, copy in copies.items()},
         )
         self._weights = weights
 

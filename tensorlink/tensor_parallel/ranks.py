@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NoReturn, TypeVar
 
 import torch
-from torch.distributed import HashStore
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from tensorlink.tensor_parallel.group import COLLECTIVE_TIMEOUT_S, Group
 
@@ -86,7 +86,7 @@ class Ranks:
         """All futures, done; those that failed where others are still busy after a while."""
         done, waiting = wait(futures, return_when="FIRST_EXCEPTION")
         if waiting:
-            more, waiting = wait(waiting, GRACE_S)
+            _, waiting = wait(waiting, GRACE_S)
         return futures if not waiting else [future for future in done if future.exception() is not None]
 
     def stop(self) -> None:

@@ -56,7 +56,8 @@ class Rewriting:
 
     def run(self) -> Graph:
         """The rewritten graph."""
-        for self._at, node in enumerate(self.graph.nodes):
+        for at, node in enumerate(self.graph.nodes):
+            self._at = at
             self._rewrite(node)
         outputs = tuple(self._whole_id(value) for value in self.graph.outputs)
         mutations = tuple((name, self._whole_id(value)) for name, value in self.graph.mutations)

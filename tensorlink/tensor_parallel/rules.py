@@ -130,11 +130,11 @@ def _embedding(rewriting: Rewriting, node: Node) -> bool:
     seen = rewriting.seen(weight)
     if not isinstance(weight, Parameter) or seen is None or rewriting.layout(indices) is not None or node.kwargs:
         return False
-    if not any(option is True or (option != -1 and option is not False) for option in options):
-        if rewriting.can_split(weight, Split(0)):
-            rewriting.assign(weight, Split(0))
-            found = rewriting.add("tp.embedding", (weight, indices, seen.shape[0]), node)
-            return rewriting.emit(node, (found,), None, "tp.reduce")
+    is_plain = all(option is False or option == -1 for option in options)  # no padding, no scaling by frequency
+    if is_plain and rewriting.can_split(weight, Split(0)):
+        rewriting.assign(weight, Split(0))
+        found = rewriting.add("tp.embedding", (weight, indices, seen.shape[0]), node)
+        return rewriting.emit(node, (found,), None, "tp.reduce")
     result = rewriting.result(node)
     if not isinstance(result, Seen) or not rewriting.can_split(weight, Split(1)):
         return False
@@ -376,9 +376,9 @@ _POINTWISE = (
     | {"aten.multiply.Tensor", "aten.true_divide.Tensor", "aten.pow.Tensor_Scalar", "aten.to.dtype", "aten.where.self"}
     | {"aten.where.ScalarSelf", "aten.where.ScalarOther", "aten.masked_fill.Scalar", "aten.masked_fill.Tensor"}
 )
-_VIEWS = {
-    f"aten.{name}" for name in ("view.default", "reshape.default", "_unsafe_view.default", "unflatten.int")
-} | {"aten.flatten.using_ints"}
+_VIEWS = {f"aten.{name}" for name in ("view.default", "reshape.default", "_unsafe_view.default", "unflatten.int")} | {
+    "aten.flatten.using_ints"
+}
 
 #: Ops at which a split can begin: they are looked at even where nothing is split yet.
 STARTING = {

@@ -60,7 +60,7 @@ def _dropout(group: Group, drawn: Drawn, seed_for: Seed, key: int, input: Tensor
 
 def _embedding(group: Group, rows: Tensor, indices: Tensor, num_rows: int) -> Tensor:
     """What this rank's rows contribute; zeros for what the others hold."""
-    if indices.numel() and not (0 <= int(indices.min()) and int(indices.max()) < num_rows):
+    if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < num_rows):
         raise IndexError(f"an index is outside the {num_rows} rows of the table")
     local = indices - group.rank * rows.size(0)
     elsewhere = (local < 0) | (local >= rows.size(0))

@@ -186,6 +186,9 @@ class TensorParallelStage(Stage):
                 for sent in self._sent_buffers:
                     sent[name] = self.buffers[name]
 
+    def shards(self) -> dict[str, Any]:
+        return {"plan": str(self.plan), "num_bytes": self.shard_bytes()}
+
     def shard_bytes(self) -> list[int]:
         """Bytes of parameters and optimizer state that each rank holds."""
         return [

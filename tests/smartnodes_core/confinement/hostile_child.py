@@ -19,6 +19,17 @@ def connect_to_itself(channel):
     return near, far, listener, late
 
 
+def uses(held):
+    """What comes of using what was made in time."""
+    _, _, listener, late = held
+    there = listener.getsockname()
+    return {
+        "accept": refused(listener.accept),
+        "connect": refused(lambda: late.connect(there)),
+        "bind": refused(lambda: late.bind(there)),
+    }
+
+
 def refused(act):
     try:
         act()
@@ -52,9 +63,7 @@ def main():
             held[0].sendall(b"x")
             channel.reply(message.call_id, {"came": held[1].recv(1).decode()})
         elif message.method == "use":
-            there = held[2].getsockname()
-            what = {"accept": held[2].accept, "connect": lambda: held[3].connect(there), "bind": lambda: held[3].bind(there)}
-            channel.reply(message.call_id, {name: refused(act) for name, act in what.items()})
+            channel.reply(message.call_id, uses(held))
         elif message.method == "spin":
             with channel.deadline():
                 while True:

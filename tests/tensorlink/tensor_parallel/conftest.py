@@ -43,7 +43,12 @@ class Gpt(nn.Module):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, 16), nn.Embedding(8, 16)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(16), nn.LayerNorm(16), nn.LayerNorm(16)
-        self.qkv, self.out, self.up, self.down = nn.Linear(16, 48), nn.Linear(16, 16), nn.Linear(16, 64), nn.Linear(64, 16)
+        self.qkv, self.out, self.up, self.down = (
+            nn.Linear(16, 48),
+            nn.Linear(16, 16),
+            nn.Linear(16, 64),
+            nn.Linear(64, 16),
+        )
         self.drop, self.rate = nn.Dropout(dropout), dropout
         self.head = nn.Linear(16, vocabulary, bias=False)
         if tied:
@@ -65,8 +70,16 @@ class Llama(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed, self.norm = nn.Embedding(31, 16), nn.RMSNorm(16)
-        self.q, self.k, self.v = nn.Linear(16, 16, bias=False), nn.Linear(16, 8, bias=False), nn.Linear(16, 8, bias=False)
-        self.o, self.gate_up, self.down = nn.Linear(16, 16, bias=False), nn.Linear(16, 48, bias=False), nn.Linear(24, 16, bias=False)
+        self.q, self.k, self.v = (
+            nn.Linear(16, 16, bias=False),
+            nn.Linear(16, 8, bias=False),
+            nn.Linear(16, 8, bias=False),
+        )
+        self.o, self.gate_up, self.down = (
+            nn.Linear(16, 16, bias=False),
+            nn.Linear(16, 48, bias=False),
+            nn.Linear(24, 16, bias=False),
+        )
         self.head = nn.Linear(16, 31, bias=False)
         angles = torch.arange(8.0)[:, None] / 10 ** torch.arange(2.0)
         self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)

@@ -81,10 +81,9 @@ def test_training_is_that_of_one_process_and_every_audit_passes(network, models,
             assert float(loss) == pytest.approx(float(expected), rel=TOLERANCE)
             wanted = {name: tensor.detach() for name, tensor in plain.module.state_dict().items()}
             assert distance(model.state_dict(), wanted) < TOLERANCE
-        units = stages * 4 * (4 + 1)  # of each stage and step every micro-batch, and the step
-        assert processes.wait_until(lambda: model.audits()["passed"] >= units // 2, 60.0) is not None
-        reasons = [verdict.reason for verdict in model.verdicts() if verdict.finding != "honest"]
-        assert reasons == []
+        every = stages * 4  # each step of each stage, re-executed as a whole by a rig of one device
+        assert processes.wait_until(lambda: sum(model.audits().values()) == every, 60.0) is not None, model.audits()
+        assert [verdict.reason for verdict in model.verdicts() if verdict.finding != "honest"] == []
 
 
 def test_when_its_computing_process_is_killed_the_stage_is_lost_and_the_node_lives_on(network, models, processes):
@@ -100,8 +99,7 @@ def test_when_its_computing_process_is_killed_the_stage_is_lost_and_the_node_liv
         ranks = [int(path.name) for path in tasks if (path / "comm").read_text().startswith("rank-1")]
         os.kill(ranks[0] if ranks else compute, signal.SIGKILL)  # a rank is a thread: with it goes the process
         with pytest.raises(WorkerLostError, match="SIGKILL"):
-            for _ in range(2):
-                model.train_step(x, y, loss_fn=loss_fn, optimizer=optimizer)
+            model.train_step(x, y, loss_fn=loss_fn, optimizer=optimizer)
         assert node.poll() is None
     assert processes.wait_until(lambda: processes.alive(processes.descendants(node.pid)), 15.0) is not None
 

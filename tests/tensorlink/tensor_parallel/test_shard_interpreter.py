@@ -22,7 +22,9 @@ def distance(found, wanted):
 def run(interpreter, program, parameters, x, defer):
     inputs = [x if slot.type == "tensor" else len(x) for slot in program.inputs.slots]
     passed = forward(interpreter, program.inputs, inputs, lambda key: 40 + key, True, defer=defer)
-    wanted = {slot: torch.cos(torch.arange(out.numel()).float()).view_as(out) for slot, out in enumerate(passed.outputs)}
+    wanted = {
+        slot: torch.cos(torch.arange(out.numel()).float()).view_as(out) for slot, out in enumerate(passed.outputs)
+    }
     outputs = [out.detach().clone() for out in passed.outputs]
     _, gradients = backward(passed, wanted, parameters, False)
     late = passed.deferred.compute() if passed.deferred else {}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tensorlink.program.decode import decode_stage
 from tensorlink.errors import ProgramError
+from tensorlink.program.decode import decode_stage
 from tensorlink.tensor_parallel.plan import plan
 from tensorlink.tensor_parallel.shard_interpreter import COLLECTIVES
 

@@ -108,7 +108,7 @@ def test_what_is_committed_is_what_the_state_was_updated_with(rig, pair):
 
 
 def test_each_rank_holds_about_half(rig, pair):
-    split, plain = pair("gpt", "AdamW")
+    split, _ = pair("gpt", "AdamW")
     train(rig, split, "gpt", 0, lr=1e-3)
     stage = split.stages[1]  # two blocks, no embedding
     state = stage.optimizer.state_tensors()
