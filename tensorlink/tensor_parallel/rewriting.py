@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from tensorlink.program.graph import Graph, Node, StageProgram, defined_ids
 from tensorlink.program.values import Arg, Buffer, Parameter, Value
-from tensorlink.tensor_parallel import rules
+from tensorlink.tensor_parallel import products, rules
 from tensorlink.tensor_parallel.shapes import Found, Seen
 from tensorlink.tensor_parallel.split import Split
 
@@ -127,7 +127,7 @@ class Rewriting:
             fitting = [self._chosen] if self.can_split(weight, Split(dim, self._chosen)) else []
             self._chosen = 1
         else:
-            fitting = [b for b in rules.block_counts(self, node) if self.can_split(weight, Split(dim, b))]
+            fitting = [b for b in products.block_counts(self, node) if self.can_split(weight, Split(dim, b))]
         if len(fitting) <= 1:
             return fitting[0] if fitting else None
         return min(fitting, key=self._elements_gathered_with)
