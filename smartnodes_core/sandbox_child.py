@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from smartnodes_core.arena import Arena
-from smartnodes_core.confinement import Confinement, confine
+from smartnodes_core.confinement import Confinement, confine, seal
 from smartnodes_core.errors import LocalError, ProtocolError, SandboxError, SmartnodesError
 from smartnodes_core.pipe import Message, Pipe
 from smartnodes_core.sandbox import SETUP_VARIABLE, Limits
@@ -84,6 +84,10 @@ class ChildChannel:
         for fd in (end.fileno(), inbound.fd, outbound.fd, *([scratch] if scratch >= 0 else [])):
             os.set_inheritable(fd, False)
         return cls(Pipe(end), inbound, outbound, limits, confinement, scratch)
+
+    def seal(self) -> None:
+        """Ends what only a rig of several devices may do: its ranks have connected to each other."""
+        seal(self.limits, self.confinement)
 
     def receive(self, timeout_s: float | None = None) -> Incoming | None:
         """The next message, or None when none came in `timeout_s` (0: at once, None: for ever) or slices were

@@ -1,14 +1,15 @@
 """What the computing process serves about stages: methods, one-way messages and events of the pipe.
 
 Calls: `load`, `load_part`, `load_end`, `set_loss`, `set_optimizer`, `prepare`, `decide`, `zero_grad`, `state`,
-`optimizer_state`, `set_state`, `set_optimizer_state`, `open`, `unload`. One-way: `begin`, `backward`, `drop_call`,
-`tensor`, `shared` (a tied parameter's sum). Events: `send`, `loss`, `done`, `commitment`, `failed` (and `released`,
-which the channel sends). Every message names its stage by `key`; tensors lie in the arenas and are named by `offset`
-and `num_bytes`.
+`optimizer_state`, `set_state`, `set_optimizer_state`, `open`, `shards`, `unload`. One-way: `begin`, `backward`,
+`drop_call`, `tensor`, `shared` (a tied parameter's sum). Events: `send`, `loss`, `done`, `commitment`, `failed` (and
+`released`, which the channel sends). Every message names its stage by `key`; tensors lie in the arenas and are named by
+`offset` and `num_bytes`.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import time
@@ -16,7 +17,7 @@ import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,9 @@ from tensorlink.program.values import DTYPES
 from tensorlink.program.weights import dump
 from tensorlink.stage_loading import Loading
 from tensorlink.steplog.shelf import Shelf
+
+if TYPE_CHECKING:
+    from tensorlink.tensor_parallel.ranks import Ranks
 
 #: Caps of one stage where the node sets none.
 MAX_STAGE_BYTES = 1 << 40
@@ -98,6 +102,8 @@ class Stages:
         self._hosted: dict[str, Hosted] = {}
         #: What one micro-batch may cost; `compute.py` puts what was measured here.
         self.bounds = Bounds(channel.limits.memory_bytes or MAX_STAGE_BYTES, MAX_STAGE_FLOPS)
+        #: The ranks of a rig of several devices; `compute.py` puts them here.
+        self.ranks: Ranks | None = None
         self._loading = Loading()
         self._turn = 0
         self.methods: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -118,6 +124,7 @@ class Stages:
             "set_optimizer_state": self._set_optimizer_state,
             "open": self._open,
             "unload": self._unload,
+            "shards": self._shards,
         }
 
     # -- the loop's side ----------------------------------------------------------------------------------------------
@@ -277,7 +284,8 @@ class Stages:
         work_units = estimate.flops_forward + estimate.flops_backward
 
         def finish(state: dict[str, Tensor], digests: Mapping[str, bytes]) -> dict[str, Any]:
-            one = self._host(key, place, program, state, int(params["window_steps"]), bounds)
+            batch = int(limits.get("batch", 1))
+            one = self._host(key, place, program, state, int(params["window_steps"]), bounds, batch)
             one.work_units = work_units
             self._hosted[key] = one
             if params.get("loss_program"):
@@ -306,7 +314,14 @@ class Stages:
         return self._loading.end(str(params["key"]))
 
     def _host(
-        self, key: str, place: Place, program: StageProgram, state: dict[str, Tensor], window: int, bounds: Bounds
+        self,
+        key: str,
+        place: Place,
+        program: StageProgram,
+        state: dict[str, Tensor],
+        window: int,
+        bounds: Bounds,
+        batch: int,
     ) -> Hosted:
         parameters = {
             name: state[name].requires_grad_(spec.requires_grad and state[name].is_floating_point())
@@ -314,7 +329,12 @@ class Stages:
         }
         buffers = {name: state[name] for name in program.buffers}
         pool = Later("hashing")
-        stage = self.make_stage(
+        make = self.make_stage
+        if self.ranks is not None:
+            from tensorlink.tensor_parallel.stage import TensorParallelStage
+
+            make = functools.partial(TensorParallelStage, self.ranks, batch)
+        stage = make(
             place,
             program,
             parameters,
@@ -345,6 +365,10 @@ class Stages:
             del one
             give_back_freed_memory()
         return {}
+
+    def _shards(self, params: dict[str, Any]) -> dict[str, Any]:
+        """How a stage lies on the devices of this rig: its plan for people, and bytes on each."""
+        return self._of(params).stage.shards()
 
     def _set_loss(self, params: dict[str, Any]) -> dict[str, Any]:
         self._of(params).stage.set_loss(LossProgram.from_json(params["loss_program"]))
@@ -420,7 +444,7 @@ class Stages:
         stage = self._of(params).stage
         state = stage.optimizer.state_tensors() if stage.optimizer else {}
         names = set(_names(params, stage.parameters))
-        wanted = {name: tensor for name, tensor in state.items() if name.rpartition("/")[0] in names}
+        wanted = {name: state[name] for name in state if name.rpartition("/")[0] in names}
         return put(self._channel, dump(wanted), OPEN_TIMEOUT_S)
 
     def _set_state(self, params: dict[str, Any]) -> dict[str, Any]:

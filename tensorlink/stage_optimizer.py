@@ -150,11 +150,15 @@ class StageOptimizer:
         for name in names:
             if name not in self._settled:
                 state: dict[str, Any] = optimizer.state.get(self.parameters[name], {})
-                made = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.dim()}
+                made = {
+                    key: value
+                    for key, value in state.items()
+                    if isinstance(value, Tensor) and value.dim() and value.device.type == "cpu"
+                }
                 state.update({key: memory.copy_(made[key]) for key, memory in lasting(made).items()})
                 self._settled.add(name)
 
-    def state_tensors(self) -> dict[str, Tensor]:
+    def state_tensors(self) -> Mapping[str, Tensor]:
         """The state under `parameter/state name`; the tensors are the live ones."""
         found = {}
         if self._torch is not None:
@@ -186,6 +190,14 @@ class StageOptimizer:
 
         Raises OptimizerError, before anything is changed, for what this optimizer does not keep.
         """
+        for name, state in self.check_state_tensors(tensors).items():
+            if self._torch is not None:
+                copies = {key: tensor.detach().clone() for key, tensor in state.items()}
+                self._torch.state[self.parameters[name]] = copies
+                self._settled.discard(name)
+
+    def check_state_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """State by parameter and name. Raises OptimizerError for what this optimizer does not keep."""
         fresh: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             parameter, _, key = name.rpartition("/")
@@ -196,11 +208,7 @@ class StageOptimizer:
                 raise OptimizerError(_not_here(name))
             spec = self.parameters[name]
             check_state(self.name, options[name], name, tuple(spec.shape), spec.dtype, state)
-        for name, state in fresh.items():
-            if self._torch is not None:
-                copies = {key: tensor.detach().clone() for key, tensor in state.items()}
-                self._torch.state[self.parameters[name]] = copies
-                self._settled.discard(name)
+        return fresh
 
     def _group_of(self) -> dict[str, dict[str, Any]]:
         groups = self._torch.param_groups if self._torch is not None else []

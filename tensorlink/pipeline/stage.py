@@ -94,25 +94,33 @@ class Stage(StageState):
         self._port, self._pool = port, pool
         self._inbox = Inbox()
         self._executor = Executor(place.stage, place.num_stages, self._has)
-        self._interpreters = {
-            training: Interpreter(program.graph(training), parameters, buffers) for training in (True, False)
-        }
         self._bounds = bounds
-        if bounds is not None:
-            for training, interpreter in self._interpreters.items():
-                interpreter.admit = Admission.of_stage(program, training, bounds)
+        self._begin(parameters, bounds)
         self._loss: tuple[LossProgram, Interpreter] | None = None
         inputs, outputs = program.inputs.slots, program.outputs.slots
         self._input_slots = range(len(inputs))
         self._gradient_slots = [i for i, slot in enumerate(outputs) if slot.requires_grad]
+        self._upstream_slots = [i for i, slot in enumerate(inputs) if slot.requires_grad]
+
+    def _begin(self, parameters: dict[str, Tensor], bounds: Bounds | None) -> None:
+        """Makes what computes with these parameters."""
+        self._interpreters = {
+            training: Interpreter(self.program.graph(training), parameters, self.buffers) for training in (True, False)
+        }
+        if bounds is not None:
+            for training, interpreter in self._interpreters.items():
+                interpreter.admit = Admission.of_stage(self.program, training, bounds)
         # the optimizer writes into these
         self._own = {parameter.untyped_storage().data_ptr() for parameter in parameters.values()}
-        self._upstream_slots = [i for i, slot in enumerate(inputs) if slot.requires_grad]
 
     @property
     def is_last(self) -> bool:
         """Whether outputs go to the user."""
         return self.place.stage == self.place.num_stages - 1
+
+    def shards(self) -> dict[str, Any]:
+        """How the stage lies on several devices, for people, and the bytes on each; nothing where it is on one."""
+        return {}
 
     # -- what is announced --------------------------------------------------------------------------------------------
 

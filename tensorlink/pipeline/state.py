@@ -46,7 +46,8 @@ class StageState(ABC):
         shelf: Shelf | None = None,
     ) -> None:
         self.program = program
-        self.parameters, self.buffers = parameters, buffers
+        self.parameters: Mapping[str, Tensor] = parameters
+        self.buffers = buffers
         self.step = 0
         self.optimizer: StageOptimizer | None = None
         self.gradients = GradientSum()
@@ -67,9 +68,12 @@ class StageState(ABC):
 
     def set_optimizer(self, name: str, groups: Sequence[Mapping[str, Any]]) -> None:
         """The optimizer of this stage's parameters, with fresh state. Raises OptimizerError."""
-        optimizer = StageOptimizer(name, groups, self.parameters)
+        optimizer = self._make_optimizer(name, groups)
         self._keep_state_after()
         self.optimizer = optimizer
+
+    def _make_optimizer(self, name: str, groups: Sequence[Mapping[str, Any]]) -> StageOptimizer:
+        return StageOptimizer(name, groups, self.parameters)
 
     def set_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Replaces optimizer state by copies, parameter by parameter. Nobody may be reading it meanwhile. Raises
@@ -90,7 +94,7 @@ class StageState(ABC):
                 else replace(copy, buffers=record.buffers_after)
             )
 
-    def _optimizer_state(self) -> dict[str, Tensor]:
+    def _optimizer_state(self) -> Mapping[str, Tensor]:
         return self.optimizer.state_tensors() if self.optimizer else {}
 
     def _take_before(self) -> Snapshot:
@@ -229,11 +233,14 @@ class StageState(ABC):
         """Replaces parameters and buffers by values of the same names and shapes; what the open step has computed with
         the old ones is dropped. Nobody may be reading them meanwhile."""
         self._keep_state_after()
+        self._replace_parameters(parameters)
+        self.buffers.update(buffers)
+        self.zero_grad(self.log.open.step)
+
+    def _replace_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, tensor in parameters.items():
                 self.parameters[name].copy_(tensor)
-        self.buffers.update(buffers)
-        self.zero_grad(self.log.open.step)
 
 
 def clip_fits(coefficient: float, clip_norm: str, squared_norm: float, tolerance: float) -> bool:

@@ -121,7 +121,7 @@ class Interpreter:
         return len(self._constants) - 1
 
     def _step(self, node: Node, frees: list[int]) -> Step:
-        arguments.check(node)
+        self._check(node)
         missing = [value for value in node.values() if value not in self._places]
         if missing:
             raise ProgramError(f"{node}: uses value {missing[0]} before it is defined")
@@ -154,6 +154,9 @@ class Interpreter:
             node.autocast,
             node,
         )
+
+    def _check(self, node: Node) -> None:
+        arguments.check(node)
 
     def _function(self, node: Node, places: list[int]) -> Callable[..., Any]:
         if node.op == "sym_size":
