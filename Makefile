@@ -34,6 +34,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/benchmark_small_model.py
 	$(BIN)/python benchmarks/benchmark_memory.py
 	$(BIN)/python benchmarks/benchmark_growth.py
+	$(BIN)/python benchmarks/benchmark_overhead.py
 	$(BIN)/python benchmarks/benchmark_transport.py
 	$(BIN)/python benchmarks/benchmark_interpreter.py
 

@@ -44,17 +44,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="of a turn; wall time is that of all but the first")
     parser.add_argument("--schedule", default="zbv")
     parser.add_argument("--out", type=Path, help="write all samples here as JSON")
+    parser.add_argument("--of", type=Path, nargs="+", help="measure nothing: print what runs have written, together")
     parser.add_argument("--small", action="store_true", help="a small model, to see whether everything runs")
     options = parser.parse_args()
     if options.steps < 2:
         parser.error("--steps: at least 2, for the first of a turn has no step before it that is still being hashed")
-    sizes = Sizes(layers=4, width=64, context=32) if options.small else Sizes()
-    users = {variant: trainee.start(variant, options.schedule, sizes) for variant in VARIANTS}
-    try:
-        pairs = _measure(users, options.pairs, options.steps)
-    finally:
-        for user in users.values():
-            user.close(patience_s=10.0)
+    if options.of is not None:
+        pairs = [pair for path in options.of for pair in json.loads(path.read_text(encoding="utf-8"))]
+    else:
+        sizes = Sizes(layers=4, width=64, context=32) if options.small else Sizes()
+        users = {variant: trainee.start(variant, options.schedule, sizes) for variant in VARIANTS}
+        try:
+            pairs = _measure(users, options.pairs, options.steps)
+        finally:
+            for user in users.values():
+                user.close(patience_s=10.0)
     if options.out is not None:
         options.out.write_text(json.dumps(pairs, indent=1) + "\n", encoding="utf-8")
     _print(pairs, options.steps, options.schedule)
@@ -75,6 +79,8 @@ def _measure(users: dict[str, Answering], num_pairs: int, num_steps: int) -> lis
         step += num_steps
         if step > WARM_UP_STEPS:
             pairs.append(pair)
+        told = "  ".join(f"{variant} {pair[variant]['wall_s'][-1]:.3f}" for variant in turns)
+        print(f"step {step - 1}: {told}", flush=True)
     return pairs
 
 
