@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--steps", type=int, default=1, help="of a turn")
     parser.add_argument("--schedule", default="zbv")
-    parser.add_argument("--out", type=Path, help="write all samples here as JSON")
+    parser.add_argument("--out", type=Path, help="write samples here as they come, as JSON")
     parser.add_argument("--of", type=Path, nargs="+", help="measure nothing: print what runs have written, together")
     parser.add_argument("--small", action="store_true", help="a small model, to see whether everything runs")
     options = parser.parse_args()
@@ -55,16 +55,14 @@ def main() -> None:
         sizes = Sizes(layers=4, width=64, context=32) if options.small else Sizes()
         users = {variant: trainee.start(variant, options.schedule, sizes) for variant in VARIANTS}
         try:
-            pairs = _measure(users, options.pairs, options.steps)
+            pairs = _measure(users, options.pairs, options.steps, options.out)
         finally:
             for user in users.values():
                 user.close(patience_s=10.0)
-    if options.out is not None:
-        options.out.write_text(json.dumps(pairs, indent=1) + "\n", encoding="utf-8")
     _print(pairs, options.steps, options.schedule)
 
 
-def _measure(users: dict[str, Answering], num_pairs: int, num_steps: int) -> list[Pair]:
+def _measure(users: dict[str, Answering], num_pairs: int, num_steps: int, out: Path | None) -> list[Pair]:
     draw = random.Random(0)
     step = 0
     pairs: list[Pair] = []
@@ -79,6 +77,8 @@ def _measure(users: dict[str, Answering], num_pairs: int, num_steps: int) -> lis
         step += num_steps
         if step > WARM_UP_STEPS:
             pairs.append(pair)
+        if out is not None:
+            out.write_text(json.dumps(pairs, indent=1) + "\n", encoding="utf-8")
         told = "  ".join(f"{variant} {pair[variant]['wall_s'][-1]:.3f}" for variant in turns)
         print(f"step {step - 1}: {told}", flush=True)
     return pairs
