@@ -31,8 +31,8 @@ import tensorlink
 from tensorlink.pipeline.schedule import generate, simulate
 
 WIDTH = 256
-#: Of a micro-batch: tensors of 256 KB cross, so that headers, and what processes hold besides, do not drown them.
-SAMPLES = 256
+#: Of a micro-batch: tensors of 64 KB cross, so that headers do not drown them, nor TLS and hashing the cores.
+SAMPLES = 64
 LAYERS_PER_WORKER = 2
 #: As short as can be, so that it is full within the steps of a run.
 WINDOW_STEPS = 2

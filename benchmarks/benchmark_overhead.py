@@ -100,7 +100,7 @@ def _check(pair: Pair) -> None:
 def _print(pairs: list[Pair], num_steps: int, schedule: str) -> None:
     machine = platform.processor() or platform.machine()
     print(f"{machine}, {os.cpu_count()} cores, torch {torch.__version__}, load {os.getloadavg()}")
-    print(f"{len(pairs)} pairs of {num_steps} steps, schedule {schedule}; ms of a step; no audits")
+    print(f"{len(pairs)} pairs, {num_steps} steps a turn, schedule {schedule}; ms of a step; no audits")
     print(f"{'':24} {'protected':>9} {'without':>9} {'difference (95 % interval)':>30} {'of a protected step':>28}")
 
     def cpu(*kinds: str) -> Callable[[dict[str, Any]], float]:

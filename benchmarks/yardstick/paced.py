@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from yardstick.rig import run_worker
 
 
 def main() -> object:
@@ -23,6 +22,8 @@ def main() -> object:
 
 
 def _worker(milliseconds: str, flags: list[str]) -> int:
+    from yardstick.rig import run_worker  # here: a computing process has no use for what a node loads
+
     return run_worker((sys.executable, str(Path(__file__).resolve()), "compute", milliseconds), flags)
 
 
