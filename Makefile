@@ -35,6 +35,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/benchmark_tensor_parallel.py
 	$(BIN)/python benchmarks/benchmark_memory.py
 	$(BIN)/python benchmarks/benchmark_growth.py
+	$(BIN)/python benchmarks/benchmark_overhead.py
 	$(BIN)/python benchmarks/benchmark_transport.py
 	$(BIN)/python benchmarks/benchmark_interpreter.py
 
