@@ -29,7 +29,9 @@ class ShardedGradientSum(GradientSum):
 
     def take(self) -> dict[str, Tensor]:
         found = {name: tensor.contiguous() for name, tensor in sorted(self.sums().items())}
-        self.drop()
+        for total in self._ranks:
+            total.take()  # not to be used again: what is not split is the rank's own sum
+        self._whole = self._norm = None
         return found
 
     def drop(self) -> None:
