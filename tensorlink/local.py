@@ -18,6 +18,7 @@ from typing import Any
 from smartnodes_core.chain.account import load_account_key, save_account_key
 from smartnodes_core.chain.devnet.accounts import devnet_key
 from smartnodes_core.chain.devnet.launcher import DevnetProcess
+from smartnodes_core.chain.proposal import UNCAPPED
 from smartnodes_core.chain.settings import SNO, Addresses, ChainSettings
 from smartnodes_core.chain.signing import address_of
 from smartnodes_core.config import UserConfig
@@ -195,6 +196,7 @@ class LocalProcesses:
         settings = ChainSettings(
             round_interval_s=self.settings.round_interval_s,
             claim_delay_s=self.settings.claim_delay_s,
+            kappa_bps=UNCAPPED,  # a subsidy: jobs here pay no fees that workers could earn
             genesis={**{account: 1_000_000 * SNO for account in validators}, user: USER_SNO * SNO},
         )
         addresses = deploy(self.chain_url, devnet_key(0), settings)

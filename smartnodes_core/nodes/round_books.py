@@ -15,6 +15,7 @@ from typing import Any
 
 from smartnodes_core.chain.base import Chain, RoundState
 from smartnodes_core.errors import ChainError, RecordError, SmartnodesError
+from smartnodes_core.nodes.admitting import AdmissionDesk
 from smartnodes_core.nodes.auditing import AuditDesk
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.membership import Membership
@@ -69,6 +70,7 @@ class RoundBooks:
         self._kept: dict[bytes, Proposal] = {}
         self._signers: tuple[bytes, ...] = ()
         self._number = -1
+        self.admissions = AdmissionDesk(node, chain, network_id, membership)
         self.rewards = RewardBooks(node, chain, network_id, self.others, self._signed_totals)
         node.serve(self)
 
@@ -249,7 +251,7 @@ class RoundBooks:
         return RoundEvidence(verdicts=counts, work_units=work, digests=[*verdicts, *commitments])
 
     def context(self, state: RoundState, view: int, until_s: int, num_validators: int) -> RoundContext:
-        """What the rules take from the chain, which is asked twice."""
+        """What the rules take from the chain, which is asked three times."""
         members = self.chain.members(self.network_id)
         with self._lock:
             signers = self._signers
@@ -262,6 +264,7 @@ class RoundBooks:
             until_s=until_s,
             emission_wei=self.chain.emission_wei(self.network_id, until_s),
             num_validators=num_validators,
+            parameters=self.chain.parameters(self.network_id),
             signers=signers,
             standings={m.account: Standing(m.index, m.reputation, m.stake_wei) for m in members},
             totals_wei=self.rewards.totals_wei,

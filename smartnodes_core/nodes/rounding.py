@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from smartnodes_core.chain.base import Chain, RoundState
 from smartnodes_core.chain.signing import address_of, recover
@@ -128,7 +129,7 @@ class RoundDesk:
 
     def _make(self, state: RoundState, view: int, num_validators: int) -> tuple[bytes, Candidate]:
         verdicts, commitments = self.books.unsettled()
-        evidence = self.books.evidence(verdicts, commitments)
+        evidence = replace(self.books.evidence(verdicts, commitments), admissions=self.books.admissions.propose())
         until_s = max(state.emitted_until_s, min(int(time.time()), state.chain_time_s))
         content, totals_wei = propose(self.books.context(state, view, until_s, num_validators), evidence)
         proposal = Proposal(

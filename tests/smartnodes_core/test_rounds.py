@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smartnodes_core.chain.packing import pack_reputations, unpack_reputations
-from smartnodes_core.chain.proposal import Payment
+from smartnodes_core.chain.proposal import UNCAPPED, Parameters, Payment
 from smartnodes_core.errors import RecordError
 from smartnodes_core.reputation import VerdictCounts
 from smartnodes_core.rounds import (
@@ -37,6 +37,7 @@ CONTEXT = RoundContext(
     view=0,
     previous_hash=b"p" * 32,
     until_s=1000,
+    parameters=Parameters(500, UNCAPPED),
     emission_wei=1000 * SNO,
     num_validators=4,
     signers=tuple(VALIDATORS[:3]),
@@ -155,7 +156,7 @@ def test_what_was_recomputed_is_justified() -> None:
         ({"slashes": ()}, "is missing"),
         ({"slashes": (Slash(1, 100), Slash(1, 100))}, "order or repetition"),
         ({"jobs_created": (b"x" * 32,)}, "is not justified"),
-        ({"settlements": (Settlement(b"e" * 32, 0, 0, (Payment(b"t" * 20, 9),)),)}, "is not justified"),
+        ({"settlements": (Settlement(b"e" * 32, 0, (Payment(b"t" * 20, 9),)),)}, "is not justified"),
         ({"rewards_root": b"x" * 32}, "rewards_root: proposed 7878"),
         ({"previous_hash": b"x" * 32}, "previous_hash"),
     ],
@@ -174,7 +175,7 @@ def test_no_field_escapes_the_digest() -> None:
         value = getattr(proposal, item.name)
         other = value + 1 if isinstance(value, int) else (b"z" * 32 if len(value) == 32 else type(value)())
         if item.name in ("jobs_completed", "settlements"):
-            other = {"jobs_completed": (b"z" * 32,), "settlements": (Settlement(b"e" * 32, 1, 2, ()),)}[item.name]
+            other = {"jobs_completed": (b"z" * 32,), "settlements": (Settlement(b"e" * 32, 2, ()),)}[item.name]
         seen.add(CONTEXT.domain.digest(replace(proposal, **{item.name: other})))
     assert len(seen) == 1 + len(fields(RoundProposal))
     assert CONTEXT.domain.digest(in_view(proposal, 3)) != CONTEXT.domain.digest(proposal)
