@@ -7,9 +7,11 @@ anything.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from smartnodes_core.chain.base import EscrowAccount, ExecutedRound, Member, NoFundsError, RefusedError, RoundState
@@ -30,7 +32,7 @@ from smartnodes_core.chain.proposal import (
 from smartnodes_core.chain.settings import ChainSettings
 from smartnodes_core.chain.signing import checksum, recover
 from smartnodes_core.chain.votes import signers_of
-from smartnodes_core.errors import SignatureError
+from smartnodes_core.errors import ChainError, SignatureError
 from smartnodes_core.records import Role
 
 CHAIN_ID = 31337
@@ -132,7 +134,7 @@ class ChainModel:
         self.coins[target] = self.coins.get(target, COINS_WEI) + amount_wei
 
     def burn(self, source: bytes, amount_wei: int) -> None:
-        self.tokens[source] -= amount_wei
+        self.tokens[source] = self.tokens.get(source, 0) - amount_wei
         self.burned_wei += amount_wei
 
     def stake_wei(self, role: Role) -> int:
@@ -197,7 +199,23 @@ class ChainModel:
         needed = 2 * len(network.epoch) // 3 + 1
         if len(signers) < needed:
             raise RefusedError("execute", "QuorumMissing", {"counted": len(signers), "needed": needed})
-        scores = self._check_scores(network, proposal.reputations)
+        with self._all_or_nothing(network):
+            self._carry(network, proposal, digest, tuple(signers))
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self, network: NetworkModel) -> Iterator[None]:
+        """As a transaction: what is refused on the way leaves no trace. Everything kept is a value or a flat table."""
+        tables = ("tokens", "credits", "coin_credits", "escrows", "burned_wei", "minted_wei")
+        kept = {name: copy.copy(getattr(self, name)) for name in tables}
+        kept_of_network = {name: copy.copy(value) for name, value in vars(network).items()}
+        try:
+            yield
+        except ChainError:
+            vars(self).update(kept)
+            vars(network).update(kept_of_network)
+            raise
+
+    def _carry(self, network: NetworkModel, proposal: RoundProposal, digest: bytes, signers: tuple[bytes, ...]) -> None:
         if network.next_parameters is not None:
             network.parameters, network.next_parameters = network.next_parameters, None
         released_wei = self._rule(network, proposal)
@@ -206,11 +224,12 @@ class ChainModel:
         network.number, network.executed_at_s = proposal.round, self.now_s()
         network.emitted_until_s, network.previous_hash = proposal.until_s, digest
         network.next_parameters = next(iter(proposal.parameters), None)
-        executed = ExecutedRound(proposal.round, proposal.view, digest, proposal.evidence_root, tuple(signers))
+        executed = ExecutedRound(proposal.round, proposal.view, digest, proposal.evidence_root, signers)
         network.executed[proposal.round] = executed
-        self._apply_to_members(network, proposal, scores)
+        self._apply_to_members(network, proposal)
 
-    def _apply_to_members(self, network: NetworkModel, proposal: RoundProposal, scores: dict[int, int]) -> None:
+    def _apply_to_members(self, network: NetworkModel, proposal: RoundProposal) -> None:
+        scores = self._check_scores(network, proposal.reputations)
         for index, score in scores.items():
             network.update(index, reputation=score)
             if score == 0:
@@ -408,7 +427,8 @@ class ChainModel:
             raise RefusedError("claim", "ClaimTooEarly", {"until": until})
         if not self._is_final(network, number, root):
             raise RefusedError("claim", "RootFrozen", {"fromRound": number})
-        if not verify(root.root, reward_leaf(CHAIN_ID, ROUNDS, network_id, account, total_wei), proof):
+        leaf = reward_leaf(self.domain.chain_id, self.domain.contract, network_id, account, total_wei)
+        if not verify(root.root, leaf, proof):
             raise RefusedError("claim", "BadProof")
         amount_wei = max(0, total_wei - network.claimed.get(account, 0))
         if amount_wei > network.unclaimed_wei:
