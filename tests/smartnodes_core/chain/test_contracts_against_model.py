@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from smartnodes_core.chain.base import NoFundsError, RefusedError
+from smartnodes_core.chain.devnet.direct import Direct, Reverted
 from smartnodes_core.chain.emission import mintable_wei
 from smartnodes_core.chain.memory import MemoryChain
 from smartnodes_core.chain.merkle import RewardTree
@@ -35,8 +36,6 @@ from smartnodes_core.chain.proposal import (
 from smartnodes_core.chain.settings import SNO, ChainSettings
 from smartnodes_core.chain.signing import address_of, keccak, sign_digest
 from smartnodes_core.chain.votes import in_order
-
-from .direct import Direct, Reverted
 
 NETWORKS = (1, 2)
 KEYS = [hashlib.sha256(b"account %d" % i).digest() for i in range(8)]

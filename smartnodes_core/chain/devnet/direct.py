@@ -1,4 +1,5 @@
-"""The contracts on an EVM inside this process: no HTTP, no signatures of transactions, thousands of calls a minute."""
+"""The contracts on an EVM inside this process, for tests and benchmarks: no HTTP, no signatures of transactions,
+thousands of calls a minute, and the gas that transactions would cost."""
 
 from __future__ import annotations
 
