@@ -1,8 +1,8 @@
 """Gas of rounds and claims, beside the figures of the original Smartnodes contracts (v2).
 
-`python benchmarks/benchmark_gas.py [--most-workers 10000]`. A round changes every worker's reputation, sets a new rewards
-root and mints; it is carried by a quorum, and measured in the steady state, when the storage it writes has been
-written before. The contracts run in this process (py-evm, cancun): what a transaction uses is the same on any chain of that fork.
+`python benchmarks/benchmark_gas.py [--most-workers 10000]`. A round changes every worker's reputation, sets a new
+rewards root and mints; it is carried by a quorum, and measured in the steady state, when the storage it writes has been
+written before. The contracts run in this process (py-evm, cancun): any chain of that fork charges the same.
 """
 
 from __future__ import annotations

@@ -80,6 +80,7 @@ contract Escrow is IEscrow {
     function withdrawCoin(address payable to) external {
         uint256 amount = coinCredits[msg.sender];
         if (amount == 0) revert NothingToWithdraw(msg.sender);
+        if (to == address(0)) revert ReceiverRefused(to);
         coinCredits[msg.sender] = 0;
         emit CoinWithdrawn(msg.sender, to, amount);
         (bool sent,) = to.call{value: amount}("");

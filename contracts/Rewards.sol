@@ -36,7 +36,7 @@ abstract contract Rewards is IRounds {
 
     /// @notice Roots kept per network. A claim needs one that is older than the claim delay, while rounds go on.
     uint256 public constant KEPT_ROOTS = 64;
-    uint256 private constant ALL_BPS = 10_000;
+    uint256 internal constant ALL_BPS = 10_000;
     uint256 private constant WORKERS_PERCENT = 85;
 
     ISNO public immutable sno;

@@ -11,7 +11,6 @@ import {Rewards} from "./Rewards.sol";
 
 /// @title Rounds: see IRounds. The only account that mints, settles, slashes and admits, and it does what a quorum signed.
 contract Rounds is Rewards, EIP712 {
-    uint256 private constant ALL_BPS = 10_000;
     /// @dev The content is hashed as one ABI encoding of the whole struct: no field can be forgotten in a type string, and
     /// two contents of one place are proven by their hashes alone.
     bytes32 private constant ROUND_TYPEHASH =

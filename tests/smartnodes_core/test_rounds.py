@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smartnodes_core.chain.packing import pack_reputations, unpack_reputations
-from smartnodes_core.chain.proposal import UNCAPPED, Parameters, Payment
+from smartnodes_core.chain.proposal import UNCAPPED, Admission, Parameters, Payment
 from smartnodes_core.errors import RecordError
 from smartnodes_core.reputation import VerdictCounts
 from smartnodes_core.rounds import (
@@ -152,7 +152,7 @@ def test_what_was_recomputed_is_justified() -> None:
     [
         ({"allotment_wei": 1}, "allotment_wei: proposed 1, recomputed"),
         ({"reputations": pack_reputations({2: 255})}, "member 2 proposed 255, recomputed unchanged"),
-        ({"reputations": b"\x00"}, "cut off"),
+        ({"reputations": b"\x00"}, "a multiple of 39"),
         ({"slashes": ()}, "is missing"),
         ({"slashes": (Slash(1, 100), Slash(1, 100))}, "order or repetition"),
         ({"jobs_created": (b"x" * 32,)}, "is not justified"),
@@ -174,8 +174,13 @@ def test_no_field_escapes_the_digest() -> None:
     for item in fields(RoundProposal):
         value = getattr(proposal, item.name)
         other = value + 1 if isinstance(value, int) else (b"z" * 32 if len(value) == 32 else type(value)())
-        if item.name in ("jobs_completed", "settlements"):
-            other = {"jobs_completed": (b"z" * 32,), "settlements": (Settlement(b"e" * 32, 2, ()),)}[item.name]
+        other = {
+            "jobs_completed": (b"z" * 32,),
+            "jobs_disputed": (b"z" * 32,),
+            "admissions": (Admission(1),),
+            "settlements": (Settlement(b"e" * 32, 2, ()),),
+            "parameters": (Parameters(1, 2),),
+        }.get(item.name, other)
         seen.add(CONTEXT.domain.digest(replace(proposal, **{item.name: other})))
     assert len(seen) == 1 + len(fields(RoundProposal))
     assert CONTEXT.domain.digest(in_view(proposal, 3)) != CONTEXT.domain.digest(proposal)
