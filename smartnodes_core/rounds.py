@@ -13,7 +13,16 @@ from dataclasses import dataclass, field, replace
 from smartnodes_core.chain.emission import WORKERS_PERCENT, fee_on, workers_cap_wei
 from smartnodes_core.chain.merkle import RewardTree
 from smartnodes_core.chain.packing import pack_reputations, unpack_reputations
-from smartnodes_core.chain.proposal import Admission, Domain, Parameters, RoundProposal, Settlement, Slash
+from smartnodes_core.chain.proposal import (
+    NO_RULING,
+    UPHOLD,
+    Admission,
+    Domain,
+    Parameters,
+    RoundProposal,
+    Settlement,
+    Slash,
+)
 from smartnodes_core.chain.signing import keccak, word
 from smartnodes_core.reputation import BLACKLISTED, VerdictCounts, next_reputation
 
@@ -53,7 +62,8 @@ class RoundContext:
     """What the chain says before a round; equal for every validator that proposes or checks it.
 
     `totals_wei` are the cumulative rewards under the last executed root, `signers` those whose signatures carried the
-    round before, `emission_wei` what may be emitted up to `until_s`, `parameters` those of this round.
+    round before, `emission_wei` what may be emitted up to `until_s`, `parameters` those of this round,
+    `frozen_from` the round whose root a validator has frozen (0: none).
     """
 
     domain: Domain
@@ -68,6 +78,7 @@ class RoundContext:
     signers: tuple[bytes, ...]
     standings: Mapping[bytes, Standing]
     totals_wei: Mapping[bytes, int]
+    frozen_from: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,6 +146,7 @@ def evidence_root(digests: Iterable[bytes]) -> bytes:
 def propose(context: RoundContext, evidence: RoundEvidence) -> tuple[RoundProposal, dict[bytes, int]]:
     """The proposal that this evidence justifies, and the cumulative rewards under its root.
 
+    A frozen root is upheld: a quorum that recomputed it signed it. To correct one, validators have to agree by hand.
     Work of an account with a fraudulent verdict, or that is blacklisted or unknown, earns nothing.
     """
     scores: dict[int, int] = {}
@@ -175,6 +187,8 @@ def propose(context: RoundContext, evidence: RoundEvidence) -> tuple[RoundPropos
         settlements=tuple(
             sorted([*evidence.settlements, *evidence.coin_settlements], key=lambda settlement: settlement.escrow_id)
         ),
+        ruling=UPHOLD if context.frozen_from else NO_RULING,
+        ruled_round=context.frozen_from,
         evidence_root=evidence_root(evidence.digests),
     )
     return proposal, totals

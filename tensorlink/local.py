@@ -88,6 +88,7 @@ class LocalProcesses:
         names: dict[Role, list[str]] = {
             "validator": [f"validator-{index}" for index in range(self.settings.validators)],
             "worker": [f"worker-{index}" for index in range(self.settings.workers)],
+            "user": ["user"],
         }
         validator_accounts = [self._make_keys(name) for name in names["validator"]]
         for name in names["worker"]:
@@ -204,8 +205,8 @@ class LocalProcesses:
         return addresses
 
     def _register(self, addresses: Addresses, names: Mapping[Role, Sequence[str]]) -> None:
-        """Register every node before it starts: a validator that comes after the first round waits for the next epoch,
-        and what the first ones audit alone a quorum could not sign for.
+        """Register everybody before the first round: who comes later waits until a round admits it, and what the first
+        validators audit alone a quorum could not sign for.
         """
         from smartnodes_core.chain.client import ChainClient
 

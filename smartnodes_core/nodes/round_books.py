@@ -268,6 +268,7 @@ class RoundBooks:
             signers=signers,
             standings={m.account: Standing(m.index, m.reputation, m.stake_wei) for m in members},
             totals_wei=self.rewards.totals_wei,
+            frozen_from=state.frozen_from,
         )
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smartnodes_core.chain.packing import pack_reputations, unpack_reputations
-from smartnodes_core.chain.proposal import UNCAPPED, Admission, Parameters, Payment
+from smartnodes_core.chain.proposal import UNCAPPED, UPHOLD, Admission, Parameters, Payment
 from smartnodes_core.errors import RecordError
 from smartnodes_core.reputation import VerdictCounts
 from smartnodes_core.rounds import (
@@ -197,3 +197,17 @@ def test_a_proposal_with_bytes_behind_it_is_refused() -> None:
     assert RoundProposal.decode(proposal.encode()) == proposal
     with pytest.raises(RecordError, match="canonical"):
         RoundProposal.decode(proposal.encode() + bytes(32))
+
+
+def test_a_frozen_root_is_upheld_by_those_who_signed_it() -> None:
+    proposal, _ = propose(replace(CONTEXT, frozen_from=4), EVIDENCE)
+    assert (proposal.ruling, proposal.ruled_round) == (UPHOLD, 4)
+
+
+def test_workers_share_no_more_than_what_jobs_burned() -> None:
+    paid = Settlement(b"e" * 32, 0, (Payment(b"t" * 20, 1000 * SNO),))
+    context = replace(CONTEXT, parameters=Parameters(500, 10_000), totals_wei={})
+    proposal, totals = propose(context, replace(EVIDENCE, settlements=(paid,)))
+    signers_wei = context.emission_wei - context.emission_wei * 85 // 100
+    assert proposal.allotment_wei <= signers_wei + 50 * SNO
+    assert sum(totals.values()) == proposal.allotment_wei
