@@ -32,8 +32,10 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/benchmark_step.py
 	$(BIN)/python benchmarks/benchmark_pipeline.py
 	$(BIN)/python benchmarks/benchmark_small_model.py
+	$(BIN)/python benchmarks/benchmark_tensor_parallel.py
 	$(BIN)/python benchmarks/benchmark_memory.py
 	$(BIN)/python benchmarks/benchmark_growth.py
+	$(BIN)/python benchmarks/benchmark_overhead.py
 	$(BIN)/python benchmarks/benchmark_transport.py
 	$(BIN)/python benchmarks/benchmark_interpreter.py
 

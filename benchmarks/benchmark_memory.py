@@ -1,11 +1,14 @@
 """What a worker's computing process holds, beside what a stage needs, for each schedule.
 
-    python benchmarks/benchmark_memory.py [--steps 6] [--schedules gpipe,1f1b,zb,zbv] [--offer-mb 900]
+    python benchmarks/benchmark_memory.py [--steps 6] [--schedules gpipe,1f1b,zb,zbv] [--offer-mb 1500] [--audits]
 
 The model is the yardstick of `yardstick/model.py` on two workers. Needed are weights, gradients, optimizer state, one
-retained copy of weights and optimizer state, and the activations that the schedule holds; held is the most that was
-resident at the end of a step (shared memory included), less what the process held before any stage was loaded.
-Workers offer so little memory that older steps of the audit window lie on disk.
+retained copy of weights and optimizer state, and the activations that the schedule holds: what autograd keeps of a
+micro-batch (a test compares what is reckoned with what it keeps) times the micro-batches that wait for the end of
+their backward, and the workspace of one. Held is the most that was ever resident (shared memory included), less the
+most that was before any stage was loaded. Workers offer so little memory that the audit window lies on disk. While a
+step is opened to an auditor, all that it committed to is in memory for as long as it takes to send: seen with
+`--audits` only.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--schedules", default="gpipe,1f1b,zb,zbv")
-    parser.add_argument("--offer-mb", type=int, default=900)
+    parser.add_argument("--offer-mb", type=int, default=1500)
+    parser.add_argument("--audits", action="store_true", help="audit as often as other networks on one machine do")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, MB per worker, {options.steps} steps, audit window 16 steps")
@@ -42,7 +46,8 @@ def main() -> None:
     )
     for name in options.schedules.split(","):
         flags = {f"worker-{index}": {"max-memory-bytes": options.offer_mb * 10**6} for index in range(2)}
-        with tensorlink.LocalNetwork(workers=2, validators=1, round_interval_s=600, flags=flags) as network:
+        rates = {} if options.audits else {"audit_rates": (0.0, 0.0)}
+        with tensorlink.LocalNetwork(workers=2, validators=1, round_interval_s=600, flags=flags, **rates) as network:
             _one(network, name, options.steps)
 
 
@@ -65,7 +70,6 @@ def _one(network: tensorlink.LocalNetwork, name: str, steps: int) -> None:
         own = [stage["memory"] for stage in stages if network.local.name_at(stage["endpoint"]) == worker]
         weights, optimizer_bytes = sum(m["weights"] for m in own), sum(m["optimizer"] for m in own)
         activations = sum(m["activations"] for m in own)
-        # the plan's own figure for gradients holds two: the sum and those of the micro-batch that is added
         needed = weights + weights + optimizer_bytes + (weights + optimizer_bytes) + activations
         held = peak[worker] - base[worker]
         print(

@@ -94,9 +94,11 @@ def _watch(model: tensorlink.DistributedModel) -> dict[str, list[float]]:
         setattr(owner, name, call)
 
     clocked(model._train_step, "run", "whole step")
-    clocked(model._train_step, "_with_loss_there", "micro-batches there, losses back")
-    clocked(model._steps, "prepare", "prepare: is every gradient finite")
-    clocked(model._steps, "decide", "commit: sign the order, update")
+    clocked(model._train_step, "_send_with_loss_there", "micro-batches on their way")
+    clocked(model._steps, "order", "the order, signed meanwhile")
+    clocked(model._train_step, "_wait", "until losses and norms are back")
+    clocked(model._steps, "prepare", "prepare, where a stage has not told")
+    clocked(model._steps, "decide", "commit: send the order, update")
     return spent
 
 
@@ -130,7 +132,7 @@ def _print_parts(spent: dict[str, list[float]], computing: list[float]) -> None:
     parts = {part: statistics.median(each) for part, each in spent.items() if part != "whole step"}
     for part, seconds in parts.items():
         print(f"  {part:36} {seconds * 1e3:6.2f}  {seconds / whole:5.0%}")
-        if part.startswith("micro-batches"):
+        if part.startswith("until"):
             print(f"    of which the stage computes          {statistics.median(computing) * 1e3:6.2f}")
     rest = whole - sum(parts.values())
     print(f"  {'checks of inputs, cutting the batch':36} {rest * 1e3:6.2f}  {rest / whole:5.0%}")

@@ -17,6 +17,7 @@ import copy
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +29,10 @@ import tensorlink
 from tensorlink.demo.model import ByteGPT, Text, next_byte_loss
 from tensorlink.demo.run import DemoOptions
 
+sys.path.insert(0, str(Path(__file__).parent))
+from yardstick.processes import cpu_s
+
 WARM_UP_ROUNDS = 2
-TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
@@ -100,24 +103,12 @@ def _measure(
     for index in range(WARM_UP_ROUNDS + rounds):
         x, y = text.batch(index, demo.batch, demo.context)
         for name in names[index % len(names) :] + names[: index % len(names)]:
-            cpu, began = _cpu_s(pids()), time.perf_counter()
+            cpu, began = cpu_s(pids()), time.perf_counter()
             modes[name](x, y)
             wall = time.perf_counter() - began
             if index >= WARM_UP_ROUNDS:
-                samples[name].append({"wall_s": wall, "cpu_s": _cpu_s(pids()) - cpu})
+                samples[name].append({"wall_s": wall, "cpu_s": cpu_s(pids()) - cpu})
     return samples
-
-
-def _cpu_s(pids: list[int]) -> float:
-    """User and system seconds of processes; a process that has ended counts no more."""
-    total = 0.0
-    for pid in pids:
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        total += (int(fields[11]) + int(fields[12])) / TICKS_PER_S
-    return total
 
 
 def _print(samples: dict[str, list[dict[str, float]]]) -> None:

@@ -17,6 +17,8 @@ from smartnodes_core.errors import ProtocolError
 
 #: Programs of large models are the largest messages; tensors never travel here.
 MAX_MESSAGE_BYTES = 128 << 20
+#: What is held is written once it is more than this.
+MAX_HELD_BYTES = 16 << 10
 
 _LENGTH = struct.Struct(">I")
 
@@ -41,11 +43,13 @@ class Pipe:
         self._socket = end
         self._reader = end.makefile("rb", buffering=1 << 16)
         self._sending = threading.Lock()
+        self._held = b""
 
-    def send(self, message: Message) -> None:
-        """Writes one message. Raises ProtocolError if it is over the cap, OSError if the other end is gone or stuck.
+    def send(self, message: Message, *, hold: bool = False) -> None:
+        """Writes one message, after those that are held; with `hold` it may wait for the next one, or for `flush`.
 
-        After an OSError the stream is torn and good for nothing more.
+        Raises ProtocolError if it is over the cap, OSError if the other end is gone or stuck. After an OSError the
+        stream is torn and good for nothing more.
         """
         data = _encoder.encode(message)
         if len(data) > MAX_MESSAGE_BYTES:
@@ -54,7 +58,19 @@ class Pipe:
                 "are sent: large data belongs in shared memory"
             )
         with self._sending:
-            self._socket.sendall(_LENGTH.pack(len(data)) + data)
+            self._held += _LENGTH.pack(len(data)) + data
+            if not hold or len(self._held) > MAX_HELD_BYTES:
+                self._write_held()
+
+    def flush(self) -> None:
+        """Writes what is held. Raises OSError as `send` does."""
+        with self._sending:
+            if self._held:
+                self._write_held()
+
+    def _write_held(self) -> None:
+        held, self._held = self._held, b""
+        self._socket.sendall(held)
 
     def receive(self) -> Message | None:
         """The next message; None when the other end is closed. Raises ProtocolError for anything malformed."""

@@ -62,6 +62,7 @@ _PASSED_PREFIXES = ("COVERAGE_", "SYSTEMROOT")
 class Limits:
     """What the child may use. `memory_bytes` bounds its private memory (0: no bound), arenas not counted.
 
+    With `num_devices` over 1 the child may connect to itself before it seals itself (`ChildChannel.seal`).
     `action_s` is the longest that one action may take (0: no bound) before the child is ended, `device` ("cpu" or
     "cuda") says which device files stay open to it. `file_bytes` is how much it may write to its scratch file (0: it
     has none).
@@ -74,6 +75,7 @@ class Limits:
     nice: int = 0
     action_s: float = 0.0
     device: str = "cpu"
+    num_devices: int = 1
 
 
 class Sandbox:
@@ -375,6 +377,8 @@ def _environment(limits: Limits) -> dict[str, str]:
         "OPENBLAS_NUM_THREADS": threads,
         # threads that spin while they wait can make two processes on one machine several times slower
         "OMP_WAIT_POLICY": "PASSIVE",
+        # glibc asks the kernel for huge pages: 2 to 4 % of a training step of the yardstick (others ignore it)
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         "PYTHONUNBUFFERED": "1",
     }
 

@@ -14,18 +14,21 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from smartnodes_core.arena import Arena
-from smartnodes_core.confinement import Confinement, confine
+from smartnodes_core.confinement import Confinement, confine, seal
 from smartnodes_core.errors import LocalError, ProtocolError, SandboxError, SmartnodesError
 from smartnodes_core.pipe import Message, Pipe
 from smartnodes_core.sandbox import SETUP_VARIABLE, Limits
 
 #: Words of the arenas' bookkeeping, handled as they arrive: the main thread may be waiting for exactly this space.
 _SENT = "sent"
+#: While actions follow each other, what is held goes out after the first that ends this long after the last time.
+HOLD_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,7 @@ class ChildChannel:
         self.limits = limits
         self.confinement = confinement
         self._pipe = pipe
+        self._written_s = 0.0  # when the main thread last waited, or wrote what was held
         # both queues are reentrant: `release` runs wherever the garbage collector happens to run
         self._inbox: queue.SimpleQueue[Incoming | None] = queue.SimpleQueue()
         self._released: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -81,13 +85,27 @@ class ChildChannel:
             os.set_inheritable(fd, False)
         return cls(Pipe(end), inbound, outbound, limits, confinement, scratch)
 
+    def seal(self) -> None:
+        """Ends what only a rig of several devices may do: its ranks have connected to each other."""
+        seal(self.limits, self.confinement)
+
     def receive(self, timeout_s: float | None = None) -> Incoming | None:
         """The next message, or None when none came in `timeout_s` (0: at once, None: for ever) or slices were
-        released."""
+        released.
+
+        What `event` held goes out before this waits, and where nothing has for HOLD_S."""
+        self.flush()
+        with contextlib.suppress(queue.Empty):
+            return self._inbox.get_nowait()
+        if timeout_s != 0 or time.monotonic() - self._written_s > HOLD_S:
+            self._write_held()
+        if timeout_s == 0:
+            return None
         try:
-            message = self._inbox.get(block=timeout_s != 0, timeout=timeout_s or None)
+            message = self._inbox.get(timeout=timeout_s)
         except queue.Empty:
             message = None
+        self._written_s = time.monotonic()
         self.flush()
         return message
 
@@ -120,9 +138,12 @@ class ChildChannel:
         if call_id:
             self._send(Message("error", call_id, "", {"code": error.code, "message": str(error)[:4096]}))
 
-    def event(self, name: str, params: dict[str, Any]) -> None:
-        """Tells the node something, unasked."""
-        self._send(Message("event", 0, name, params))
+    def event(self, name: str, params: dict[str, Any], *, hold: bool = False) -> None:
+        """Tells the node something, unasked; with `hold` not before something else goes out, or `receive` waits.
+
+        A node that is woken while this process computes on may have to wait for its processor.
+        """
+        self._send(Message("event", 0, name, params), hold=hold)
 
     def release(self, offset: int) -> None:
         """Says that the inbound slice at `offset` is no longer read. Safe in finalizers: it takes no lock."""
@@ -133,13 +154,20 @@ class ChildChannel:
         """Tells the node which slices were released."""
         with contextlib.suppress(queue.Empty):
             while True:
-                self._send(Message("event", 0, "released", {"offset": self._released.get_nowait()}))
+                self._send(Message("event", 0, "released", {"offset": self._released.get_nowait()}), hold=True)
 
-    def _send(self, message: Message) -> None:
+    def _send(self, message: Message, *, hold: bool = False) -> None:
         try:
-            self._pipe.send(message)
+            self._pipe.send(message, hold=hold)
         except OSError:
             os._exit(0)  # the node is gone: nobody is left to compute for
+
+    def _write_held(self) -> None:
+        try:
+            self._pipe.flush()
+        except OSError:
+            os._exit(0)
+        self._written_s = time.monotonic()
 
     def _read(self) -> None:
         try:

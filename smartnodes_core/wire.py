@@ -10,7 +10,7 @@ memory that it returned. The layout is frozen by golden bytes in `tests/smartnod
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgpack
@@ -143,6 +143,17 @@ class FrameReader:
         if self._filled < len(self._current):
             return None
         return self._step()
+
+    def feed(self, data: memoryview) -> Iterator[Frame]:
+        """Takes bytes that were read elsewhere: the frames that they complete. Raises as `advance`."""
+        while data:
+            target = self.target()
+            count = min(len(target), len(data))
+            target[:count] = data[:count]
+            data = data[count:]
+            frame = self.advance(count)
+            if frame is not None:
+                yield frame
 
     def _expect(self, memory: memoryview, step: Callable[[], Frame | None]) -> None:
         self._current, self._filled, self._step = memory, 0, step

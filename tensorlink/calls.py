@@ -71,12 +71,15 @@ class Calls:
         self.driver.begin(call, options)
         return call
 
-    def begin_backward(self, call: Call, retain: bool) -> int:
-        """Announce a backward to every stage; returns the number of the pass."""
+    def begin_backward(self, call: Call, retain: bool, prepare: bool = False) -> int:
+        """Announce a backward to every stage; returns the number of the pass. With `prepare` a step follows it, and
+        stages say with its end what a prepare would ask.
+        """
         backward_pass, call.num_backwards, call.freed = call.num_backwards, call.num_backwards + 1, not retain
         self.dirty = True
         place = {"step": call.step, "call": call.index, "backward_pass": backward_pass}
-        self.driver.tell_all("backward", {**place, "num_micro_batches": call.num_micro_batches, "retain": retain})
+        options = {"num_micro_batches": call.num_micro_batches, "retain": retain, "prepare": prepare}
+        self.driver.tell_all("backward", {**place, **options})
         return backward_pass
 
     def end(self, committed: bool) -> None:

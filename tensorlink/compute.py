@@ -1,9 +1,10 @@
 """The computing process of a rig: `python -m tensorlink.compute`, started by `smartnodes_core/sandbox.py`.
 
 It has torch, and neither keys nor sockets (`smartnodes_core/confinement/`). One thread takes messages and computes,
-one reads the pipe, one hashes what was computed. Everything in a message is distrusted: it comes from peers by way of
-the node. Neighbours: `compute_stages.py` serves stages (the protocol is written there), `audit/examine.py` re-executes
-others' work.
+one reads the pipe, one (`later.py`) hashes what was computed when there is time; a rig of several devices has one for
+each besides (`tensor_parallel/`). Everything in a message is distrusted: it comes from peers by way of the node.
+Neighbours: `compute_stages.py` serves stages (the protocol is written there), `audit/examine.py` re-executes others'
+work.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
+import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from smartnodes_core.errors import ProtocolError, SmartnodesError
 from smartnodes_core.sandbox_child import ChildChannel, Incoming
@@ -22,6 +25,11 @@ from tensorlink.compute_errors import translated
 
 if TYPE_CHECKING:
     from tensorlink.compute_stages import Stages
+    from tensorlink.tensor_parallel.ranks import Ranks
+
+#: Hashing begins after an action that took this long, or when there has been nothing to do for this long: beside short
+#: actions, and while an answer is on its way, it would be in the way.
+SHORT_S = 0.001
 
 Serve = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -44,15 +52,29 @@ class Compute:
 
     def run(self) -> None:
         """Until the node closes the pipe, which ends the process."""
+        busy_s = time.monotonic()
         while True:
+            began_s = time.monotonic()
             with self._channel.deadline():
                 worked = self._stages.run_one()
-            message = self._channel.receive(0 if worked else self._stages.patience_s())
+            message = self._channel.receive(0 if worked else self._patience_s())
+            now_s = time.monotonic()
+            if now_s - (began_s if worked else busy_s) >= SHORT_S and message is None:
+                self._stages.begin_hashing()
             while message is not None:
                 with self._channel.deadline():
                     self.serve(message)
                 message = self._channel.receive(0)
+                worked = True
             self._stages.tend_prepares()
+            if worked:
+                busy_s = time.monotonic()
+
+    def _patience_s(self) -> float | None:
+        patience_s = self._stages.patience_s()
+        if not self._stages.has_hashing:
+            return patience_s
+        return SHORT_S if patience_s is None else min(SHORT_S, patience_s)
 
     def serve(self, message: Incoming) -> None:
         """Serves one message; whatever goes wrong is answered, or told as the event `failed`."""
@@ -83,7 +105,11 @@ class Compute:
         from tensorlink.compute_stages import MAX_STAGE_FLOPS
         from tensorlink.program.admission import Bounds
 
-        flops_per_s = measure.flops_per_s()
+        ranks = self._stages.ranks
+        if ranks is None:
+            flops_per_s = measure.flops_per_s()
+        else:
+            flops_per_s = sum(ranks.each(lambda group: measure.flops_per_s(group.device)))
         memory_bytes = measure.memory_bytes(self._channel.limits.memory_bytes)
         action_s = self._channel.limits.action_s or math.inf
         self._stages.bounds = self._examiner.bounds = Bounds(
@@ -94,7 +120,7 @@ class Compute:
             "memory_bytes": memory_bytes,
             "confinement": self._channel.confinement.applied,
             "unconfined": self._channel.confinement.missing,
-            "numeric_class": measure.numeric_class(),
+            "numeric_class": measure.numeric_class() + ("" if ranks is None else f" on {ranks}"),
             "num_threads": torch.get_num_threads(),
         }
 
@@ -121,7 +147,30 @@ def main(make_stages: Callable[[ChildChannel], Stages] | None = None) -> None:
     from tensorlink.compute_stages import Stages
 
     torch.set_num_threads(channel.limits.num_threads)
-    Compute(channel, (make_stages or Stages)(channel)).run()
+    stages = (make_stages or Stages)(channel)
+    stages.ranks = _join_ranks(channel)
+    Compute(channel, stages).run()
+
+
+def _join_ranks(channel: ChildChannel) -> Ranks | None:
+    """A rank for each device, connected; nothing can be connected afterwards. None where one CPU rank is all."""
+    limits = channel.limits
+    if limits.num_devices == 1 and limits.device == "cpu":
+        return None
+    from tensorlink.tensor_parallel.ranks import Ranks, quiet_nccl
+
+    quiet_nccl()
+    ranks = Ranks(limits.num_devices, limits.device, _end)
+    if limits.num_devices > 1:
+        channel.seal()
+    return ranks
+
+
+def _end(reason: str) -> NoReturn:
+    """The ranks cannot go on together: this process ends, and its node starts another."""
+    sys.stderr.write(f"{reason}\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 if __name__ == "__main__":

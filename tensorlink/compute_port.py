@@ -10,6 +10,7 @@ from torch import Tensor
 
 from smartnodes_core.sandbox_child import ChildChannel
 from tensorlink.audit.opening import Opened
+from tensorlink.pipeline.backward import Norm
 from tensorlink.pipeline.executor import CallState, Timeline
 from tensorlink.pipeline.headers import SHARED
 from tensorlink.pipeline.inbox import Delivery
@@ -61,14 +62,19 @@ class ChannelPort:
     def loss(self, call: CallState, micro_batch: int, value: float) -> None:
         """See `Port`."""
         place = {"key": self._key, "step": call.step, "call": call.call, "micro_batch": micro_batch}
-        self._channel.event("loss", {**place, "value": value.hex()})
+        self._channel.event("loss", {**place, "value": value.hex()}, hold=True)
 
-    def done(self, call: CallState, type: str, backward_pass: int, timeline: Timeline) -> None:
+    def done(
+        self, call: CallState, type: str, backward_pass: int, timeline: Timeline, prepared: Norm | None = None
+    ) -> None:
         """See `Port`."""
         place = {"key": self._key, "step": call.step, "call": call.call, "backward_pass": backward_pass}
         busy_s = sum(ended - began for _, _, began, ended in timeline) / 1e9
         told = timeline if len(timeline) <= MAX_TIMELINE else []
-        self._channel.event("done", {**place, "type": type, "busy_s": busy_s.hex(), "timeline": told})
+        norm = {} if prepared is None else {"squared_norm": prepared[0].hex(), "non_finite": prepared[1]}
+        self._channel.event(
+            "done", {**place, "type": type, "busy_s": busy_s.hex(), "timeline": told, **norm}, hold=True
+        )
 
 
 def put_tensor(channel: ChildChannel, tensor: Tensor, timeout_s: float) -> dict[str, int]:

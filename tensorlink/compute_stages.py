@@ -1,22 +1,23 @@
 """What the computing process serves about stages: methods, one-way messages and events of the pipe.
 
 Calls: `load`, `load_part`, `load_end`, `set_loss`, `set_optimizer`, `prepare`, `decide`, `zero_grad`, `state`,
-`optimizer_state`, `set_state`, `set_optimizer_state`, `open`, `unload`. One-way: `begin`, `backward`, `drop_call`,
-`tensor`, `shared` (a tied parameter's sum). Events: `send`, `loss`, `done`, `commitment`, `failed` (and `released`,
-which the channel sends). Every message names its stage by `key`; tensors lie in the arenas and are named by `offset`
-and `num_bytes`.
+`optimizer_state`, `set_state`, `set_optimizer_state`, `open`, `shards`, `unload`. One-way: `begin`, `backward`,
+`drop_call`, `tensor`, `shared` (a tied parameter's sum). Events: `send`, `loss`, `done`, `commitment`, `failed` (and
+`released`, which the channel sends). Every message names its stage by `key`; tensors lie in the arenas and are named by
+`offset` and `num_bytes`.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from tensorlink.audit.opening import opening
 from tensorlink.compute_errors import translated
 from tensorlink.compute_port import ChannelPort, put, put_opened
 from tensorlink.errors import TensorError
+from tensorlink.later import Later
 from tensorlink.pipeline.executor import Ready
 from tensorlink.pipeline.headers import CALL_FIELDS, SHARED_FIELDS
 from tensorlink.pipeline.inbox import Delivery
@@ -41,6 +43,9 @@ from tensorlink.program.values import DTYPES
 from tensorlink.program.weights import dump
 from tensorlink.stage_loading import Loading
 from tensorlink.steplog.shelf import Shelf
+
+if TYPE_CHECKING:
+    from tensorlink.tensor_parallel.ranks import Ranks
 
 #: Caps of one stage where the node sets none.
 MAX_STAGE_BYTES = 1 << 40
@@ -75,7 +80,7 @@ class Hosted:
     stage: Stage
     roots: commitments.Roots
     work_units: int
-    pool: ThreadPoolExecutor
+    pool: Later
     hashing: Future[None] | None = None
     prepares: list[Waiting] = field(default_factory=list)
     failed: SmartnodesError | None = None
@@ -97,6 +102,8 @@ class Stages:
         self._hosted: dict[str, Hosted] = {}
         #: What one micro-batch may cost; `compute.py` puts what was measured here.
         self.bounds = Bounds(channel.limits.memory_bytes or MAX_STAGE_BYTES, MAX_STAGE_FLOPS)
+        #: The ranks of a rig of several devices; `compute.py` puts them here.
+        self.ranks: Ranks | None = None
         self._loading = Loading()
         self._turn = 0
         self.methods: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -117,6 +124,7 @@ class Stages:
             "set_optimizer_state": self._set_optimizer_state,
             "open": self._open,
             "unload": self._unload,
+            "shards": self._shards,
         }
 
     # -- the loop's side ----------------------------------------------------------------------------------------------
@@ -189,6 +197,16 @@ class Stages:
         deadlines = [waiting.deadline_s for one in self._hosted.values() for waiting in one.prepares]
         return max(0.001, min(deadlines) - time.monotonic()) if deadlines else None
 
+    @property
+    def has_hashing(self) -> bool:
+        """Whether something is still to be hashed that has not begun."""
+        return any(one.pool.waits for one in self._hosted.values())
+
+    def begin_hashing(self) -> None:
+        """There is time for it now: what the stages have to hash is begun."""
+        for one in self._hosted.values():
+            one.pool.begin()
+
     def _share(self, one: Hosted, waiting: Waiting) -> None:
         if one.stage.num_units >= waiting.num_units:
             one.stage.share(waiting.step)
@@ -236,6 +254,7 @@ class Stages:
             content = commitments.build(record, one.roots, one.stage.parameters, optimizer, one.work_units)
             one.committed.add(step)
             self._channel.event("commitment", {"key": one.key, **content})
+            one.stage.put_away(record)
 
         one.hashing = one.pool.submit(hash_and_tell)
 
@@ -265,7 +284,8 @@ class Stages:
         work_units = estimate.flops_forward + estimate.flops_backward
 
         def finish(state: dict[str, Tensor], digests: Mapping[str, bytes]) -> dict[str, Any]:
-            one = self._host(key, place, program, state, int(params["window_steps"]), bounds)
+            batch = int(limits.get("batch", 1))
+            one = self._host(key, place, program, state, int(params["window_steps"]), bounds, batch)
             one.work_units = work_units
             self._hosted[key] = one
             if params.get("loss_program"):
@@ -294,15 +314,27 @@ class Stages:
         return self._loading.end(str(params["key"]))
 
     def _host(
-        self, key: str, place: Place, program: StageProgram, state: dict[str, Tensor], window: int, bounds: Bounds
+        self,
+        key: str,
+        place: Place,
+        program: StageProgram,
+        state: dict[str, Tensor],
+        window: int,
+        bounds: Bounds,
+        batch: int,
     ) -> Hosted:
         parameters = {
             name: state[name].requires_grad_(spec.requires_grad and state[name].is_floating_point())
             for name, spec in program.parameters.items()
         }
         buffers = {name: state[name] for name in program.buffers}
-        pool = ThreadPoolExecutor(1, thread_name_prefix="hashing")
-        stage = self.make_stage(
+        pool = Later("hashing")
+        make = self.make_stage
+        if self.ranks is not None:
+            from tensorlink.tensor_parallel.stage import TensorParallelStage
+
+            make = functools.partial(TensorParallelStage, self.ranks, batch)
+        stage = make(
             place,
             program,
             parameters,
@@ -329,9 +361,14 @@ class Stages:
         one = self._hosted.pop(str(params["key"]), None)
         if one is not None:
             one.pool.shutdown(wait=True)  # the last step's commitment goes out
+            one.stage.close()
             del one
             give_back_freed_memory()
         return {}
+
+    def _shards(self, params: dict[str, Any]) -> dict[str, Any]:
+        """How a stage lies on the devices of this rig: its plan for people, and bytes on each."""
+        return self._of(params).stage.shards()
 
     def _set_loss(self, params: dict[str, Any]) -> dict[str, Any]:
         self._of(params).stage.set_loss(LossProgram.from_json(params["loss_program"]))
@@ -347,7 +384,9 @@ class Stages:
     # -- one-way ------------------------------------------------------------------------------------------------------
 
     def _begin(self, params: dict[str, Any]) -> dict[str, Any]:
-        self._of(params).stage.begin(params)
+        one = self._of(params)
+        one.pool.begin()  # of the last step, beside this one
+        one.stage.begin(params)
         return {}
 
     def _backward(self, params: dict[str, Any]) -> dict[str, Any]:
@@ -405,7 +444,7 @@ class Stages:
         stage = self._of(params).stage
         state = stage.optimizer.state_tensors() if stage.optimizer else {}
         names = set(_names(params, stage.parameters))
-        wanted = {name: tensor for name, tensor in state.items() if name.rpartition("/")[0] in names}
+        wanted = {name: state[name] for name in state if name.rpartition("/")[0] in names}
         return put(self._channel, dump(wanted), OPEN_TIMEOUT_S)
 
     def _set_state(self, params: dict[str, Any]) -> dict[str, Any]:
@@ -444,11 +483,11 @@ class Stages:
         """The data behind a committed step: `items` lie one after the other at `offset`. Raises AuditError if it is
         gone."""
         one, step = self._of(params), int(params["step"])
+        one.wait_for_hashing()
         record = one.stage.log.committed(step)
         if record is None:
             held = one.stage.log.steps()
             raise AuditError(f"step {step} is not held (any more): the window holds {held[:1]} to {held[-1:]}")
-        one.wait_for_hashing()
         opened = opening(record, int(params["tier"]), int(params["unit"]), *one.stage.state_after(record))
         return {"items": opened.items, **put_opened(self._channel, opened, OPEN_TIMEOUT_S)}
 

@@ -14,18 +14,25 @@ _SIZE = 512
 _MEASURE_S = 0.2
 
 
-def flops_per_s() -> int:
-    """Floating-point operations per second of a float32 matrix product with the threads torch uses now.
+def flops_per_s(device: torch.device | None = None) -> int:
+    """Floating-point operations per second of a float32 matrix product, on the CPU with the threads torch uses now.
 
     That of the quickest of many: what other programs took meanwhile says nothing of the machine.
     """
-    a = torch.rand(_SIZE, _SIZE)
+    a = torch.rand(_SIZE, _SIZE, device=device)
+    wait = torch.cuda.synchronize if a.is_cuda else _nothing
     torch.mm(a, a)  # the first call starts threads and picks kernels
+    wait()
     began, quickest_s = time.perf_counter(), float("inf")
     while (started := time.perf_counter()) - began < _MEASURE_S:
         torch.mm(a, a)
+        wait()
         quickest_s = min(quickest_s, time.perf_counter() - started)
     return int(2 * _SIZE**3 / quickest_s)
+
+
+def _nothing() -> None:
+    """A CPU is done when the call returns."""
 
 
 def memory_bytes(limit_bytes: int) -> int:

@@ -29,6 +29,7 @@ from tensorlink.pipeline.batching import micro_batches as split_into
 from tensorlink.pipeline.seeds import seed_for
 from tensorlink.plain_stages import PlainStages
 from tensorlink.program import autocast as autocasts
+from tensorlink.program.alignment import aligned
 from tensorlink.program.graph import StageProgram
 from tensorlink.program.inputs import flatten_inputs, unflatten_outputs
 from tensorlink.program.interpreter import Interpreter
@@ -129,7 +130,8 @@ class Reference(torch.nn.Module):
 
     def _run(self, piece: list[Any], call: int, micro_batch: int) -> list[Any]:
         if self._stages is None:
-            args, kwargs = self.traced.binding.rebuild(piece)
+            # as tensors enter a stage: another alignment is another rounding in small products
+            args, kwargs = self.traced.binding.rebuild([aligned(tensor) for tensor in piece])
             with autocasts.region(CPU, self._autocast):
                 leaves = pytree.tree_leaves(self.module(*args, **kwargs))
             return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -183,7 +185,7 @@ class _InOrder(torch.autograd.Function):
         for index, run in enumerate(ctx.runs):
             wanted = [(out, split[slot][index]) for slot, out in enumerate(run) if out.requires_grad]
             torch.autograd.backward(
-                [out for out, _ in wanted], [gradient.contiguous() for _, gradient in wanted], retain_graph=retain
+                [out for out, _ in wanted], [aligned(gradient) for _, gradient in wanted], retain_graph=retain
             )
         ctx.reference._after_backward()
         found: list[torch.Tensor | None] = [None] * len(ctx.dynamic)

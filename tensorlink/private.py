@@ -188,4 +188,6 @@ class _End:
         self, call: Call, micro_batch: int, gradients: Mapping[int, Tensor], retain: bool
     ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
         given = {slot: aligned(gradient) for slot, gradient in gradients.items()}
-        return backward(self.passes[call][micro_batch], given, self._own, retain)
+        of_parameters = GradientSum()
+        of_inputs = backward(self.passes[call][micro_batch], given, self._own, retain, of_parameters)
+        return of_inputs, of_parameters.take()

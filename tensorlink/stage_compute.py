@@ -53,6 +53,8 @@ class StageCompute:
         command: Sequence[str],
         port: Callable[[], WorkerPort],
         scratch: Path | None = None,
+        num_devices: int = 1,
+        device: str = "cpu",
     ):
         self.measured: dict[str, Any] = {}
         self.inflight = Inflight()
@@ -69,6 +71,8 @@ class StageCompute:
                 memory_bytes=limit_of(memory_bytes),
                 num_threads=num_threads,
                 action_s=MAX_ACTION_S,
+                device=device,
+                num_devices=num_devices,
                 file_bytes=0 if scratch is None else shutil.disk_usage(scratch).free // DISK_SHARE,
             ),
             inbound_bytes=ARENA_BYTES,

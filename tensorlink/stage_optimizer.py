@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tensorlink.errors import OptimizerError
+from tensorlink.lasting import lasting
 from tensorlink.program.values import DTYPE_NAMES
 
 ALLOWED: dict[str, type[torch.optim.Optimizer]] = {
@@ -107,6 +108,7 @@ class StageOptimizer:
                 self._groups[index] = len(made)
                 made.append({"params": [self.parameters[key] for key in names], **self._options(group)})
         self._torch: torch.optim.Optimizer | None = None
+        self._settled: set[str] = set()  # parameters whose state lies in lasting memory
         if made:
             try:
                 for group in made:  # torch checks values only where they are given as defaults
@@ -130,15 +132,33 @@ class StageOptimizer:
         changes = [(self._groups[i], self._options(groups[i])) for i in self._groups] if groups is not None else []
         for index, options in changes:
             self._torch.param_groups[index].update(options)
-        for name, parameter in self.parameters.items():
-            parameter.grad = gradients.get(name)
-        try:
-            self._torch.step()
-        finally:
-            for parameter in self.parameters.values():
-                parameter.grad = None
+        known = [name for name in self.parameters if name in gradients and name in self._settled]
+        fresh = [[name] for name in self.parameters if name in gradients and name not in self._settled]
+        for names in [*([known] if known else []), *fresh]:
+            self._step(self._torch, names, gradients)
 
-    def state_tensors(self) -> dict[str, Tensor]:
+    def _step(self, optimizer: torch.optim.Optimizer, names: Sequence[str], gradients: Mapping[str, Tensor]) -> None:
+        """Updates these parameters. State that this makes moves to where it can stay: for one parameter at a time, so
+        that it is never held twice."""
+        for name in names:
+            self.parameters[name].grad = gradients[name]
+        try:
+            optimizer.step()
+        finally:
+            for name in names:
+                self.parameters[name].grad = None
+        for name in names:
+            if name not in self._settled:
+                state: dict[str, Any] = optimizer.state.get(self.parameters[name], {})
+                made = {
+                    key: value
+                    for key, value in state.items()
+                    if isinstance(value, Tensor) and value.dim() and value.device.type == "cpu"
+                }
+                state.update({key: memory.copy_(made[key]) for key, memory in lasting(made).items()})
+                self._settled.add(name)
+
+    def state_tensors(self) -> Mapping[str, Tensor]:
         """The state under `parameter/state name`; the tensors are the live ones."""
         found = {}
         if self._torch is not None:
@@ -170,6 +190,14 @@ class StageOptimizer:
 
         Raises OptimizerError, before anything is changed, for what this optimizer does not keep.
         """
+        for name, state in self.check_state_tensors(tensors).items():
+            if self._torch is not None:
+                copies = {key: tensor.detach().clone() for key, tensor in state.items()}
+                self._torch.state[self.parameters[name]] = copies
+                self._settled.discard(name)
+
+    def check_state_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """State by parameter and name. Raises OptimizerError for what this optimizer does not keep."""
         fresh: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             parameter, _, key = name.rpartition("/")
@@ -180,10 +208,7 @@ class StageOptimizer:
                 raise OptimizerError(_not_here(name))
             spec = self.parameters[name]
             check_state(self.name, options[name], name, tuple(spec.shape), spec.dtype, state)
-        for name, state in fresh.items():
-            if self._torch is not None:
-                copies = {key: tensor.detach().clone() for key, tensor in state.items()}
-                self._torch.state[self.parameters[name]] = copies
+        return fresh
 
     def _group_of(self) -> dict[str, dict[str, Any]]:
         groups = self._torch.param_groups if self._torch is not None else []

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from smartnodes_core.errors import JobError
 from smartnodes_core.records import NO_DIGEST
 from tensorlink.calls import Calls
 from tensorlink.errors import NonFiniteError, OptimizerError
+from tensorlink.pipeline.backward import Norm
+from tensorlink.pipeline.driver import norm_of
 from tensorlink.placement import Placement
 from tensorlink.records import Decide, Prepare, StepOrder
 from tensorlink.sharding.memory import optimizer_copies
@@ -24,8 +26,11 @@ if TYPE_CHECKING:
     from tensorlink.optimizer import DistributedOptimizer
 
 
-#: A squared gradient norm, and the name of a parameter whose gradient is not finite ("" for none).
-Prepared = tuple[float, str]
+class SignedOrder(NamedTuple):
+    """What a step is to be, and the author's signature on it."""
+
+    order: StepOrder
+    signed: bytes
 
 
 class Steps:
@@ -72,7 +77,8 @@ class Steps:
         num_units = self._calls.num_units
         if num_units:
             clip_norm, self._clip_norm = self._clip_norm, None
-            self.decide(optimizer, self.prepare(num_units), NO_DIGEST, [], clip_norm)
+            prepared = self.prepare(num_units)
+            self.decide(prepared, self.order(optimizer, NO_DIGEST, [], clip_norm))
 
     def drop_gradients(self) -> None:
         """What `zero_grad` means: gradients since the last step are dropped on every stage."""
@@ -91,28 +97,23 @@ class Steps:
             self._private.zero_grad()
             self._calls.end(committed=False)
 
-    def prepare(self, num_units: int) -> list[Prepared]:
+    def prepare(self, num_units: int, told: Mapping[int, Norm] | None = None) -> list[Norm]:
         """Each stage's squared gradient norm, and the first of its gradients that is not finite ("" for none); at the
-        end those of the private layers."""
+        end those of the private layers. Where every stage has `told` already, none is asked."""
+        if told is not None and len(told) == self._driver.num_stages:
+            return [*(told[stage] for stage in range(len(told))), self._private.squared_norm()]
         job = self._placement.job
         record = Prepare(job=job.id, plan_version=job.plan.version, step=self._calls.step_index, num_units=num_units)
         # holders of tied parameters send each other their sums before they answer
         wait_s = math.ceil(self._driver.transfer_s(self._placement.tied_bytes))
         params = {"prepare": record.encode(), "wait_s": wait_s}
         replies = self._driver.call_all("prepare", lambda stage: params, wait_s=wait_s)
-        of_stages = [(float.fromhex(r.params["squared_norm"]), str(r.params["non_finite"])) for r in replies]
-        return [*of_stages, self._private.squared_norm()]
+        return [*(norm_of(reply.params) for reply in replies), self._private.squared_norm()]
 
-    def decide(
-        self,
-        optimizer: DistributedOptimizer,
-        prepared: Sequence[Prepared],
-        loss: bytes,
-        weights: Sequence[float],
-        clip_norm: float | None,
-    ) -> None:
+    def decide(self, prepared: Sequence[Norm], signed_order: SignedOrder) -> None:
         """Commit on every stage, or abort on every stage and raise NonFiniteError."""
-        order = self._order(optimizer, clip_norm, loss, weights)
+        order, signed = signed_order
+        clip_norm = float.fromhex(order.clip_norm) if order.clip_norm else None
         bad = next(((stage, name) for stage, (_, name) in enumerate(prepared) if name), None)
         # as torch.nn.utils.clip_grad_norm_: the coefficient is applied only where it shrinks
         coefficient = 1.0 if clip_norm is None else min(1.0, clip_norm / (_norm(prepared) + 1e-6))
@@ -124,7 +125,6 @@ class Steps:
             clip_coefficient=(1.0 if bad else coefficient).hex(),
             order=order.digest(),
         )
-        signed = self._placement.sign(order)
         self._driver.call_all("decide", lambda stage: {"decide": decide.encode()}, lambda stage: [signed])
         if bad is None:
             self._private.commit(float.fromhex(decide.clip_coefficient), order.options)
@@ -138,11 +138,12 @@ class Steps:
                 "on every stage and no parameter changed; lower the learning rate, clip gradients, or look at the batch"
             )
 
-    def _order(
-        self, optimizer: DistributedOptimizer, clip_norm: float | None, loss: bytes, weights: Sequence[float]
-    ) -> StepOrder:
+    def order(
+        self, optimizer: DistributedOptimizer, loss: bytes, weights: Sequence[float], clip_norm: float | None
+    ) -> SignedOrder:
+        """The order of the open step, all of whose inputs have been sent. It binds nobody before `decide`."""
         job = self._placement.job
-        return StepOrder(
+        order = StepOrder(
             job=job.id,
             plan_version=job.plan.version,
             step=self._calls.step_index,
@@ -155,7 +156,8 @@ class Steps:
             optimizer=optimizer.optimizer_name,
             options=optimizer.wire_options(),
         )
+        return SignedOrder(order, self._placement.sign(order))
 
 
-def _norm(prepared: Sequence[Prepared]) -> float:
+def _norm(prepared: Sequence[Norm]) -> float:
     return sum(squared_norm for squared_norm, _ in prepared) ** 0.5

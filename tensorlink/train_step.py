@@ -93,18 +93,28 @@ class TrainStep:
         loss = self._traced(loss_fn, targets[0], samples[0])
         self._steps.drop_gradients()
         whole_batch = Batch(pieces, [target_tensors(piece) for piece in targets], samples, weights)
-        run = self._with_loss_here if self._private.has_tail else self._with_loss_there
-        losses = run(whole_batch, loss, training)
-        value = sum(weight * losses[i] for i, weight in enumerate(weights))
-        prepared = self._steps.prepare(self._calls.num_units)
+        send = self._send_with_loss_here if self._private.has_tail else self._send_with_loss_there
+        call = send(whole_batch, loss, training)
         # the order goes to workers: what they do not compute is none of their business
         told = (NO_DIGEST, []) if self._private.has_tail else (loss.digest, weights)
-        self._steps.decide(optimizer, prepared, *told, clip_norm)
+        order = self._steps.order(optimizer, *told, clip_norm)  # signed while the stages compute
+        self._wait(call)
+        value = sum(weight * call.losses[i] for i, weight in enumerate(weights))
+        self._steps.decide(self._steps.prepare(self._calls.num_units, call.prepared), order)
         self._driver.tally.step(time.monotonic() - began)
         return torch.tensor(value, dtype=DTYPES[loss.outputs.slots[0].dtype])
 
-    def _with_loss_there(self, batch: Batch, loss: LossProgram, training: bool) -> dict[int, float]:
-        """The losses by micro-batch, computed by the last stage."""
+    def _wait(self, call: Call) -> None:
+        """Until every stage is through, and every micro-batch's loss is here."""
+        type_, stages = "backward" if self._private.has_tail else "train_step", self._driver.num_stages
+        self._driver.wait_for(
+            lambda: call.is_done(type_, 0, stages) and len(call.losses) == call.num_micro_batches, "a training step"
+        )
+        if type_ == "train_step":
+            self._timelines = call.timelines
+
+    def _send_with_loss_there(self, batch: Batch, loss: LossProgram, training: bool) -> Call:
+        """Inputs and targets are on their way, and the last stage computes the losses."""
         calls, last = self._calls, self._driver.num_stages - 1
         if loss.digest != self._sent:
             self._driver.call(last, "set_loss", {}, [loss.to_json()])
@@ -115,6 +125,7 @@ class TrainStep:
             "weights": [weight.hex() for weight in batch.weights],
             "schedule": schedule.name,
             "num_workers": schedule.num_workers,
+            "prepare": True,
         }
         call = calls.open(batch.samples, {**options, "training": training, "grad": True})
         call.num_backwards, call.freed, calls.dirty = 1, True, True
@@ -125,12 +136,7 @@ class TrainStep:
                 self._driver.send(last, call, micro_batch, slot, tensor, type="target")
 
         self._run(call, send, [])
-        self._driver.wait_for(
-            lambda: call.is_done("train_step", 0, last + 1) and len(call.losses) == len(batch.samples),
-            "a training step",
-        )
-        self._timelines = call.timelines
-        return call.losses
+        return call
 
     def timetable(self) -> Timetable:
         """See `DistributedModel.timetable`."""
@@ -142,15 +148,15 @@ class TrainStep:
                 records.append((stage, known, micro_batch, began_ns / 1e9, ended_ns / 1e9))
         return Timetable.recorded(records, self._placement.table.schedule.placement)
 
-    def _with_loss_here(self, batch: Batch, loss: LossProgram, training: bool) -> dict[int, float]:
-        """The losses by micro-batch, computed behind the private layers as soon as the last stage's output is in; the
-        gradient is sent at once.
+    def _send_with_loss_here(self, batch: Batch, loss: LossProgram, training: bool) -> Call:
+        """Inputs and gradients are on their way: each loss is computed behind the private layers as soon as the last
+        stage's output is in, and its gradient is sent at once.
         """
         calls = self._calls
         interpreter = Interpreter(loss.graph, {}, constants_of(loss))
         options = {"type": "forward", "weights": [], "schedule": "1f1b"}
         call = calls.open(batch.samples, {**options, "training": training, "grad": True})
-        calls.begin_backward(call, retain=False)
+        calls.begin_backward(call, retain=False, prepare=True)
 
         def turn(micro_batch: int) -> None:
             arrived, targets = calls.crossing.take_arrived(call, micro_batch), batch.targets[micro_batch]
@@ -163,8 +169,7 @@ class TrainStep:
             calls.crossing.send_inputs(call, micro_batch, batch.inputs[micro_batch])
 
         self._run(call, send, [Lane(lambda m: calls.crossing.has_outputs(call, m), turn)])
-        self._driver.wait_for(lambda: call.is_done("backward", 0, self._driver.num_stages), "a training step")
-        return call.losses
+        return call
 
     def _run(self, call: Call, send: Callable[[int], None], turning: list[Lane]) -> None:
         """Send micro-batches, turn them round where the loss is here, take them back: what is furthest goes first.

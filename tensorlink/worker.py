@@ -39,7 +39,8 @@ class StageHandler:
     """A `JobHandler` for training stages; one computing process serves all stages of the rig.
 
     `memory_bytes` is what the rig offers (0: what the computing process measures), `num_threads` how many threads
-    compute. `scratch` is a folder for what is kept for audits and would fill the memory; without one it stays there.
+    compute. Over `num_devices` devices ("cpu" or "cuda") every stage is tensor-parallel, with as many threads on each.
+    `scratch` is a folder for what is kept for audits and would fill the memory; without one it stays there.
     When the computing process dies, its stages are lost and a fresh one is started.
     """
 
@@ -51,11 +52,15 @@ class StageHandler:
         num_threads: int = 1,
         command: Sequence[str] = COMPUTE,
         scratch: Path | None = None,
+        num_devices: int = 1,
+        device: str = "cpu",
     ):
         self._lock = threading.Lock()
         self._papers: dict[str, StagePapers] = {}
         self._port: WorkerPort | None = None
-        self._compute = StageCompute(memory_bytes, num_threads, command, lambda: self.port, scratch)
+        self._compute = StageCompute(
+            memory_bytes, num_threads, command, lambda: self.port, scratch, num_devices, device
+        )
 
     def start(self) -> None:
         """Start the computing process and measure the rig."""

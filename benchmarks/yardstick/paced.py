@@ -11,7 +11,8 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def main() -> object:
@@ -21,17 +22,9 @@ def main() -> object:
 
 
 def _worker(milliseconds: str, flags: list[str]) -> int:
-    import tensorlink.cli.worker as command_line
-    from tensorlink.worker import StageHandler
+    from yardstick.rig import run_worker  # here: a computing process has no use for what a node loads
 
-    command = (sys.executable, str(Path(__file__).resolve()), "compute", milliseconds)
-
-    class PacedHandler(StageHandler):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options, command=command)
-
-    command_line.StageHandler = PacedHandler
-    return command_line.main(flags)
+    return run_worker((sys.executable, str(Path(__file__).resolve()), "compute", milliseconds), flags)
 
 
 def _compute(floor_s: float) -> None:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +24,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from yardstick.model import Sizes, batch, cut, loss_fn, make_model
+from yardstick.processes import Answering
 
 PLAIN = "plain"
 PIPELINES = ("gpipe", "1f1b", "zb", "zbv")
@@ -45,12 +44,9 @@ class Rivals:
     def step(self, mode: str, step: int) -> dict[str, Any]:
         """Run one step; `wall_s` is the slowest process's, `cpu_s` all of theirs."""
         processes = [self._plain] if mode == PLAIN else self._ranks
-        line = json.dumps({"mode": mode, "step": step}) + "\n"
         for process in processes:
-            assert process.stdin is not None
-            process.stdin.write(line)
-            process.stdin.flush()
-        answers = [json.loads(_line(process)) for process in processes]
+            process.ask({"mode": mode, "step": step})
+        answers = [process.answer() for process in processes]
         return {
             "wall_s": max(answer["wall_s"] for answer in answers),
             "cpu_s": sum(answer["cpu_s"] for answer in answers),
@@ -64,24 +60,12 @@ class Rivals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for process in [self._plain, *self._ranks]:
-            process.kill()
-            process.wait()
+            process.close()
         self._folder.cleanup()
 
 
-def _start(rank: int, world: int, store: str, sizes: Sizes) -> subprocess.Popen[str]:
-    command = [sys.executable, __file__, str(rank), str(world), store, json.dumps(asdict(sizes))]
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env={**os.environ, **threads})
-
-
-def _line(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        raise RuntimeError(f"a rival ended with exit status {process.wait()}")
-    return line
+def _start(rank: int, world: int, store: str, sizes: Sizes) -> Answering:
+    return Answering([__file__, str(rank), str(world), store, json.dumps(asdict(sizes))])
 
 
 # -- in the processes -------------------------------------------------------------------------------------------------

@@ -15,11 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from smartnodes_core.confinement import files, landlock, limits, seccomp, system
+from smartnodes_core.confinement import files, landlock, limits, seccomp, syscalls, system
 
 
 class Wanted(Protocol):
-    """The limits that a confined process runs under; `sandbox.Limits` is one. `device` is "cpu" or "cuda"."""
+    """The limits that a confined process runs under; `sandbox.Limits` is one. `device` is "cpu" or "cuda"; with
+    `num_devices` over 1 it connects to itself before it calls `seal`."""
 
     @property
     def memory_bytes(self) -> int: ...
@@ -29,6 +30,8 @@ class Wanted(Protocol):
     def file_bytes(self) -> int: ...
     @property
     def device(self) -> str: ...
+    @property
+    def num_devices(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,10 @@ def confine(wanted: Wanted, shared_bytes: int, parent_pid: int) -> Confinement:
     `shared_bytes` is the shared memory that it will map besides its own. Raises OSError only where the end of the
     parent could not be tied to.
     """
-    done, own_user = Confinement(), False
+    done, own_user, connects = Confinement(), False, wanted.num_devices > 1
     if sys.platform == "linux":
         done.attempt("out-of-memory score", system.die_first)
-        done.attempt("namespaces", system.leave_namespaces)
+        done.attempt("namespaces", lambda: system.leave_namespaces(loopback=connects))
         done.attempt("user", lambda: system.become_nobody(files.libraries()))
         done.attempt("capabilities", system.drop_capabilities)
         system.die_with_parent(parent_pid)
@@ -68,10 +71,27 @@ def confine(wanted: Wanted, shared_bytes: int, parent_pid: int) -> Confinement:
     )
     if sys.platform == "linux":
         done.attempt("new privileges", system.no_new_privileges)
-        done.attempt("files", lambda: landlock.restrict(files.libraries(), files.system_files(), files.devices(wanted)))
-        done.attempt("system calls", lambda: seccomp.install(wanted.device, os.getpid()))
+        done.attempt(
+            "files",
+            lambda: landlock.restrict(files.libraries(), files.system_files(connects), files.devices(wanted), connects),
+        )
+        more = syscalls.CONNECTING if connects else ()
+        done.attempt("system calls", lambda: seccomp.install(wanted.device, os.getpid(), more))
     else:
         done.missing.append(
             f"{sys.platform} has no namespaces, Landlock or seccomp: the process keeps its user's rights"
         )
     return done
+
+
+def seal(wanted: Wanted, done: Confinement) -> None:
+    """The ranks of a rig of several devices have connected to each other: from now on none makes a socket or connects
+    one. To be called before anything is taken from strangers; notes in `done` what is in force.
+
+    Threads and descriptors that are there stay, and the filter holds for all of them.
+    """
+    if sys.platform == "linux":
+        done.attempt(
+            "system calls once the ranks have connected",
+            lambda: f"ranks connected; {seccomp.install(wanted.device, os.getpid(), syscalls.RANKS)}",
+        )

@@ -20,6 +20,8 @@ _SYSTEM_FILES = (
     "/dev/null",
     "/dev/urandom",
 )
+#: What Gloo reads to look for a fast network, and ends where it may not: which devices are on the machine's bus.
+_BUS = ("/sys/bus/pci/devices", "/sys/devices/pci*")
 _CUDA_FILES = (
     "/proc/driver/nvidia",
     "/proc/devices",
@@ -46,9 +48,10 @@ def libraries() -> list[Path]:
     return _existing(found)
 
 
-def system_files() -> list[Path]:
+def system_files(connects: bool) -> list[Path]:
     """What torch and the C library read of the machine; nothing of other processes."""
-    return _existing([*_SYSTEM_FILES, f"/proc/{os.getpid()}"])
+    bus = [path for pattern in _BUS for path in glob.glob(pattern)] if connects else []
+    return _existing([*_SYSTEM_FILES, f"/proc/{os.getpid()}", *bus])
 
 
 def devices(wanted: Any) -> list[Path]:

@@ -33,8 +33,9 @@ class _Beneath(ctypes.Structure):
     _fields_ = [("allowed", ctypes.c_uint64), ("parent", ctypes.c_int32)]
 
 
-def restrict(libraries: Iterable[Path], readable: Iterable[Path], devices: Iterable[Path]) -> str:
-    """From now on only these can be opened: `libraries` and `readable` to be read, `devices` to be used.
+def restrict(libraries: Iterable[Path], readable: Iterable[Path], devices: Iterable[Path], connects: bool) -> str:
+    """From now on only these can be opened: `libraries` and `readable` to be read, `devices` to be used. No TCP, unless
+    it `connects` to itself first.
 
     Raises OSError where the kernel has no Landlock. Needs `no_new_privileges`. What is open already stays open.
     """
@@ -42,7 +43,7 @@ def restrict(libraries: Iterable[Path], readable: Iterable[Path], devices: Itera
     handled = _FILES_SINCE_1
     for since, right in _FILES_LATER:
         handled |= right if abi >= since else 0
-    rules = _Ruleset(handled, _TCP if abi >= 4 else 0, _SCOPES if abi >= 6 else 0)
+    rules = _Ruleset(handled, _TCP if abi >= 4 and not connects else 0, _SCOPES if abi >= 6 else 0)
     size = 8 if abi < 4 else 16 if abi < 6 else 24
     ruleset = syscall(_CREATE_RULESET, ctypes.byref(rules), ctypes.c_size_t(size), ctypes.c_uint32(0))
     try:

@@ -54,6 +54,7 @@ def rules(pid: int) -> list[Rule]:
         Rule("sendto", ((4, whole, 0),)),
         Rule("prlimit64", ((2, whole, 0),)),
         Rule("sched_setaffinity", ((0, low, 0),)),
+        Rule("setpriority", ((0, low, 0), (1, low, 0))),  # the calling thread's own, and without privileges only down
         *(Rule("prctl", ((0, low, option),)) for option in _PRCTLS),
         *(Rule("fcntl", ((1, low, command),)) for command in _FCNTLS),
         *(Rule("ioctl", ((1, low, command),)) for command in _IOCTLS),
@@ -84,13 +85,14 @@ def assemble(machine: str, always: Iterable[str], conditional: Sequence[Rule]) -
     return b"".join([*code, _instruction(_RETURN, refused)])
 
 
-def install(device: str, pid: int) -> str:
-    """Filters the system calls of this process from now on.
+def install(device: str, pid: int, more: Iterable[str] = ()) -> str:
+    """Filters the system calls of this process from now on; `more` are allowed besides what computing needs.
 
-    Needs `no_new_privileges`. Raises OSError where the system has no seccomp, or its numbers are not known here.
+    A second filter, where the first lets it be installed, can only take away. Needs `no_new_privileges`. Raises OSError
+    where the system has no seccomp, or its numbers are not known here.
     """
     machine = platform.machine()
-    always = [*syscalls.ALWAYS, *(syscalls.CUDA if device == "cuda" else ())]
+    always = [*syscalls.ALWAYS, *(syscalls.CUDA if device == "cuda" else ()), *more]
     code = assemble(machine, always, rules(pid))
     instructions = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(instructions))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import signal
+import socket
 import stat
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,6 +22,8 @@ CLONE_NEWUTS = 0x04000000
 CLONE_NEWIPC = 0x08000000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWNET = 0x40000000
+
+_SIOCSIFFLAGS, _IFF_UP = 0x8914, 1
 
 _CAPABILITY_VERSION = 0x20080522
 _MAX_CAPABILITIES = 64
@@ -41,15 +46,29 @@ def die_first() -> str:
     return "first to end where the machine runs out of memory"
 
 
-def leave_namespaces() -> str:
-    """A network without interfaces and its own System V objects. Without privileges, inside a user namespace."""
+def leave_namespaces(loopback: bool) -> str:
+    """A network of its own, in which nothing is up but `loopback` if that is wanted, and its own System V objects.
+    Without privileges, inside a user namespace.
+    """
+    kinds = _leave_namespaces()
+    if loopback:
+        _raise_loopback()
+    return f"own {kinds} namespaces" + (", with a loopback of its own" if loopback else "")
+
+
+def _leave_namespaces() -> str:
     wanted = CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
     try:
         _unshare(wanted)
     except PermissionError:
         _unshare(wanted | CLONE_NEWUSER)
-        return "own user, network, ipc and uts namespaces"
-    return "own network, ipc and uts namespaces"
+        return "user, network, ipc and uts"
+    return "network, ipc and uts"
+
+
+def _raise_loopback() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as end:
+        fcntl.ioctl(end, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP))
 
 
 def become_nobody(libraries: Iterable[Path]) -> str:

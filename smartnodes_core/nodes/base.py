@@ -24,7 +24,7 @@ from smartnodes_core.identity import Identity
 from smartnodes_core.nodes.authority import Authority, WatchingAuthority
 from smartnodes_core.nodes.links import AddressBook, Links
 from smartnodes_core.records import SignedBinding
-from smartnodes_core.rpc import CALL_TIMEOUT_S, MAX_REPLY_BODY_BYTES, Reply, Result, RpcEndpoint, allow
+from smartnodes_core.rpc import CALL_TIMEOUT_S, MAX_REPLY_BODY_BYTES, PendingCall, Reply, Result, RpcEndpoint, allow
 from smartnodes_core.transport.base import (
     SEND_TIMEOUT_S,
     Admit,
@@ -167,10 +167,22 @@ class Node:
         max_body_bytes: int = MAX_REPLY_BODY_BYTES,
     ) -> Reply:
         """Calls `method` of a peer; `timeout_s` covers dialling too. `max_body_bytes` caps the reply's body."""
+        return self.begin_call(node_key, method, params, body, timeout_s, max_body_bytes).result()
+
+    def begin_call(
+        self,
+        node_key: bytes,
+        method: str,
+        params: dict[str, Any] | None = None,
+        body: Sequence[Buffer] = (),
+        timeout_s: float = CALL_TIMEOUT_S,
+        max_body_bytes: int = MAX_REPLY_BODY_BYTES,
+    ) -> PendingCall:
+        """As `call`, but returns when the call is queued; see `RpcEndpoint.begin_call`."""
         deadline_s = time.monotonic() + timeout_s
         connection = self._connection(node_key, timeout_s)
         left_s = max(0.001, deadline_s - time.monotonic())
-        return self._rpc.call(connection, method, params, body, left_s, max_body_bytes)
+        return self._rpc.begin_call(connection, method, params, body, left_s, max_body_bytes)
 
     def notify(
         self,

@@ -23,7 +23,7 @@ from smartnodes_core.nodes.params import bytes_in, map_in, text_in
 from smartnodes_core.nodes.placement import closing_signature
 from smartnodes_core.nodes.worker import STREAM
 from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, JobRecord, NodeKey, Plan, Signed, Verdict
-from smartnodes_core.rpc import Reply, allow
+from smartnodes_core.rpc import PendingCall, allow
 from smartnodes_core.transport.base import Peer
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ class UserNode:
 
     # -- driving stages -----------------------------------------------------------------------------------------------
 
-    def call(
+    def begin_call(
         self,
         stage: StageOfJob,
         method: str,
@@ -142,11 +142,11 @@ class UserNode:
         *,
         timeout_s: float,
         max_body_bytes: int = 0,
-    ) -> Reply:
-        """Call a stage's handler and wait for its answer."""
+    ) -> PendingCall:
+        """Call a stage's handler; `result` waits for its answer, and has to be called."""
         worker = stage.job.worker_of(stage.stage, stage.replica)
         message = {"key": stage.key, "method": method, "params": params}
-        return self.node.call(worker, "job", message, body, timeout_s=timeout_s, max_body_bytes=max_body_bytes)
+        return self.node.begin_call(worker, "job", message, body, timeout_s=timeout_s, max_body_bytes=max_body_bytes)
 
     def notify(self, stage: StageOfJob, method: str, params: dict[str, Any]) -> None:
         """Tell a stage's handler something; one-way, in order with other one-way messages."""

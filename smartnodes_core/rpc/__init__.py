@@ -5,7 +5,7 @@
 """
 
 from smartnodes_core.rpc.endpoint import CALL_TIMEOUT_S, MAX_REPLY_BODY_BYTES, RpcEndpoint
-from smartnodes_core.rpc.pending import Reply
+from smartnodes_core.rpc.pending import PendingCall, Reply
 from smartnodes_core.rpc.serving import DEFAULT_MAX_BODY_BYTES, Handler, Result, allow
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "DEFAULT_MAX_BODY_BYTES",
     "MAX_REPLY_BODY_BYTES",
     "Handler",
+    "PendingCall",
     "Reply",
     "Result",
     "RpcEndpoint",

@@ -12,11 +12,10 @@ Calls from one peer run side by side; its notifications one after the other, as 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from smartnodes_core.errors import ConnectionLostError, DeadlineError, PeerFault, ProtocolError, SmartnodesError
+from smartnodes_core.errors import ConnectionLostError, PeerFault, ProtocolError, SmartnodesError
 from smartnodes_core.remote_errors import from_wire
 from smartnodes_core.rpc.inbound import InboundCalls
 from smartnodes_core.rpc.pending import PendingCall, PendingCalls, Reply
@@ -95,26 +94,37 @@ class RpcEndpoint:
         `body` must not change until the call returns. Raises DeadlineError after `timeout_s`, ConnectionLostError as
         soon as the connection ends, BusyError, or what the peer raised (`remote_errors.raised_by` names it).
         """
-        deadline_s = time.monotonic() + timeout_s
-        pending = PendingCall(connection, method, max_body_bytes)
+        return self.begin_call(connection, method, params, body, timeout_s, max_body_bytes).result()
+
+    def begin_call(
+        self,
+        connection: Connection,
+        method: str,
+        params: dict[str, Any] | None = None,
+        body: Sequence[Buffer] = (),
+        timeout_s: float = CALL_TIMEOUT_S,
+        max_body_bytes: int = MAX_REPLY_BODY_BYTES,
+    ) -> PendingCall:
+        """As `call`, but returns when the call is queued: `result` waits, and has to be called.
+
+        Several calls are so under way at once without a thread for each.
+        """
+        pending = PendingCall(connection, method, max_body_bytes, timeout_s)
         call_id = self._pending.add(pending)
+        pending.forget = lambda: self._pending.remove(call_id)
+        header = {
+            "kind": "call",
+            "id": call_id,
+            "method": method,
+            "params": params or {},
+            "timeout_ms": max(1, int(timeout_s * 1000)),
+        }
         try:
-            header = {
-                "kind": "call",
-                "id": call_id,
-                "method": method,
-                "params": params or {},
-                "timeout_ms": max(1, int(timeout_s * 1000)),
-            }
             connection.send(header, body, timeout_s=timeout_s)
-            if not pending.done.wait(max(0.0, deadline_s - time.monotonic())):
-                raise DeadlineError(f"{connection.peer} did not answer {method} in {timeout_s:g} s")
-        finally:
-            self._pending.remove(call_id)
-        if pending.error is not None:
-            raise pending.error
-        assert pending.reply is not None
-        return pending.reply
+        except BaseException:
+            pending.forget()
+            raise
+        return pending
 
     def notify(
         self,

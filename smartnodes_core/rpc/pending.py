@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from smartnodes_core.errors import DeadlineError
 from smartnodes_core.transport.base import Connection
 
 
@@ -19,19 +22,36 @@ class Reply(NamedTuple):
 
 @dataclass(eq=False)
 class PendingCall:
-    """One call on its way. `settle` once, from any thread."""
+    """One call on its way. `settle` once, from any thread; `result` once, on the thread that made it."""
 
     connection: Connection
     method: str
     max_body_bytes: int
-    done: threading.Event = field(default_factory=threading.Event)
-    reply: Reply | None = None
-    error: Exception | None = None
+    timeout_s: float
+    forget: Callable[[], None] = lambda: None
+    ended_s: float = 0.0  # when it was settled or given up, on the monotonic clock
+    _began_s: float = field(default_factory=time.monotonic)
+    _done: threading.Event = field(default_factory=threading.Event)
+    _reply: Reply | None = None
+    _error: Exception | None = None
 
     def settle(self, reply: Reply | None, error: Exception | None) -> None:
         """Ends the wait with a reply or an error."""
-        self.reply, self.error = reply, error
-        self.done.set()
+        self._reply, self._error, self.ended_s = reply, error, time.monotonic()
+        self._done.set()
+
+    def result(self) -> Reply:
+        """Waits for the reply, until `timeout_s` after the call began. Raises as `RpcEndpoint.call`."""
+        try:
+            if not self._done.wait(max(0.0, self._began_s + self.timeout_s - time.monotonic())):
+                self.ended_s = time.monotonic()
+                raise DeadlineError(f"{self.connection.peer} did not answer {self.method} in {self.timeout_s:g} s")
+        finally:
+            self.forget()
+        if self._error is not None:
+            raise self._error
+        assert self._reply is not None
+        return self._reply
 
 
 class PendingCalls:

@@ -81,6 +81,17 @@ class Outbox:
             self._num_taken += 1
             return self._frames.popleft()
 
+    def take_together(self, max_bytes: int) -> list[OutFrame]:
+        """The oldest frame, and those behind it while all of them have at most `max_bytes`; each as in `take`."""
+        with self._changed:
+            taken: list[OutFrame] = []
+            num_bytes = 0
+            while self._frames and (not taken or num_bytes + self._frames[0].num_bytes <= max_bytes):
+                taken.append(self._frames.popleft())
+                num_bytes += taken[-1].num_bytes
+            self._num_taken += len(taken)
+            return taken
+
     def finish(self, frame: OutFrame) -> None:
         """Makes the room of a taken frame free and tells its owner."""
         with self._changed:

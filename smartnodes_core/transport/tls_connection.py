@@ -59,8 +59,9 @@ class TlsConnection:
         self._open = False
         self._ended = False
         self._outbox = Outbox()
-        self._sending: OutFrame | None = None
+        self._sending: list[OutFrame] = []  # small ones go out together
         self._unsent: list[memoryview] = []  # of `_sending`
+        self._record = memoryview(bytearray(_RECORD_BYTES))
         self._close_by_s: float | None = None
         self._asleep = True  # so that closing interrupts the handshake
         self._wake_lock = threading.Lock()
@@ -207,25 +208,29 @@ class TlsConnection:
         num_bytes = 0
         reader, sink = self._reader, self._terms.sink
         while num_bytes < _READ_BYTES:
+            target = reader.target()
+            few = len(target) < _RECORD_BYTES  # more of the record may follow what is expected next
             try:
                 with USAGE.timed("encryption"):
-                    count = self._tls.recv_into(reader.target(), _RECORD_BYTES)
+                    count = self._tls.recv_into(self._record if few else target, _RECORD_BYTES)
             except SSL.WantReadError:
                 return False
             USAGE.add("received_bytes", count)
             num_bytes += count
-            frame = reader.advance(count)
-            if frame is not None:
-                sink.on_frame(self, frame.header, frame.body)
+            if few:
+                for frame in reader.feed(self._record[:count]):
+                    sink.on_frame(self, frame.header, frame.body)
+            elif (whole := reader.advance(count)) is not None:
+                sink.on_frame(self, whole.header, whole.body)
         return True
 
     def _write_some(self) -> bool:
         """Hands up to _READ_BYTES to TLS. True when the socket takes no more for now."""
         num_bytes = 0
         while num_bytes < _READ_BYTES:
-            if self._sending is None:
-                self._sending = self._outbox.take()
-                if self._sending is None:
+            if not self._sending:
+                self._sending = self._outbox.take_together(_RECORD_BYTES)
+                if not self._sending:
                     return False
                 self._unsent = _pieces(self._sending)
             piece = self._unsent[0][:_WRITE_BYTES]
@@ -245,8 +250,8 @@ class TlsConnection:
         return False
 
     def _finish_sending(self) -> None:
-        frame, self._sending, self._unsent = self._sending, None, []
-        if frame is not None:
+        frames, self._sending, self._unsent = self._sending, [], []
+        for frame in frames:
             self._outbox.finish(frame)
 
     def _allocate(self, header: Header, num_bytes: int) -> memoryview | None:
@@ -255,11 +260,14 @@ class TlsConnection:
         return self._terms.sink.allocate(self, header, num_bytes)
 
 
-def _pieces(frame: OutFrame) -> list[memoryview]:
-    """Small frames in one piece, hence one packet; of large ones no byte is copied."""
-    if frame.body and frame.num_bytes <= _RECORD_BYTES:
-        return [memoryview(b"".join([frame.head, *frame.body]))]
-    return [memoryview(frame.head), *frame.body]
+def _pieces(frames: list[OutFrame]) -> list[memoryview]:
+    """Small frames in one piece, hence one packet; of large ones, which go alone, no byte is copied."""
+    parts: list[Buffer] = []
+    for frame in frames:
+        parts += [frame.head, *frame.body]
+    if len(parts) > 1 and sum(frame.num_bytes for frame in frames) <= _RECORD_BYTES:
+        return [memoryview(b"".join(parts))]
+    return [memoryview(part) for part in parts]
 
 
 def _lost(error: Exception, peer: Peer | str) -> Exception:

@@ -28,6 +28,8 @@ class RigConfig(WorkerConfig):
     """Settings of a rig that computes stages."""
 
     num_threads: Annotated[int, "threads that compute"] = 1
+    devices: Annotated[int, "devices that compute each stage together (tensor-parallel), num_threads threads each"] = 1
+    device: Annotated[str, "what computes: cpu or cuda"] = "cpu"
     num_slots: Annotated[int, "jobs that this rig works on at once"] = 1
     up_mbit: Annotated[int, "what the line carries from here, in Mbit/s; 0: an ordinary line of 100"] = 0
     down_mbit: Annotated[int, "what the line carries to here, in Mbit/s; 0: an ordinary line of 100"] = 0
@@ -38,6 +40,8 @@ class RigConfig(WorkerConfig):
             raise ConfigError(
                 f"num_threads is {self.num_threads}, num_slots {self.num_slots}: at least 1 of each is needed"
             )
+        if self.devices < 1 or self.device not in ("cpu", "cuda"):
+            raise ConfigError(f"devices is {self.devices}, device {self.device!r:.20}: needed 1 or more of cpu or cuda")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +65,13 @@ def _run(config: RigConfig, life: Life) -> None:
     if not config.bootstrap:  # before anything is started or put on chain
         raise ConfigError("no bootstrap validator is named: set `bootstrap` to host:port of one")
     config.data_dir.mkdir(parents=True, exist_ok=True)
-    handler = StageHandler(config.max_memory_bytes, config.num_threads, scratch=config.data_dir)
+    handler = StageHandler(
+        config.max_memory_bytes,
+        config.num_threads,
+        scratch=config.data_dir,
+        num_devices=config.devices,
+        device=config.device,
+    )
     handler.start()
     try:
         station = Station.open(config, "worker")

@@ -1,13 +1,16 @@
 """One micro-batch forwards and backwards through one stage, and the sum of its gradients. Torch only, no links.
 
 The whole backward is one `torch.autograd.grad` over the inputs that need a gradient and the parameters; together with
-the sum in a fixed order this gives bit for bit what `.backward()` accumulates in a plain loop.
+the sum in a fixed order this gives bit for bit what `.backward()` accumulates in a plain loop. A parameter's gradient
+is added to the sum the moment autograd has it, and freed: never are there two gradients of a whole stage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +21,8 @@ from tensorlink.program.interpreter import Interpreter
 from tensorlink.records import Cut
 
 Value = Tensor | int
+#: A squared gradient norm, and the name of a parameter whose gradient is not finite ("" for none).
+Norm = tuple[float, str]
 
 #: A norm of half-precision numbers has to be summed in more than half precision.
 _NORM_DTYPES = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
@@ -73,13 +78,14 @@ def backward(
     gradients: Mapping[int, Tensor],
     parameters: Mapping[str, Tensor],
     retain: bool,
-) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
-    """Gradients of the inputs (by slot, zeros where nothing flows) and of the parameters (by name, those that got
-    one; not those that were deferred).
+    into: GradientSum,
+) -> dict[int, Tensor]:
+    """Gradients of the inputs by slot, zeros where nothing flows; those of the parameters are added to `into`, but for
+    those that were deferred.
 
     `gradients` are those of the outputs by slot; of the loss under the slot -1. Raises TensorError for a second
     backward through a graph that was not retained, or a gradient of the wrong shape, ProgramError where the program's
-    own backward fails.
+    own backward fails: `into` may then hold a part of it.
     """
     if passed.freed:
         raise TensorError(
@@ -87,21 +93,18 @@ def backward(
         )
     roots, root_gradients = _roots(passed, gradients)
     slots = [i for i, v in enumerate(passed.inputs) if isinstance(v, Tensor) and v.requires_grad]
-    names = [name for name, parameter in parameters.items() if parameter.requires_grad]
-    wanted = [*(passed.inputs[slot] for slot in slots), *(parameters[name] for name in names)]
+    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    wanted = [*(passed.inputs[slot] for slot in slots), *trained.values()]
     found: Sequence[Tensor | None] = [None] * len(wanted)
     if roots and wanted:
-        with program_backward():
+        with program_backward(), into.gathering(trained):
             found = torch.autograd.grad(roots, wanted, root_gradients, retain_graph=retain, allow_unused=True)  # type: ignore[arg-type]
     of_inputs = {}
     for slot, gradient in zip(slots, found, strict=False):
         of_inputs[slot] = torch.zeros_like(passed.inputs[slot]) if gradient is None else gradient.contiguous()  # type: ignore[arg-type]
-    of_parameters = {
-        name: gradient for name, gradient in zip(names, found[len(slots) :], strict=True) if gradient is not None
-    }
     if not retain:
         passed.free()
-    return of_inputs, of_parameters
+    return of_inputs
 
 
 def _roots(passed: ForwardPass, gradients: Mapping[int, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -120,7 +123,7 @@ def _roots(passed: ForwardPass, gradients: Mapping[int, Tensor]) -> tuple[list[T
     return roots, root_gradients
 
 
-def squared_norm(gradients: Mapping[str, Tensor]) -> tuple[float, str]:
+def squared_norm(gradients: Mapping[str, Tensor]) -> Norm:
     """Sum of squares over all gradients, and the name of the first that is not finite ("" for none)."""
     total, bad = 0.0, ""
     for name, tensor in sorted(gradients.items()):
@@ -132,30 +135,65 @@ def squared_norm(gradients: Mapping[str, Tensor]) -> tuple[float, str]:
 
 
 class GradientSum:
-    """Gradients of a step, added in the order of `add`. What `add` was given is never written to."""
+    """Gradients of a step, added in the order of `add`. What `add` was given is never written to; sums stand in memory
+    of their own, that which was lent where there is some."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._own: set[str] = set()
+        self._lent: dict[str, Tensor] = {}
         self._norm: tuple[float, str] | None = None
 
     def add(self, gradients: Mapping[str, Tensor]) -> None:
-        """Adds one micro-batch."""
+        """Adds gradients of one micro-batch."""
         self._norm = None
         for name, gradient in gradients.items():
             if name not in self._sums:
-                self._sums[name] = gradient
+                self._sums[name] = self._begin(name, gradient)
             elif name in self._own:
                 self._sums[name].add_(gradient)
             else:
                 self._sums[name] = self._sums[name] + gradient
                 self._own.add(name)
 
+    def _begin(self, name: str, gradient: Tensor) -> Tensor:
+        lent = self._lent.pop(name, None)
+        if lent is None or (lent.shape, lent.dtype) != (gradient.shape, gradient.dtype):
+            return gradient
+        self._own.add(name)
+        return lent.copy_(gradient)
+
+    def lend(self, memory: Mapping[str, Tensor]) -> None:
+        """Tensors for the next sums of these names to stand in, which go with `take`. Any thread may lend."""
+        self._lent.update(memory)
+
+    @contextmanager
+    def gathering(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+        """Adds the gradients that a `torch.autograd.grad` inside finds for these leaves, each as soon as it is whole.
+        What the call itself returns for them is of no use."""
+        hooks = [leaf.register_hook(partial(self._gather, name)) for name, leaf in parameters.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _gather(self, name: str, gradient: Tensor | None) -> Tensor | None:
+        if gradient is None:
+            return None
+        self.add({name: gradient})
+        return gradient.new_zeros(()).expand_as(gradient)  # in its place, so that nobody holds it until the end
+
     def take(self) -> dict[str, Tensor]:
         """The sums, contiguous; empties this."""
         found = {name: tensor.contiguous() for name, tensor in sorted(self._sums.items())}
         self._sums, self._own, self._norm = {}, set(), None
         return found
+
+    def drop(self) -> None:
+        """Empties this; the sums' memory is there for the next."""
+        self._lent.update({name: self._sums[name] for name in self._own})
+        self._sums, self._own, self._norm = {}, set(), None
 
     def squared_norm(self) -> tuple[float, str]:
         """As the function of this name, over all sums."""

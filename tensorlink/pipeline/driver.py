@@ -8,8 +8,8 @@ wait ends with a result, an error, or a `DeadlineError` that says what was waite
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,8 @@ from smartnodes_core.jobs import Job, StageOfJob
 from smartnodes_core.nodes.user import JobListener, UserNode
 from smartnodes_core.records import Commitment, Verdict
 from smartnodes_core.remote_errors import from_wire
-from smartnodes_core.rpc import Reply
+from smartnodes_core.rpc import PendingCall, Reply
+from tensorlink.pipeline.backward import Norm
 from tensorlink.pipeline.executor import Timeline
 from tensorlink.pipeline.frames import FrameTensor, dtype_name, tensor_bytes
 from tensorlink.pipeline.headers import field_of
@@ -48,6 +49,7 @@ class Call:
     input_gradients: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
     losses: dict[int, float] = field(default_factory=dict)
     done: set[tuple[str, int, int]] = field(default_factory=set)  # (type, backward pass, stage)
+    prepared: dict[int, Norm] = field(default_factory=dict)  # by stage, what it said of its gradient at its end
     timelines: dict[int, Timeline] = field(default_factory=dict)  # by stage, what ran when in what was done last
     shapes: list[list[torch.Size]] = field(default_factory=list)  # per output slot, of each micro-batch's piece
     num_backwards: int = 0
@@ -114,14 +116,7 @@ class Driver(JobListener):
 
         What the connection's end hides, the loss of its worker, is raised instead.
         """
-        self.check()
-        timeout_s = wait_s + self._progress.transfer_s(sum(len(part) for part in body) + max_body_bytes)
-        try:
-            return self._user.call(
-                self._stages[stage], method, params, body, timeout_s=timeout_s, max_body_bytes=max_body_bytes
-            )
-        except (ConnectionLostError, PeerUnreachableError) as error:
-            raise self._lost(stage, error) from error
+        return self._result(stage, self._begin_call(stage, method, params, body, max_body_bytes, wait_s))
 
     def call_all(
         self,
@@ -132,21 +127,43 @@ class Driver(JobListener):
         wait_s: float = 0.0,
     ) -> list[Reply]:
         """Call every stage at once; the answers by stage. The error that came first is raised when all have ended."""
-        errors: list[BaseException] = []
-
-        def one(stage: int) -> Reply:
+        errors: list[tuple[float, Exception]] = []
+        begun: list[tuple[int, PendingCall]] = []
+        for stage in range(self.num_stages):
             try:
                 size = max_body_bytes(stage)
-                return self.call(stage, method, params(stage), body(stage), max_body_bytes=size, wait_s=wait_s)
-            except BaseException as error:
-                errors.append(error)
-                raise
-
-        futures = [_beside(one, stage) for stage in range(self.num_stages)]
-        if [future.exception() for future in futures] != [None] * len(futures):
+                begun.append((stage, self._begin_call(stage, method, params(stage), body(stage), size, wait_s)))
+            except Exception as error:
+                errors.append((time.monotonic(), error))
+        replies: list[Reply] = []
+        for stage, call in begun:
+            try:
+                replies.append(self._result(stage, call))
+            except Exception as error:
+                errors.append((call.ended_s, error))
+        if errors:
             self.check()
-            raise errors[0]
-        return [future.result() for future in futures]
+            raise min(errors, key=lambda ended: ended[0])[1]
+        return replies
+
+    def _begin_call(
+        self, stage: int, method: str, params: dict[str, Any], body: Sequence[Any], max_body_bytes: int, wait_s: float
+    ) -> PendingCall:
+        """A call on its way; `_result` waits for its answer."""
+        self.check()
+        timeout_s = wait_s + self._progress.transfer_s(sum(len(part) for part in body) + max_body_bytes)
+        try:
+            return self._user.begin_call(
+                self._stages[stage], method, params, body, timeout_s=timeout_s, max_body_bytes=max_body_bytes
+            )
+        except (ConnectionLostError, PeerUnreachableError) as error:
+            raise self._lost(stage, error) from error
+
+    def _result(self, stage: int, call: PendingCall) -> Reply:
+        try:
+            return call.result()
+        except (ConnectionLostError, PeerUnreachableError) as error:
+            raise self._lost(stage, error) from error
 
     def tell_all(self, method: str, params: dict[str, Any]) -> None:
         """A one-way message to every stage."""
@@ -248,11 +265,13 @@ class Driver(JobListener):
             if call is None:
                 return
             if event == "loss" and stage == self.num_stages - 1:
-                call.losses[field_of(params, "micro_batch")] = _seconds(params, "value")
+                call.losses[field_of(params, "micro_batch")] = _number(params, "value")
             elif event == "done":
                 call.done.add((str(params.get("type")), field_of(params, "backward_pass"), stage))
-                self.tally.busy(stage, _seconds(params, "busy_s"))
+                self.tally.busy(stage, _number(params, "busy_s"))
                 call.timelines[stage] = _timeline(params)
+                if "squared_norm" in params:
+                    call.prepared[stage] = norm_of(params)
             self._moved()
 
     def allocate(self, stage: int, header: dict[str, Any], num_bytes: int) -> memoryview:
@@ -300,20 +319,6 @@ class Driver(JobListener):
         self._ready.notify_all()
 
 
-def _beside(function: Callable[[int], Reply], stage: int) -> Future[Reply]:
-    """Run `function(stage)` on a thread of its own, which keeps no script from ending."""
-    future: Future[Reply] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function(stage))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name=f"call-stage-{stage}", daemon=True).start()
-    return future
-
-
 def _timeline(params: dict[str, Any]) -> Timeline:
     """What a stage says that it ran when."""
     found = params.get("timeline")
@@ -329,7 +334,15 @@ def _is_run(run: Any) -> bool:
     return kind in ("F", "B", "W") and all(type(number) is int and number >= 0 for number in numbers)
 
 
-def _seconds(params: dict[str, Any], name: str) -> float:
+def norm_of(params: dict[str, Any]) -> Norm:
+    """What a stage says of its gradient. Raises ProtocolError where it is malformed."""
+    name = params.get("non_finite")
+    if not isinstance(name, str):
+        raise ProtocolError("non_finite is the name of a parameter, or empty")
+    return _number(params, "squared_norm"), name
+
+
+def _number(params: dict[str, Any], name: str) -> float:
     try:
         return float.fromhex(params[name])
     except (KeyError, TypeError, ValueError, OverflowError):

@@ -77,6 +77,7 @@ class BackwardState:
     call: CallState
     backward_pass: int
     retain: bool
+    prepare: bool = False  # the stage says at its end what a prepare would ask
     next: int = 0
     finished: int = 0
 
@@ -123,7 +124,7 @@ class Executor:
             raise ProtocolError(f"call {call.call} of step {call.step} is under way and was announced again")
         self.calls[place] = call
         if call.type == "train_step":
-            self.backwards.append(BackwardState(call, 0, retain=False))
+            self.backwards.append(BackwardState(call, 0, retain=False, prepare=bool(params.get("prepare", False))))
         return call
 
     def begin_backward(self, params: dict[str, Any]) -> BackwardState:
@@ -133,7 +134,8 @@ class Executor:
             raise ProtocolError(
                 f"backward through call {params['call']!r:.20} of step {params['step']!r:.20}: no such graph"
             )
-        backward = BackwardState(call, int(params["backward_pass"]), bool(params.get("retain", False)))
+        retain, prepare = (bool(params.get(name, False)) for name in ("retain", "prepare"))
+        backward = BackwardState(call, int(params["backward_pass"]), retain, prepare)
         if any(b.call is call and b.backward_pass == backward.backward_pass for b in self.backwards):
             raise ProtocolError(f"backward pass {backward.backward_pass} of call {call.call} was asked for twice")
         self.backwards.append(backward)

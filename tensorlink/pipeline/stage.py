@@ -18,7 +18,7 @@ from torch import Tensor
 from smartnodes_core.errors import ProtocolError
 from tensorlink.errors import TensorError
 from tensorlink.pipeline.arrivals import check_fits, values
-from tensorlink.pipeline.backward import ForwardPass, Value, backward, forward
+from tensorlink.pipeline.backward import ForwardPass, GradientSum, Norm, Value, backward, forward
 from tensorlink.pipeline.executor import BackwardState, CallState, Executor, Ready, Timeline
 from tensorlink.pipeline.inbox import Delivery, Inbox
 from tensorlink.pipeline.seeds import seed_for
@@ -47,8 +47,12 @@ class Port(Protocol):
     def loss(self, call: CallState, micro_batch: int, value: float) -> None:
         """The last stage computed the loss of a micro-batch (not weighted)."""
 
-    def done(self, call: CallState, type: str, backward_pass: int, timeline: Timeline) -> None:
-        """All micro-batches of a call are through, in one direction; `timeline` says what ran when."""
+    def done(
+        self, call: CallState, type: str, backward_pass: int, timeline: Timeline, prepared: Norm | None = None
+    ) -> None:
+        """All micro-batches of a call are through, in one direction; `timeline` says what ran when, `prepared` what a
+        prepare would say now, where that was asked for and waits for nobody.
+        """
 
 
 @dataclass(frozen=True)
@@ -90,25 +94,33 @@ class Stage(StageState):
         self._port, self._pool = port, pool
         self._inbox = Inbox()
         self._executor = Executor(place.stage, place.num_stages, self._has)
-        self._interpreters = {
-            training: Interpreter(program.graph(training), parameters, buffers) for training in (True, False)
-        }
         self._bounds = bounds
-        if bounds is not None:
-            for training, interpreter in self._interpreters.items():
-                interpreter.admit = Admission.of_stage(program, training, bounds)
+        self._begin(parameters, bounds)
         self._loss: tuple[LossProgram, Interpreter] | None = None
         inputs, outputs = program.inputs.slots, program.outputs.slots
         self._input_slots = range(len(inputs))
         self._gradient_slots = [i for i, slot in enumerate(outputs) if slot.requires_grad]
+        self._upstream_slots = [i for i, slot in enumerate(inputs) if slot.requires_grad]
+
+    def _begin(self, parameters: dict[str, Tensor], bounds: Bounds | None) -> None:
+        """Makes what computes with these parameters."""
+        self._interpreters = {
+            training: Interpreter(self.program.graph(training), parameters, self.buffers) for training in (True, False)
+        }
+        if bounds is not None:
+            for training, interpreter in self._interpreters.items():
+                interpreter.admit = Admission.of_stage(self.program, training, bounds)
         # the optimizer writes into these
         self._own = {parameter.untyped_storage().data_ptr() for parameter in parameters.values()}
-        self._upstream_slots = [i for i, slot in enumerate(inputs) if slot.requires_grad]
 
     @property
     def is_last(self) -> bool:
         """Whether outputs go to the user."""
         return self.place.stage == self.place.num_stages - 1
+
+    def shards(self) -> dict[str, Any]:
+        """How the stage lies on several devices, for people, and the bytes on each; nothing where it is on one."""
+        return {}
 
     # -- what is announced --------------------------------------------------------------------------------------------
 
@@ -281,9 +293,8 @@ class Stage(StageState):
         gradients = dict(arrived)
         if passed.loss is not None:
             gradients = {-1: torch.tensor(call.weights[m], dtype=passed.loss.dtype).expand_as(passed.loss)}
-        of_inputs, of_parameters = self._compute_backward(passed, gradients, state.retain)
+        of_inputs = self._compute_backward(passed, gradients, state.retain, self.gradients)
         state.next += 1
-        self.gradients.add(of_parameters)
         to = "previous" if self.place.stage else "user"
         for slot in self._upstream_slots:
             self._port.send(to, delivery, slot, of_inputs[slot])
@@ -299,7 +310,7 @@ class Stage(StageState):
         state, m = self._executor.deferred.popleft()
         passed = state.call.passes[m]
         if passed.deferred is not None:
-            self.gradients.add(self._compute_weight_gradients(passed.deferred))
+            self._compute_weight_gradients(passed.deferred, self.gradients)
         self._micro_batch_done(state, passed)
 
     def _micro_batch_done(self, state: BackwardState, passed: ForwardPass) -> None:
@@ -307,21 +318,20 @@ class Stage(StageState):
         if passed.freed:
             state.call.held -= 1
 
-    def _compute_weight_gradients(self, deferred: Deferred) -> dict[str, Tensor]:
-        return deferred.compute()
+    def _compute_weight_gradients(self, deferred: Deferred, into: GradientSum) -> None:
+        deferred.compute(into.add)
 
     def _compute_backward(
-        self, passed: ForwardPass, gradients: Mapping[int, Tensor], retain: bool
-    ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
-        return backward(passed, gradients, self.parameters, retain)
+        self, passed: ForwardPass, gradients: Mapping[int, Tensor], retain: bool, into: GradientSum
+    ) -> dict[int, Tensor]:
+        return backward(passed, gradients, self.parameters, retain, into)
 
     def _backward_done(self, state: BackwardState) -> None:
         if state.done:
             call = state.call
-            if call.type == "train_step":
-                self._port.done(call, "train_step", 0, call.take_timeline())
-            else:
-                self._port.done(call, "backward", state.backward_pass, call.take_timeline())
+            type_ = "train_step" if call.type == "train_step" else "backward"
+            prepared = self.squared_norm(call.step) if state.prepare and not self.tied.ties.others else None
+            self._port.done(call, type_, state.backward_pass, call.take_timeline(), prepared)
 
     # -- the log ------------------------------------------------------------------------------------------------------
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from smartnodes_core.errors import ProtocolError
+from tensorlink.lasting import lasting
 from tensorlink.pipeline.backward import GradientSum, squared_norm
 from tensorlink.pipeline.tied import Settled, SumId, TiedGradients
 from tensorlink.program.graph import StageProgram
@@ -22,6 +24,7 @@ from tensorlink.stage_optimizer import StageOptimizer
 from tensorlink.steplog import snapshots
 from tensorlink.steplog.log import StepLog, StepRecord
 from tensorlink.steplog.shelf import Shelf
+from tensorlink.steplog.snapshots import Snapshot
 
 #: Two honest sums of the same squares are no farther apart than this.
 NORM_TOLERANCE = 1e-3
@@ -43,13 +46,17 @@ class StageState(ABC):
         shelf: Shelf | None = None,
     ) -> None:
         self.program = program
-        self.parameters, self.buffers = parameters, buffers
+        self.parameters: Mapping[str, Tensor] = parameters
+        self.buffers = buffers
         self.step = 0
         self.optimizer: StageOptimizer | None = None
         self.gradients = GradientSum()
+        self.gradients.lend(lasting({name: tensor for name, tensor in parameters.items() if tensor.requires_grad}))
         self.tied = TiedGradients(program, self._send_sum)
         self.log = StepLog(window_steps, shared_bytes, shelf)
         self._buffers_at_start = dict(buffers)
+        self._copy: Snapshot | None = None  # of weights and optimizer as the last step left them
+        self._spare: Snapshot | None = None  # whose memory the next copy may use
 
     @abstractmethod
     def _end_calls(self, step: int) -> None:
@@ -61,9 +68,12 @@ class StageState(ABC):
 
     def set_optimizer(self, name: str, groups: Sequence[Mapping[str, Any]]) -> None:
         """The optimizer of this stage's parameters, with fresh state. Raises OptimizerError."""
-        optimizer = StageOptimizer(name, groups, self.parameters)
+        optimizer = self._make_optimizer(name, groups)
         self._keep_state_after()
         self.optimizer = optimizer
+
+    def _make_optimizer(self, name: str, groups: Sequence[Mapping[str, Any]]) -> StageOptimizer:
+        return StageOptimizer(name, groups, self.parameters)
 
     def set_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Replaces optimizer state by copies, parameter by parameter. Nobody may be reading it meanwhile. Raises
@@ -75,17 +85,34 @@ class StageState(ABC):
 
     def _keep_state_after(self) -> None:
         """The state is about to change other than by a step: the last step's audit needs it as it is."""
-        record = self.log.last()
+        record, copy = self.log.last(), self._copy
+        self._copy = None
         if record is not None and record.after is None:
-            state = self.optimizer.state_tensors() if self.optimizer else {}
-            record.after = snapshots.take(self.parameters, record.buffers_after, state)
+            record.after = (
+                snapshots.take(self.parameters, record.buffers_after, self._optimizer_state())
+                if copy is None
+                else replace(copy, buffers=record.buffers_after)
+            )
+
+    def _optimizer_state(self) -> Mapping[str, Tensor]:
+        return self.optimizer.state_tensors() if self.optimizer else {}
+
+    def _take_before(self) -> Snapshot:
+        """The state with which the open step began, which its update is about to change."""
+        self._spare = self.log.make_room() or self._spare
+        before, self._copy = self._copy or self._state_copied(), None
+        return replace(before, buffers=dict(self._buffers_at_start))
+
+    def _state_copied(self) -> Snapshot:
+        spare, self._spare = self._spare, None
+        return snapshots.take(self.parameters, {}, self._optimizer_state(), spare)
 
     def state_after(self, record: StepRecord) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Weights and optimizer state as a committed step left them; not to be written to."""
         kept = record.after or self.log.state_after(record.step)
         if kept is not None:
             return kept.weights, kept.optimizer
-        return self.parameters, self.optimizer.state_tensors() if self.optimizer else {}
+        return self.parameters, self._optimizer_state()
 
     @property
     def num_units(self) -> int:
@@ -156,8 +183,7 @@ class StageState(ABC):
             raise ProtocolError(f"clip coefficient {clip_coefficient} is not what the order and the gradient give")
         record = self.log.open
         record.step, record.squared_norm = step, squared
-        state = self.optimizer.state_tensors()
-        record.before = snapshots.take(self.parameters, self._buffers_at_start, state, self.log.make_room())
+        record.before = self._take_before()
         own, ties = self.gradients.take(), self.tied.ties
         record.sent_sums = {to: {name: own[name] for name in ties.names(to) if name in own} for to in ties.others}
         record.received_sums = {of: dict(settled.received[of]) if settled else {} for of in ties.others}
@@ -176,6 +202,19 @@ class StageState(ABC):
         if self.optimizer is not None:
             self.optimizer.step(clipped(record.gradient, record.clip_coefficient), options)
 
+    def put_away(self, record: StepRecord) -> None:
+        """A committed step is hashed: where there is a shelf, it leaves memory. The state is copied for the next step's
+        sake, onto the shelf or else in memory. May run beside the next step's work, in which nobody writes to that
+        state."""
+        self.gradients.lend(self.log.shelve(record.step))
+        self._copy = self.log.copy(self.parameters, self._optimizer_state()) or self._state_copied()
+
+    def close(self) -> None:
+        """The stage is gone: the shelf gets its room back."""
+        if self._copy is not None:
+            self.log.give_up(self._copy)
+        self.log.close()
+
     def abort(self, step: int) -> None:
         """Drops gradients, log and calls of the open step; buffers are again what they were when it began."""
         self.buffers.update(self._buffers_at_start)
@@ -184,7 +223,7 @@ class StageState(ABC):
     def zero_grad(self, step: int) -> None:
         """Drops the gradients added since the last step, and the calls they came from; buffers keep what forwards
         did."""
-        self.gradients.take()
+        self.gradients.drop()
         self.tied.forget()
         self._end_calls(step)
         self.log.begin(max(step, self.step))
@@ -194,11 +233,14 @@ class StageState(ABC):
         """Replaces parameters and buffers by values of the same names and shapes; what the open step has computed with
         the old ones is dropped. Nobody may be reading them meanwhile."""
         self._keep_state_after()
+        self._replace_parameters(parameters)
+        self.buffers.update(buffers)
+        self.zero_grad(self.log.open.step)
+
+    def _replace_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, tensor in parameters.items():
                 self.parameters[name].copy_(tensor)
-        self.buffers.update(buffers)
-        self.zero_grad(self.log.open.step)
 
 
 def clip_fits(coefficient: float, clip_norm: str, squared_norm: float, tolerance: float) -> bool:

@@ -69,16 +69,15 @@ class Deferred:
         """Called by the backward of a deferring op."""
         self._pending.append(pending)
 
-    def compute(self) -> dict[str, Tensor]:
-        """All of them by parameter name; empties this, and frees what it held as it goes. Raises ProgramError."""
-        found: dict[str, Tensor] = {}
+    def compute(self, add: Callable[[dict[str, Tensor]], None]) -> None:
+        """Gives `add` all of them by parameter name, op by op; empties this, and frees what it held as it goes. Raises
+        ProgramError."""
         self._pending.reverse()
         while self._pending:
             names, weights, output, gradient, retain = self._pending.pop()
             with program_backward():
                 gradients = torch.autograd.grad([output], weights, [gradient], retain_graph=retain)
-            found.update(zip(names, gradients, strict=True))
-        return found
+            add(dict(zip(names, gradients, strict=True)))
 
 
 class _DeferringOp(torch.autograd.Function):

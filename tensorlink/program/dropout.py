@@ -22,14 +22,14 @@ Seed = Callable[[int], int]
 _ALPHA = 1.7580993408473766
 
 
-def _noise(like: Tensor, p: float, seed: int) -> Tensor:
+def noise(like: Tensor, p: float, seed: int) -> Tensor:
     """A tensor of zeros and ones in the shape, strides and dtype of `like`; ones with probability 1 - p."""
-    noise = torch.empty_like(like, requires_grad=False)
+    drawn = torch.empty_like(like, requires_grad=False)
     if not has_data(like):
-        return noise
+        return drawn
     generator = torch.Generator(device=like.device)
     generator.manual_seed(seed)
-    return noise.bernoulli_(1 - p, generator=generator)
+    return drawn.bernoulli_(1 - p, generator=generator)
 
 
 def _channels(input: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def _dropout(seed_for: Seed, key: int, input: Tensor, like: Tensor, p: float, tr
         return input
     if p == 1:
         return input * torch.zeros((), dtype=input.dtype, device=input.device)
-    return input * _noise(like, p, seed_for(key)).div_(1 - p)
+    return input * noise(like, p, seed_for(key)).div_(1 - p)
 
 
 def _alpha_dropout(seed_for: Seed, key: int, input: Tensor, like: Tensor, p: float, train: bool) -> Tensor:
@@ -72,10 +72,10 @@ def _alpha_dropout(seed_for: Seed, key: int, input: Tensor, like: Tensor, p: flo
         return input
     if p == 1:
         return input * torch.zeros((), dtype=input.dtype, device=input.device)
-    noise = _noise(like, p, seed_for(key))
+    kept = noise(like, p, seed_for(key))
     a = 1.0 / math.sqrt((_ALPHA * _ALPHA * p + 1) * (1 - p))
-    shift = noise.add(-1).mul_(_ALPHA * a).add_(_ALPHA * a * p)
-    return input * noise.mul_(a) + shift
+    shift = kept.add(-1).mul_(_ALPHA * a).add_(_ALPHA * a * p)
+    return input * kept.mul_(a) + shift
 
 
 def attention(
@@ -90,11 +90,12 @@ def attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
+    drop: Callable[[Seed, int, Tensor, float, bool], Tensor] = dropout,
 ) -> Tensor:
     """`scaled_dot_product_attention` with `dropout_p` > 0, by the formula in torch's documentation.
 
     Shapes as there: query [..., heads, L, E], key and value [..., heads, S, E]. Scales query and key by the root of
-    the scale each, as torch's own mathematical form does.
+    the scale each, as torch's own mathematical form does. `drop` drops from the weights.
     """
     if enable_gqa:
         groups = query.size(-3) // key.size(-3)
@@ -108,7 +109,7 @@ def attention(
         scores = scores.masked_fill(~allowed, float("-inf"))
     elif attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype == torch.bool else scores + attn_mask
-    weights = dropout(seed_for, key_id, torch.softmax(scores, dim=-1), dropout_p, True)
+    weights = drop(seed_for, key_id, torch.softmax(scores, dim=-1), dropout_p, True)
     return weights @ value
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tensorlink.errors import ProgramError, TensorError
-from tensorlink.program import arguments, autocast, branches, drawing, dropout
+from tensorlink.program import arguments, autocast, branches, drawing, dropout, fused
 from tensorlink.program.alignment import aligned
 from tensorlink.program.deferred import Deferred, deferrable_weights, deferring
 from tensorlink.program.graph import Graph, Node
@@ -121,7 +121,7 @@ class Interpreter:
         return len(self._constants) - 1
 
     def _step(self, node: Node, frees: list[int]) -> Step:
-        arguments.check(node)
+        self._check(node)
         missing = [value for value in node.values() if value not in self._places]
         if missing:
             raise ProgramError(f"{node}: uses value {missing[0]} before it is defined")
@@ -155,6 +155,9 @@ class Interpreter:
             node,
         )
 
+    def _check(self, node: Node) -> None:
+        arguments.check(node)
+
     def _function(self, node: Node, places: list[int]) -> Callable[..., Any]:
         if node.op == "sym_size":
             return size_of
@@ -176,6 +179,8 @@ class Interpreter:
             if hidden or is_random(node.op, node.args):
                 raise ProgramError(f"{node}: draws random numbers of its own, which cannot be drawn again")
             function: Callable[..., Any] = ALLOWED[node.op]._op
+            if node.op == ATTENTION and self.device.type == "meta":
+                function = fused.attention
             guard = GUARDS.get(node.op)
             function = function if guard is None else guarded(guard, function)
             weights = self._deferrable.get(node.id)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tensorlink.errors import TensorError
+from tensorlink.lasting import lasting
 from tensorlink.program.values import DTYPES
 from tensorlink.program.weights import Expected, writable_bytes
 from tensorlink.records import PART_BYTES
@@ -73,9 +74,9 @@ class Assembly:
 
     def __init__(self, expected: Expected):
         self._parts = Parts(expected)
-        self._tensors = {
-            name: torch.empty(tuple(shape), dtype=DTYPES[dtype]) for name, (dtype, shape) in expected.items()
-        }
+        self._tensors = lasting(
+            {name: torch.empty(shape, dtype=DTYPES[dtype], device="meta") for name, (dtype, shape) in expected.items()}
+        )
         self._views = {name: writable_bytes(tensor) for name, tensor in self._tensors.items()}
         self._missing = {name: len(view) for name, view in self._views.items()}
         self._taken = bytearray(len(self._parts))

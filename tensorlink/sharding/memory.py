@@ -73,7 +73,7 @@ class StageNeed:
         step = self.parameter_bytes + state + self.trainable_bytes + logged
         return Memory(
             weights=self.weight_bytes,
-            gradients=2 * self.trainable_bytes,  # their sum, and those of the micro-batch that is being added
+            gradients=self.trainable_bytes,  # their sum: what is added to it is added parameter by parameter
             optimizer=state,
             kept_for_audits=training.window_steps * step + logged,  # those of the window, and what the open one logs
             activations=self.saved_bytes * held + self.workspace_bytes,

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tensorlink.steplog.shelf import Shelf, Shelved
+from tensorlink.steplog.shelf import Shelf, Shelved, from_shelf, given_back, onto
 from tensorlink.steplog.snapshots import Snapshot
 
 Digests = dict[str, dict[str, bytes]]
@@ -121,36 +121,58 @@ class StepLog:
         """Drops what a further committed step pushes out of the window, and shelves the newest; a snapshot whose
         memory may be used again. Nobody may be reading committed steps meanwhile."""
         while len(self._committed) >= self._window_steps:
-            step, oldest = self._committed.popitem(last=False)
-            if step in self._shelved:
-                self._drop(oldest)
-                self._shelved.remove(step)
-            else:
+            _, oldest = self._committed.popitem(last=False)
+            self._drop(oldest)
+            if self._shelf is None:
                 self._spare = oldest.before
-        self._shelve_last()
+        last = self.last()
+        if last is not None:
+            self.shelve(last.step)
         spare, self._spare = self._spare, None
         return spare
 
-    def _shelve_last(self) -> None:
-        record = self.last()
-        if self._shelf is None or record is None or record.step in self._shelved:
-            return
-        shelved = self._committed[record.step] = record.mapped(_onto(self._shelf))
-        self._shelved.add(record.step)
-        if shelved.before is not None and shelved.before.is_all(Shelved):
-            self._spare = record.before
+    def shelve(self, step: int) -> dict[str, Tensor]:
+        """Puts a committed step on the shelf, if there is one; returns what its gradient stood in and does no more.
+
+        It may run beside the next step's work, but for what reads or drops committed steps.
+        """
+        record = self._committed.get(step)
+        if self._shelf is None or record is None:
+            return {}
+        shelved = self._committed[step] = record.mapped(onto(self._shelf))
+        self._shelved.add(step)
+        exchanged = [*record.sent_sums.values(), *record.received_sums.values()]  # these stay, and may be the total
+        kept = {tensor.data_ptr() for sums in exchanged for tensor in sums.values()}
+        return {
+            name: tensor
+            for name, tensor in record.gradient.items()
+            if isinstance(shelved.gradient[name], Shelved)
+            and isinstance(tensor, Tensor)
+            and tensor.data_ptr() not in kept
+        }
+
+    def copy(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> Snapshot | None:
+        """A state on the shelf, without its buffers; None where there is no shelf or it is full."""
+        if self._shelf is None:
+            return None
+        copy = Snapshot(dict(weights), {}, dict(optimizer)).mapped(onto(self._shelf))
+        if copy.is_all(Shelved):
+            return copy
+        self.give_up(copy)
+        return None
+
+    def give_up(self, copy: Snapshot) -> None:
+        """The shelf's room for a copy is free again."""
+        copy.mapped(given_back())
+
+    def close(self) -> None:
+        """Drops all steps."""
+        while self._committed:
+            self._drop(self._committed.popitem()[1])
 
     def _drop(self, record: StepRecord) -> None:
-        dropped: set[int] = set()
-
-        def give_back(tensors: dict[str, Any]) -> dict[str, Any]:
-            for kept in tensors.values():
-                if isinstance(kept, Shelved) and id(kept) not in dropped:
-                    dropped.add(id(kept))
-                    kept.shelf.give_back(kept)
-            return {}
-
-        record.mapped(give_back)
+        self._shelved.discard(record.step)
+        record.mapped(given_back())
 
     def commit(self, next_step: int) -> StepRecord:
         """Closes the open step, keeps it, and opens the next."""
@@ -162,7 +184,7 @@ class StepLog:
     def committed(self, step: int) -> StepRecord | None:
         """A step within the window, or None; what lay on the shelf is in memory for as long as the caller keeps it."""
         record = self._committed.get(step)
-        return record.mapped(_from_shelf) if record is not None and step in self._shelved else record
+        return record.mapped(from_shelf) if record is not None and self._shelf is not None else record
 
     def last(self) -> StepRecord | None:
         """The newest committed step, or None."""
@@ -174,7 +196,7 @@ class StepLog:
         if later is None:
             return None
         before = self._committed[later].before
-        return before.mapped(_from_shelf) if before is not None and later in self._shelved else before
+        return before.mapped(from_shelf) if before is not None and self._shelf is not None else before
 
     def steps(self) -> list[int]:
         """The committed steps held, oldest first."""
@@ -193,26 +215,9 @@ class StepLog:
     def _count(self) -> None:
         self._held_bytes = sum(
             tensor.numel() * tensor.element_size()
-            for step, record in self._committed.items()
+            for step, record in list(self._committed.items())
             if step not in self._shelved
             for unit in record.units
             for group in (unit.forward.x, unit.forward.target, unit.gy)
             for tensor in group.values()
         )
-
-
-def _onto(shelf: Shelf) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Puts tensors on the shelf, each once however often it stands in a record; what finds no room stays."""
-    known: dict[int, Any] = {}
-
-    def put(tensors: dict[str, Any]) -> dict[str, Any]:
-        for tensor in tensors.values():
-            if id(tensor) not in known:
-                known[id(tensor)] = shelf.put(tensor) or tensor
-        return {name: known[id(tensor)] for name, tensor in tensors.items()}
-
-    return put
-
-
-def _from_shelf(tensors: dict[str, Any]) -> dict[str, Any]:
-    return {name: kept.shelf.read(kept) if isinstance(kept, Shelved) else kept for name, kept in tensors.items()}

@@ -98,13 +98,13 @@ class Replayer:
             y = {name: tensor.clone() for name, tensor in slots(passed.outputs).items()}
             loss_value = slots([passed.loss]) if passed.loss is not None else {}
             of_inputs: dict[int, Tensor] = {}
-            gradient: dict[str, Tensor] = {}
+            gradient = GradientSum()
             if inputs.backward:
                 gy = {int(slot): _as(tensor, variant.exact) for slot, tensor in inputs.gy.items()}
                 if passed.loss is not None and inputs.loss_weight is not None:
                     gy = {-1: torch.tensor(inputs.loss_weight, dtype=passed.loss.dtype).expand_as(passed.loss)}
-                of_inputs, gradient = backward(passed, gy, parameters, retain=False)
-        return UnitResult(y, slots(of_inputs), loss_value, gradient, buffers, bool(drawn))
+                of_inputs = backward(passed, gy, parameters, retain=False, into=gradient)
+        return UnitResult(y, slots(of_inputs), loss_value, gradient.take(), buffers, bool(drawn))
 
     def gradient(self, units: Sequence[UnitInputs], variant: Variant = NATIVE) -> dict[str, Tensor]:
         """The accumulated gradient of the units' backwards, in their order."""

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 class Shelf:
-    """Tensors in the file behind `fd`, of which `num_bytes` may be used. Not thread-safe: one thread at a time."""
+    """Tensors in the file behind `fd`, of which `num_bytes` may be used. Thread-safe: the stages of a rig share it."""
 
     def __init__(self, fd: int, num_bytes: int) -> None:
         self._fd = fd
         self._pieces = FirstFit(num_bytes)
+        self._lock = threading.Lock()
 
     @property
     def free_bytes(self) -> int:
@@ -37,14 +41,15 @@ class Shelf:
         """Writes a tensor; None where there is no room, of which the log is told once a time."""
         tensor = tensor.detach().contiguous()
         view = tensor_view(tensor)
-        offset = self._pieces.take(len(view))
+        with self._lock:
+            offset = self._pieces.take(len(view))
         if offset is None:
             logger.warning("the shelf is full: %d bytes stay in memory", len(view))
             return None
         try:
             self._write(offset, view)
         except OSError as error:
-            self._pieces.give_back(offset)
+            self._give_back(offset)
             logger.warning("the shelf cannot be written, %d bytes stay in memory: %s", len(view), error)
             return None
         return Shelved(self, offset, tensor.dtype, tensor.shape)
@@ -67,7 +72,11 @@ class Shelf:
 
     def give_back(self, shelved: Shelved) -> None:
         """The tensor is not needed any more."""
-        self._pieces.give_back(shelved.offset)
+        self._give_back(shelved.offset)
+
+    def _give_back(self, offset: int) -> None:
+        with self._lock:
+            self._pieces.give_back(offset)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,3 +87,35 @@ class Shelved:
     offset: int
     dtype: torch.dtype
     shape: torch.Size
+
+
+def onto(shelf: Shelf) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Puts tensors on the shelf, each once however often it stands in a record; what finds no room stays."""
+    known: dict[int, Any] = {}
+
+    def put(tensors: dict[str, Any]) -> dict[str, Any]:
+        for tensor in tensors.values():
+            if id(tensor) not in known:
+                known[id(tensor)] = tensor if isinstance(tensor, Shelved) else shelf.put(tensor) or tensor
+        return {name: known[id(tensor)] for name, tensor in tensors.items()}
+
+    return put
+
+
+def given_back() -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Gives the shelf's room back, once for each tensor however often it stands in a record."""
+    dropped: set[int] = set()
+
+    def give_back(tensors: dict[str, Any]) -> dict[str, Any]:
+        for kept in tensors.values():
+            if isinstance(kept, Shelved) and id(kept) not in dropped:
+                dropped.add(id(kept))
+                kept.shelf.give_back(kept)
+        return {}
+
+    return give_back
+
+
+def from_shelf(tensors: dict[str, Any]) -> dict[str, Any]:
+    """The tensors again, those on a shelf in memory of their own."""
+    return {name: kept.shelf.read(kept) if isinstance(kept, Shelved) else kept for name, kept in tensors.items()}

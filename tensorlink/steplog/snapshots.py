@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensorlink.lasting import lasting
+
 
 @dataclass
 class Snapshot:
@@ -53,11 +55,11 @@ def take(
 
 
 def _copy(tensors: Mapping[str, Tensor], spare: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    copies = {}
+    fits = {
+        name: old
+        for name, tensor in tensors.items()
+        if (old := spare.get(name)) is not None and (old.shape, old.dtype) == (tensor.shape, tensor.dtype)
+    }
+    copies = fits | lasting({name: tensor for name, tensor in tensors.items() if name not in fits})
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            old = spare.get(name)
-            if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
-                old = torch.empty(tensor.shape, dtype=tensor.dtype)
-            copies[name] = old.copy_(tensor)
-    return copies
+        return {name: copies[name].copy_(tensor) for name, tensor in tensors.items()}

@@ -145,3 +145,21 @@ def test_views_of_a_body_are_flat_and_uncopied() -> None:
     assert view[0] == 9
     with pytest.raises(ValueError, match="contiguous"):
         byte_views([memoryview(memory)[::2]])
+
+
+@given(st.lists(st.tuples(headers, st.binary(max_size=200)), max_size=4), st.integers(1, 50))
+def test_frames_that_come_together_come_back_one_by_one(frames: list[tuple[dict[str, Any], bytes]], step: int) -> None:
+    data = b"".join(encode_prefix_and_header(header, len(body)) + body for header, body in frames)
+    reader, found = FrameReader(fresh), []
+    for at in range(0, len(data), step):
+        found += list(reader.feed(memoryview(data)[at : at + step]))
+    assert [(frame.header, bytes(frame.body)) for frame in found] == frames
+    assert reader.between_frames
+
+
+def test_a_malformed_frame_behind_a_good_one_is_refused_after_the_good_one_came() -> None:
+    data = encode_prefix_and_header({"a": 1}, 0) + struct.pack(">IQ", MAX_HEADER_BYTES + 1, 0)
+    frames = FrameReader(fresh).feed(memoryview(data))
+    assert next(frames).header == {"a": 1}
+    with pytest.raises(ProtocolError):
+        next(frames)

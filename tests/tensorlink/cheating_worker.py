@@ -17,9 +17,9 @@ COMPUTE = Path(__file__).parent / "audit" / "cheating_compute.py"
 def main():
     cheat, flags = sys.argv[1], sys.argv[2:]
 
-    def handler(memory_bytes, num_threads, scratch):
+    def handler(memory_bytes, num_threads, **options):
         command = (sys.executable, str(COMPUTE), cheat)
-        return StageHandler(memory_bytes, num_threads, command, scratch)
+        return StageHandler(memory_bytes, num_threads, command, **options)
 
     command_line.StageHandler = handler
     return command_line.main(flags)

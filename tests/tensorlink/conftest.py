@@ -135,6 +135,7 @@ class Pipe:
 
     def __init__(self, programs, states, *, stage_class=Stage, window_steps=2, seed=7):
         self.outputs, self.losses, self.dones, self.input_gradients = {}, {}, [], {}
+        self.prepared = {}
         self.moving = deque()
         self.stages = []
         for index, (program, state) in enumerate(zip(programs, states, strict=True)):
@@ -182,7 +183,9 @@ class Port:
     def loss(self, call, micro_batch, value):
         self.pipe.losses[(call.step, call.call, micro_batch)] = value
 
-    def done(self, call, type, backward_pass, busy_s):
+    def done(self, call, type, backward_pass, busy_s, prepared=None):
+        if prepared is not None:
+            self.pipe.prepared[self.index] = prepared
         self.pipe.dones.append((self.index, call.step, call.call, type, backward_pass))
 
 

@@ -17,7 +17,7 @@ from smartnodes_core.identity import Identity, verify
 from smartnodes_core.jobs import Job
 from smartnodes_core.nodes.user import UserNode
 from smartnodes_core.records import Announcement, AuditTerms, Signed
-from smartnodes_core.rpc import Reply
+from smartnodes_core.rpc import PendingCall, Reply
 from tensorlink.audit.commitments import initial_root_of
 from tensorlink.pipeline.frames import dtype_name, tensor_bytes
 from tensorlink.pipeline.inbox import Delivery
@@ -113,11 +113,13 @@ class User:
     def close_job(self, job):
         self._stages.stop()
 
-    def call(self, stage, method, params, body=(), *, timeout_s, max_body_bytes=0):
+    def begin_call(self, stage, method, params, body=(), *, timeout_s, max_body_bytes=0):
         parts = [bytes(part) for part in body]
         order = verify(Signed.decode(parts[0]), StepOrder) if method == "decide" else None
         self.sent.append(Sent("call", stage.stage, method, params, b"".join(parts), order))
-        return self._stages.ask(lambda: self._stages.call(stage.stage, method, params, parts, order))
+        pending = PendingCall(None, method, max_body_bytes, 60)
+        self._stages.ask(pending, lambda: self._stages.call(stage.stage, method, params, parts, order))
+        return pending
 
     def notify(self, stage, method, params):
         self.sent.append(Sent("notify", stage.stage, method, params, b""))
@@ -148,17 +150,14 @@ class Stages:
     def post(self, work):
         self._work.put(work)
 
-    def ask(self, work):
-        answer = Future()
-
+    def ask(self, pending, work):
         def run():
             try:
-                answer.set_result(work())
+                pending.settle(work(), None)
             except Exception as error:
-                answer.set_exception(error)
+                pending.settle(None, error)
 
         self.post(run)
-        return answer.result(60)
 
     def stop(self):
         self._work.put(None)
@@ -283,10 +282,12 @@ class Port:
     def share(self, to, id, slot, tensor):
         self._stages.post(lambda: self._stages.stages[to].receive_sum(id, self._index, slot, tensor.clone()))
 
-    def done(self, call, type, backward_pass, timeline):
+    def done(self, call, type, backward_pass, timeline, prepared=None):
         place = {"step": call.step, "call": call.call, "backward_pass": backward_pass}
         busy_s = sum(ended - began for _, _, began, ended in timeline) / 1e9
-        self._stages.event(self._index, "done", {**place, "type": type, "busy_s": busy_s.hex(), "timeline": timeline})
+        norm = {} if prepared is None else {"squared_norm": prepared[0].hex(), "non_finite": prepared[1]}
+        told = {**place, "type": type, "busy_s": busy_s.hex(), "timeline": timeline, **norm}
+        self._stages.event(self._index, "done", told)
 
 
 class Inline(Executor):

@@ -48,3 +48,23 @@ def test_a_step_under_each_schedule_is_bitwise_that_of_one_process_and_leaves_a_
     assert kinds.count("W") == kinds.count("I")
     assert timetable.num_workers == 2
     assert all(0 <= run.start <= run.end <= timetable.makespan for run in timetable.runs)
+
+
+@pytest.mark.parametrize("private", [(), "both"])
+def test_a_step_asks_no_stage_for_what_it_told_with_its_end(private):
+    network = inprocess.InProcess(workers=2)
+    x, y = torch.randn(16, 12), torch.randn(16, 12)
+    with tensorlink.DistributedModel(
+        layers(), network=network, stages=2, micro_batches=4, example_inputs=(x,), private=private, progress=False
+    ) as model:
+        optimizer = tensorlink.DistributedOptimizer(model, torch.optim.SGD, lr=1e-2)
+        sent, stages = network.user.sent, list(range(len(model.programs)))
+        for clip_norm in (None, 1e-3):
+            sent.clear()
+            model.train_step(x, y, loss_fn=nn.functional.mse_loss, optimizer=optimizer, clip_norm=clip_norm)
+            assert [m.stage for m in sent if m.kind == "call" and m.name == "decide"] == stages
+            assert not [m for m in sent if m.name == "prepare"]
+        sent.clear()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+        assert [m.stage for m in sent if m.name == "prepare"] == stages

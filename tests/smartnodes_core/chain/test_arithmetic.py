@@ -1,4 +1,4 @@
-"""The contracts' arithmetic on bits, proven for all inputs (needs z3: `pip install z3-solver`).
+"""The contracts' arithmetic on bits, proven for all inputs with z3.
 
 What is proven is a transcription of `contracts/libraries/`; that the compiled contracts do the same is what the random
 calls in `test_contracts_against_model.py` are for.
@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
-z3 = pytest.importorskip("z3")
+import z3
 
 ONES = int.from_bytes(b"\x01" * 32, "big")
 SPREAD_MASKS = (

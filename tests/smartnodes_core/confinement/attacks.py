@@ -95,7 +95,8 @@ def attacks(folder, parent):
         "another personality": lambda: call("personality", 0x0400000),
         "raise its limits": lambda: __import__("resource").setrlimit(7, (4096, 4096)),
         "become root": lambda: os.setuid(0),
-        "change its priority": lambda: os.setpriority(os.PRIO_PROCESS, parent, 19),
+        "change another's priority": lambda: os.setpriority(os.PRIO_PROCESS, parent, 19),
+        "raise its own priority": lambda: os.setpriority(os.PRIO_PROCESS, 0, -5),
         "watch files": lambda: ctypes.CDLL(None, use_errno=True).inotify_init() < 0 and _raise("inotify"),
         "open a terminal": lambda: _write("/dev/tty"),
     }

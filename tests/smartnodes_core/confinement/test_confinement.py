@@ -44,12 +44,13 @@ def started(limits=None, command=CHILD):
     return sandbox
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What came of each attack, the child's status, and the folder with the key, as they are afterwards."""
+@pytest.fixture(scope="module", params=[1, 2], ids=["one device", "two devices"])
+def found(tmp_path_factory, request):
+    """What came of each attack, the child's status, and the folder with the key, as they are afterwards; of a process
+    that has never had a socket, and of one whose ranks have connected."""
     folder = tmp_path_factory.mktemp("keys")
     (folder / "key").write_text("secret")
-    sandbox = started()
+    sandbox = started(Limits(num_devices=request.param))
     try:
         status = sandbox.call("status", {}, 30.0)
         if any(what.startswith(("files", "system calls")) for what in status["missing"]):
@@ -90,6 +91,18 @@ def test_nothing_was_changed_by_the_attacks(found):
 
 def test_what_computing_needs_still_works(found):
     assert found[3].call("work", {}, 30.0) == {"works": True}
+
+
+def test_ranks_that_have_connected_talk_and_nothing_connects_any_more():
+    sandbox = started(Limits(num_devices=2))
+    try:
+        missing = sandbox.call("status", {}, 30.0)["missing"]
+        if any(what.startswith("system calls") for what in missing):
+            pytest.skip(f"this system lacks what is tested: {missing}")
+        assert sandbox.call("talk", {}, 30.0) == {"came": "x"}
+        assert set(sandbox.call("use", {}, 30.0).values()) == {f"[Errno {errno.EPERM}] Operation not permitted"}
+    finally:
+        sandbox.stop()
 
 
 def test_the_kernel_confirms_what_is_in_force(found):
@@ -145,7 +158,8 @@ def test_whoever_starts_it_every_attack_is_refused(tmp_path_factory, start, says
     code = (
         f"import sys, os, json; sys.path[:0] = [{str(root)!r}, {str(Path(__file__).parent)!r}]\n"
         "from types import SimpleNamespace; from smartnodes_core.confinement import confine; import attacks\n"
-        "parent = os.getppid(); wanted = SimpleNamespace(memory_bytes=0, num_files=256, file_bytes=0, device='cpu')\n"
+        "parent = os.getppid(); wanted = SimpleNamespace(memory_bytes=0, num_files=256, file_bytes=0, device='cpu',"
+        " num_devices=1)\n"
         "done = confine(wanted, 0, parent)\n"
         "print(json.dumps([done.applied, done.missing, attacks.outcomes('/usr/share', parent), attacks.works()]))"
     )

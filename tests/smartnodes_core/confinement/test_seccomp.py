@@ -117,3 +117,17 @@ def test_every_name_has_a_number():
         "access", "alarm", "arch_prctl", "epoll_wait", "lstat", "open", "pause", "poll", "readlink", "select", "stat",
         "time",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_sockets_are_made_while_ranks_connect_and_never_after(machine):
+    architecture, numbers = seccomp._MACHINES[machine]
+    connecting, sealed = (
+        seccomp.assemble(machine, [*syscalls.ALWAYS, *more], seccomp.rules(PID))
+        for more in (syscalls.CONNECTING, syscalls.RANKS)
+    )
+    for name in ("socket", "bind", "listen", "accept4", "connect", "recvmsg", "seccomp", "pipe2"):
+        assert decide(connecting, numbers[name], architecture=architecture) == ALLOW, name
+        assert decide(sealed, numbers[name], architecture=architecture) == EPERM, name
+    for name in ("epoll_ctl", "epoll_pwait", "recvfrom", "writev"):
+        assert decide(sealed, numbers[name], architecture=architecture) == ALLOW, name

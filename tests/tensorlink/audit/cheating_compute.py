@@ -7,36 +7,36 @@ import sys
 
 import torch
 
+from tensorlink.pipeline.backward import GradientSum
 from tensorlink.pipeline.stage import Stage
 
 
 class ScaledInputGradient(Stage):
     """Sends back 0.99 of the gradient."""
 
-    def _compute_backward(self, passed, gradients, retain):
-        of_inputs, of_parameters = super()._compute_backward(passed, gradients, retain)
-        return {slot: tensor * 0.99 for slot, tensor in of_inputs.items()}, of_parameters
+    def _compute_backward(self, passed, gradients, retain, into):
+        of_inputs = super()._compute_backward(passed, gradients, retain, into)
+        return {slot: tensor * 0.99 for slot, tensor in of_inputs.items()}
 
 
 class SkippedWeightGradient(Stage):
     """Right activation gradients, and weight gradients of the first micro-batch only."""
 
-    def _compute_backward(self, passed, gradients, retain):
-        of_inputs, of_parameters = super()._compute_backward(passed, gradients, retain)
-        return of_inputs, {} if self.num_units else of_parameters
+    def _compute_backward(self, passed, gradients, retain, into):
+        return super()._compute_backward(passed, gradients, retain, GradientSum() if self.num_units else into)
 
 
 class Noise(Stage):
     """Weight gradients with one per cent of noise."""
 
-    def _compute_backward(self, passed, gradients, retain):
-        of_inputs, of_parameters = super()._compute_backward(passed, gradients, retain)
+    def _compute_backward(self, passed, gradients, retain, into):
+        exact = GradientSum()
+        of_inputs = super()._compute_backward(passed, gradients, retain, exact)
         generator = torch.Generator().manual_seed(self.num_units)
-        noisy = {
-            name: g + 0.01 * g.norm() / g.numel() ** 0.5 * torch.randn(g.shape, generator=generator)
-            for name, g in of_parameters.items()
-        }
-        return of_inputs, noisy
+        for name, g in exact.take().items():
+            noise = torch.randn(g.shape, generator=generator)
+            into.add({name: g + 0.01 * g.norm() / g.numel() ** 0.5 * noise})
+        return of_inputs
 
 
 class AlteredLearningRate(Stage):

@@ -127,6 +127,8 @@ def test_settings_that_are_no_toml_are_refused(node, tmp_path):
 
 def test_a_worker_without_threads_is_refused(node):
     assert "num_threads is 0" in refused(node, module="worker", num_threads=0)
+    assert "needed 1 or more of cpu or cuda" in refused(node, module="worker", devices=0)
+    assert "device 'tpu'" in refused(node, module="worker", device="tpu")
 
 
 def test_a_worker_needs_a_bootstrap_validator(node):

@@ -16,6 +16,7 @@ from smartnodes_core.errors import (
     ProtocolError,
     WorkerLostError,
 )
+from smartnodes_core.rpc import PendingCall, Reply
 from tensorlink.pipeline.driver import Call, Driver
 from tensorlink.pipeline.frames import tensor_bytes
 from tensorlink.records import Cut, Slot
@@ -30,12 +31,20 @@ class User:
 
     def __init__(self):
         self.error, self.calls, self.told = None, [], []
+        self.pending, self.answers = [], True
+        self.all_called = threading.Event()
 
-    def call(self, stage, method, params, body, *, timeout_s, max_body_bytes):
+    def begin_call(self, stage, method, params, body, *, timeout_s, max_body_bytes):
         self.calls.append((stage.stage, method, timeout_s))
         if self.error is not None:
             raise self.error
-        return SimpleNamespace(params=params, body=b"")
+        connection = SimpleNamespace(peer=f"stage {stage.stage}")
+        self.pending.append(PendingCall(connection, method, max_body_bytes, timeout_s))
+        if len(self.pending) > LAST:
+            self.all_called.set()
+        if self.answers:
+            self.pending[-1].settle(Reply(params, memoryview(b"")), None)
+        return self.pending[-1]
 
     def notify(self, stage, method, params):
         if self.error is not None:
@@ -219,8 +228,45 @@ def test_a_call_has_time_for_the_bytes_it_carries(driver, user):
     assert user.calls[0][2] > user.calls[1][2] + 3
 
 
+def test_all_stages_are_called_before_any_has_answered(driver, user):
+    user.answers = False
+
+    def answer_backwards():
+        user.all_called.wait(10)
+        for stage in reversed(range(LAST + 1)):
+            user.pending[stage].settle(Reply({"stage": stage}, memoryview(b"")), None)
+
+    threading.Thread(target=answer_backwards, daemon=True).start()
+    replies = driver.call_all("prepare", lambda stage: {}, wait_s=20)
+    assert [reply.params["stage"] for reply in replies] == [0, 1]
+
+
+def test_the_error_that_came_first_is_the_one_that_is_raised(driver, user):
+    user.answers = False
+
+    def fail():
+        user.all_called.wait(10)
+        user.pending[1].settle(None, JobError("the cause"))
+        user.pending[0].settle(None, JobError("what follows from it"))
+
+    threading.Thread(target=fail, daemon=True).start()
+    with pytest.raises(JobError, match="the cause"):
+        driver.call_all("prepare", lambda stage: {}, wait_s=20)
+
+
 def test_nothing_is_done_for_a_closed_job(driver, user):
     driver.close()
     with pytest.raises(JobError, match="the job is closed"):
         driver.call_all("state", lambda stage: {})
     assert user.calls == []
+
+
+def test_a_stage_may_tell_its_gradient_s_norm_with_its_end(driver, call):
+    done = {"step": 3, "call": 1, "type": "train_step", "backward_pass": 0, "busy_s": (0.5).hex(), "timeline": []}
+    driver.on_event(0, "done", done)
+    driver.on_event(LAST, "done", {**done, "squared_norm": (2.5).hex(), "non_finite": "w"})
+    assert call.prepared == {LAST: (2.5, "w")}
+    for wrong in ({"squared_norm": 2.5}, {"squared_norm": "x", "non_finite": ""}, {"squared_norm": (1.0).hex()}):
+        with pytest.raises(ProtocolError):
+            driver.on_event(0, "done", {**done, **wrong})
+    assert call.prepared == {LAST: (2.5, "w")}

@@ -335,3 +335,21 @@ def test_the_window_bounds_what_is_kept(rig):
         x, y = rig.batch("gpt", seed=step)
         train_step(pipe, x, y, step)
     assert all(stage.log.steps() == [3, 4] for stage in pipe.stages)
+
+
+def test_stages_that_were_asked_to_say_at_their_end_what_a_prepare_would(rig):
+    _, pipe = prepare(rig, "mlp")
+    x, y = rig.batch("mlp")
+    for step, asked in enumerate((True, False)):
+        pipe.prepared.clear()
+        pipe.tell("begin", {**begin(step), "prepare": asked})
+        for m, (xm, ym) in enumerate(zip(torch.tensor_split(x, 4), torch.tensor_split(y, 4), strict=True)):
+            delivery = Delivery(step, 0, m, "activation", 0)
+            pipe.stages[0].receive(delivery, 0, xm.clone())
+            assert pipe.prepared == {}
+            pipe.stages[-1].receive(delivery._replace(type="target"), 0, ym.clone())
+        pipe.run()
+        told = {stage.place.stage: stage.squared_norm(step) for stage in pipe.stages}
+        assert pipe.prepared == (told if asked else {})
+        for stage in pipe.stages:
+            stage.commit(step, 1.0, groups(stage), b"o" * 32)

@@ -82,7 +82,7 @@ def captions(batch: int) -> dict[str, torch.Tensor]:
 
 
 def _causal(name: str, sizes: dict[str, Any] = GROUPED, **more: Any) -> Architecture:
-    return Architecture(f"{name}ForCausalLM", f"{name}Config", {**sizes, **more}, tokens)
+    return Architecture(f"{name}ForCausalLM", f"{name}Config", {**sizes, **more}, masked)
 
 
 def _sparse(name: str, sizes: dict[str, Any] = GROUPED, **more: Any) -> Architecture:
@@ -190,7 +190,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma": _causal("Gemma", head_dim=8),
     "gemma2": _causal("Gemma2", head_dim=8, sliding_window=4),
     "gemma3": Architecture(
-        "Gemma3ForCausalLM", "Gemma3TextConfig", {**GROUPED, "head_dim": 8, "sliding_window": 4}, tokens
+        "Gemma3ForCausalLM", "Gemma3TextConfig", {**GROUPED, "head_dim": 8, "sliding_window": 4}, masked
     ),
     "falcon": _causal("Falcon", TEXT),
     "mpt": _causal("Mpt", {"vocab_size": VOCABULARY, "d_model": WIDTH, "n_layers": 2, "n_heads": 4, "max_seq_len": 16}),

@@ -22,7 +22,7 @@ import hostile_programs as hostile
 import torch
 
 from smartnodes_core.errors import SmartnodesError
-from tensorlink.pipeline.backward import backward, forward
+from tensorlink.pipeline.backward import GradientSum, backward, forward
 from tensorlink.program.graph import LossProgram, StageProgram
 from tensorlink.program.interpreter import Interpreter
 from tensorlink.program.limits import check, check_loss
@@ -71,7 +71,7 @@ def attempt(random: Random, document: dict[str, Any]) -> str:
         for slot, value in enumerate(passed.outputs)
         if isinstance(value, torch.Tensor) and value.requires_grad
     }
-    backward(passed, gradients, parameters, retain=False)
+    backward(passed, gradients, parameters, retain=False, into=GradientSum())
     return "ran"
 
 

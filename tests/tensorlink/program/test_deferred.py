@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tensorlink.pipeline.backward import backward, forward
+from tensorlink.pipeline.backward import GradientSum, backward, forward
 from tensorlink.program.deferred import DEFERRABLE, deferrable_weights
 from tensorlink.program.interpreter import Interpreter
 from tensorlink.program.trace import trace
@@ -87,6 +87,18 @@ def prepared(name, autocast=None):
     return program, interpreter, parameters, x
 
 
+def gradients_of(run, gradient, parameters, retain=False):
+    """Those of the inputs, and those of the parameters that were not left for later."""
+    found = GradientSum()
+    return backward(run, {0: gradient}, parameters, retain, found), found.take()
+
+
+def late_gradients(deferred):
+    found = GradientSum()
+    deferred.compute(found.add)
+    return found.take()
+
+
 def passed(program, interpreter, x, defer):
     return forward(interpreter, program.inputs, [x], lambda node: node, True, defer=defer)
 
@@ -96,11 +108,11 @@ def test_deferred_gradients_are_bitwise_those_computed_at_once(name):
     program, interpreter, parameters, x = prepared(name)
     whole = passed(program, interpreter, x, defer=False)
     gradient = torch.randn_like(whole.outputs[0])
-    inputs, expected = backward(whole, {0: gradient}, parameters, False)
+    inputs, expected = gradients_of(whole, gradient, parameters)
     split = passed(program, interpreter, x, defer=True)
-    early_inputs, early = backward(split, {0: gradient}, parameters, False)
+    early_inputs, early = gradients_of(split, gradient, parameters)
     assert len(split.deferred)
-    late = split.deferred.compute()
+    late = late_gradients(split.deferred)
     assert not early.keys() & late.keys()
     assert (early | late).keys() == expected.keys()
     assert all(torch.equal(tensor, expected[key]) for key, tensor in (early | late).items())
@@ -132,7 +144,7 @@ def test_under_autocast_nothing_is_deferred_and_gradients_stay_the_same(name):
     found = []
     for defer in (False, True):
         whole = passed(program, interpreter, x, defer)
-        _, gradients = backward(whole, {0: torch.ones_like(whole.outputs[0])}, parameters, False)
+        _, gradients = gradients_of(whole, torch.ones_like(whole.outputs[0]), parameters)
         assert not whole.deferred
         found.append(gradients)
     assert found[0].keys() == found[1].keys()
@@ -143,10 +155,10 @@ def test_a_retained_graph_defers_again_at_each_backward():
     program, interpreter, parameters, x = prepared("convolutions")
     split = passed(program, interpreter, x, defer=True)
     gradient = torch.randn_like(split.outputs[0])
-    _, first_early = backward(split, {0: gradient}, parameters, True)
-    first = split.deferred.compute()
-    _, second_early = backward(split, {0: gradient}, parameters, False)
-    second = split.deferred.compute()
+    _, first_early = gradients_of(split, gradient, parameters, True)
+    first = late_gradients(split.deferred)
+    _, second_early = gradients_of(split, gradient, parameters)
+    second = late_gradients(split.deferred)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert all(torch.equal(first_early[key], second_early[key]) for key in first_early)

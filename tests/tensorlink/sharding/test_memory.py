@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tensorlink.pipeline.backward import forward
 from tensorlink.pipeline.inbox import Delivery
+from tensorlink.program.interpreter import Interpreter
 from tensorlink.program.trace import trace
 from tensorlink.sharding.memory import Memory, Training, optimizer_copies
 from tensorlink.sharding.needs import needs_of
@@ -113,3 +115,44 @@ def test_memory_adds_up_and_says_what_for() -> None:
     memory = Memory(10**6, 2 * 10**6, 0, 4 * 10**6, 0) + Memory(activations=500_000)
     assert memory.total == 7_500_000
     assert str(memory) == "7.5 MB (weights 1.0 + gradients 2.0 + optimizer 0.0 + kept for audits 4.0 + activations 0.5)"
+
+
+class _Block(nn.Module):
+    """What transformers are made of: normalised, attention, a perceptron."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.project = nn.LayerNorm(32), nn.Linear(32, 96), nn.Linear(32, 32)
+        self.widen, self.narrow = nn.Linear(32, 128), nn.Linear(128, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(self.norm(x)).view(*x.shape[:2], 3, 4, 8).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.project(mixed.transpose(1, 2).reshape(x.shape))
+        return x + self.narrow(nn.functional.gelu(self.widen(x)))
+
+
+@pytest.mark.parametrize("defer", [False, True])
+def test_what_autograd_keeps_of_a_micro_batch_is_what_was_reckoned(defer: bool) -> None:
+    torch.manual_seed(0)
+    module, x = nn.Sequential(_Block(), _Block(), nn.Linear(32, 8)), torch.randn(SAMPLES, 16, 32)
+    traced = trace(module, (x,))
+    costs = profile(traced, (x,), measured=False)
+    programs = partition(traced, costs, 2)
+    entering = [x]
+    for program, need in zip(programs, needs_of(programs, costs, SAMPLES), strict=True):
+        state = traced.state(program)
+        parameters = {n: state[n].requires_grad_(spec.requires_grad) for n, spec in program.parameters.items()}
+        interpreter = Interpreter(program.train, parameters, {name: state[name] for name in program.buffers})
+        own = {parameter.untyped_storage().data_ptr() for parameter in parameters.values()}
+        kept: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor, own: set[int] = own, kept: dict[int, Tensor] = kept) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in own:
+                kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            passed = forward(interpreter, program.inputs, entering, lambda node: 0, grad=True, defer=defer)
+        assert _held_bytes(kept) == need.saved_bytes
+        entering = [output.detach() for output in passed.outputs if isinstance(output, Tensor)]

@@ -88,7 +88,7 @@ def test_older_steps_are_on_the_shelf_and_come_back_whole(file):
     log = StepLog(3, 1 << 30, shelf)
     records = [committed(log, step) for step in range(5)]
     assert log.steps() == [2, 3, 4]
-    assert log.committed(4) is records[4]
+    assert log.committed(4).before.weights["w"] is records[4].before.weights["w"]
     found = log.committed(2)
     assert torch.equal(found.before.weights["w"], torch.full((32,), 2.0))
     assert torch.equal(found.before.optimizer["w/m"], torch.full((32,), -2.0))
@@ -120,3 +120,39 @@ def test_where_the_shelf_is_full_nothing_is_lost_and_no_memory_is_lent(file):
         assert torch.equal(found.before.weights["w"], torch.full((32,), float(step)))
         assert torch.equal(found.before.optimizer["w/m"], torch.full((32,), -float(step)))
     assert not isinstance(log.committed(3).gradient["w"], Shelved)
+
+
+def test_a_shelved_step_lends_its_gradient_but_for_sums_that_others_were_sent(file):
+    log = StepLog(3, 1 << 30, Shelf(file.fileno(), 1 << 20))
+    record = committed(log, 0)
+    record.gradient["tied"] = torch.ones(8)
+    record.sent_sums = {1: {"tied": record.gradient["tied"]}}
+    gradient = record.gradient["w"]
+    lent = log.shelve(0)
+    assert list(lent) == ["w"]
+    assert lent["w"] is gradient
+    lent["w"].zero_()
+    assert torch.equal(log.committed(0).gradient["w"], torch.full((32,), 10.0))
+    assert log.shelve(0) == {}
+
+
+def test_a_copy_of_a_state_takes_room_until_it_is_given_up_or_its_step_is_dropped(file):
+    shelf = Shelf(file.fileno(), 1 << 20)
+    log = StepLog(3, 1 << 30, shelf)
+    free = shelf.free_bytes
+    copy = log.copy({"w": torch.ones(32)}, {"w/m": torch.zeros(32)})
+    assert copy.is_all(Shelved)
+    assert shelf.free_bytes < free
+    log.give_up(copy)
+    assert shelf.free_bytes == free
+    log.open.before = log.copy({"w": torch.ones(32)}, {})
+    log.commit(1)
+    assert torch.equal(log.committed(0).before.weights["w"], torch.ones(32))
+    log.close()
+    assert shelf.free_bytes == free
+
+
+def test_where_a_copy_does_not_fit_none_is_made_and_no_room_is_lost(file):
+    shelf = Shelf(file.fileno(), 256)
+    assert StepLog(3, 1 << 30, shelf).copy({"a": torch.ones(32), "b": torch.ones(64)}, {}) is None
+    assert shelf.free_bytes == 256
