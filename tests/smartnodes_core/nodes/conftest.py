@@ -359,9 +359,8 @@ class Net:
         """Every stage works and commits to these steps."""
         for step in steps:
             for stage in range(job.record.num_stages):
-                self.user.role.call(
-                    StageOfJob(job, stage, 0), "work", {"step": step, "num_units": num_units}, timeout_s=40
-                )
+                params = {"step": step, "num_units": num_units}
+                self.user.role.begin_call(StageOfJob(job, stage, 0), "work", params, timeout_s=40).result()
 
     def audited(self, validator: Citizen, job: Job) -> Any:
         return validator.role.audits.jobs.get(job.id)

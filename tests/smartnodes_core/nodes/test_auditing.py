@@ -504,7 +504,7 @@ def test_closing_a_job_waits_for_its_audits(net, eventually):
     eventually(lambda: net.everyone_has(8, job))
     eventually(lambda: not net.workers[0].handler.stages)
     with pytest.raises(JobError):
-        net.user.role.call(StageOfJob(job, 0, 0), "work", {}, timeout_s=5)
+        net.user.role.begin_call(StageOfJob(job, 0, 0), "work", {}, timeout_s=5).result()
 
 
 def test_a_validator_whose_hash_chain_is_used_up_says_so_and_lists_no_more(net, eventually, caplog):
