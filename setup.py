@@ -48,6 +48,7 @@ setup(
             "types-requests",
             "psutil",
             "transformers>=5",
+            "z3-solver",
         ],
     },
     entry_points={

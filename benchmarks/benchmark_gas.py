@@ -1,125 +1,143 @@
-"""Gas of rounds and claims on the embedded chain, beside the figures of the original Smartnodes contracts (v2).
+"""Gas of rounds and claims, beside the figures of the original Smartnodes contracts (v2).
 
-`python benchmarks/benchmark_gas.py [--workers 1000] [--validators 3]`. The round changes every worker's reputation,
-sets a new rewards root and mints; it is measured in the steady state, when the storage it writes has been written
-before.
+`python benchmarks/benchmark_gas.py [--most-workers 10000]`. A round changes every worker's reputation, sets a new
+rewards root and mints; it is carried by a quorum, and measured in the steady state, when the storage it writes has been
+written before. The contracts run in this process (py-evm, cancun): any chain of that fork charges the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import time
-import urllib.request
 from collections.abc import Sequence
+from typing import Any
 
-from smartnodes_core.chain.client import ChainClient
-from smartnodes_core.chain.deploy import deploy
-from smartnodes_core.chain.devnet.accounts import devnet_key
-from smartnodes_core.chain.devnet.launcher import DevnetProcess
-from smartnodes_core.chain.gateway import Gateway
+from smartnodes_core.chain.devnet.direct import Direct
 from smartnodes_core.chain.merkle import RewardTree
 from smartnodes_core.chain.packing import pack_reputations
-from smartnodes_core.chain.settings import SNO, Addresses, ChainSettings
-from smartnodes_core.chain.signing import address_of, checksum, sign_digest
+from smartnodes_core.chain.proposal import NO_HASH, UNCAPPED, Domain, Payment, Settlement
+from smartnodes_core.chain.settings import SNO, ChainSettings
+from smartnodes_core.chain.signing import address_of, sign_digest
 from smartnodes_core.chain.votes import in_order
-from smartnodes_core.rounds import RoundProposal
+from smartnodes_core.rounds import RoundProposal, quorum
 
 NETWORK = 1
-ORIGINAL = {("round", 3): 599_000, ("round", 50): 3_147_000, ("claim", 3): 123_000}
+START_S = 1_700_000_000
+KEPT_ROOTS = 64
+WORKER, VALIDATOR = 2, 3
+ORIGINAL_ROUND = {3: 599_000, 50: 3_147_000}
+ORIGINAL_CLAIM = 123_000
+LIMITS = {3: 320_000, 50: 520_000}
+CLAIM_LIMIT = 60_000
 
 
 class Measured:
-    """A network with `num_validators`, and `num_workers` whose keys nobody needs."""
+    """A network whose storage is warm: every kept root was set once."""
 
-    def __init__(self, url: str, num_validators: int, num_workers: int):
-        self.keys = [devnet_key(i) for i in range(num_validators)]
-        genesis = {address_of(key): 1_000_000 * SNO for key in self.keys}
-        self.settings = ChainSettings(round_interval_s=600, claim_delay_s=600, genesis=genesis)
-        self.url = url
-        self.addresses: Addresses = deploy(url, devnet_key(63), self.settings)
-        self.chain = ChainClient(url, self.addresses, self.keys[0])
-        for i, key in enumerate(self.keys):
-            ChainClient(url, self.addresses, key).register("validator", hashlib.sha256(b"%d" % i).digest(), NETWORK)
-        self.num_workers = num_workers
+    def __init__(self, num_validators: int, num_workers: int):
+        self.keys = [hashlib.sha256(b"validator %d" % i).digest() for i in range(num_validators)]
+        self.accounts = [address_of(key) for key in self.keys]
         self.workers = [hashlib.sha256(b"worker %d" % i).digest()[:20] for i in range(num_workers)]
-        self.gateway = Gateway(url, self.keys[0])
-        self.rounds = self.gateway.contract("Rounds", self.addresses.rounds).functions
-        self._register_workers()
+        genesis = {account: 2_000_000 * SNO for account in self.accounts}
+        self.direct = Direct(ChainSettings(claim_delay_s=600, kappa_bps=UNCAPPED, genesis=genesis), START_S)
+        self.domain = Domain(31337, self.direct.addresses["Rounds"])
+        self.number, self.previous, self.earned_wei = 0, NO_HASH, 0
+        for account in self.accounts:
+            for contract in ("Registry", "Escrow"):
+                self.direct.send(account, "SNO", "approve", self.direct.addresses[contract], 2**255)
+            self.register(account, VALIDATOR)
+        for worker in self.workers:
+            self.register(worker, WORKER)
+        self.registration_gas = self.direct.gas_used
+        for number in range(KEPT_ROOTS):
+            self.round(num_validators, rewards_root=hashlib.sha256(b"%d" % number).digest())
 
-    def _register_workers(self) -> None:
-        """Each from a throw-away account that gets just enough coins for its gas."""
-        for i in range(self.num_workers):
-            key = hashlib.sha256(b"worker key %d" % i).digest()
-            self.gateway.send("fund", checksum(address_of(key)), "0x", value=10**16)
-            gateway = Gateway(self.url, key)
-            registry = gateway.contract("Registry", self.addresses.registry).functions
-            gateway.transact(registry.register(2, hashlib.sha256(key).digest(), NETWORK))
+    def register(self, account: bytes, role: int) -> None:
+        self.direct.send(account, "Registry", "register", role, hashlib.sha256(account).digest(), NETWORK)
 
-    def pass_time(self, seconds: int) -> None:
-        body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "evm_increaseTime", "params": [seconds]}).encode()
-        urllib.request.urlopen(self.url, body, timeout=10).close()
+    def round(self, num_signers: int, **content: Any) -> int:
+        """The gas of a round with this content."""
+        self.direct.now_s += 600
+        self.number += 1
+        proposal = RoundProposal(NETWORK, self.number, 0, self.previous, self.direct.now_s, **content)
+        self.previous = self.domain.digest(proposal)
+        signatures = [sign_digest(key, self.previous) for key in self.keys[:num_signers]]
+        packed = b"".join(in_order(self.previous, signatures))
+        self.direct.send(self.accounts[0], "Rounds", "execute", proposal.as_abi(), packed)
+        return self.direct.gas_used
 
-    def round(self, number: int) -> tuple[int, RewardTree]:
-        """Executes a round that changes everything; its gas and its rewards."""
-        self.pass_time(self.settings.round_interval_s)
-        state = self.chain.round_state(NETWORK)
-        wei = self.chain.emission_wei(NETWORK, state.chain_time_s) // max(1, self.num_workers)
-        tree = RewardTree(
-            self.chain.chain_id, self.addresses.rounds, NETWORK, dict.fromkeys(self.workers, wei * number)
-        )
-        first = len(self.keys)
-        scores = {first + i: 1 + (number * 7 + i) % 250 for i in range(self.num_workers)}
-        proposal = RoundProposal(
-            NETWORK,
-            state.number + 1,
-            0,
-            state.previous_hash,
-            state.chain_time_s,
-            pack_reputations(scores),
-            tree.root,
-            wei * self.num_workers,
+    def full_round(self, num_signers: int, settlements: Sequence[Settlement] = ()) -> tuple[int, RewardTree]:
+        """A round that changes everything; its gas and its rewards."""
+        wei = self.direct.read("Rounds", "emission", NETWORK, self.direct.now_s + 600) // len(self.workers)
+        self.earned_wei += wei
+        totals = dict.fromkeys(self.workers, self.earned_wei)
+        tree = RewardTree(self.domain.chain_id, self.domain.contract, NETWORK, totals)
+        scores = {len(self.keys) + i: 1 + (self.number * 7 + i) % 250 for i in range(len(self.workers))}
+        used = self.round(
+            num_signers,
+            reputations=pack_reputations(scores),
+            rewards_root=tree.root,
+            allotment_wei=wei * len(self.workers),
+            settlements=tuple(settlements),
             evidence_root=b"e" * 32,
         )
-        digest = self.chain.proposal_digest(proposal)
-        signatures = in_order(digest, [sign_digest(key, digest) for key in self.keys])
-        receipt = self.gateway.transact(self.rounds.execute(proposal.as_abi(), b"".join(signatures)))
-        return int(receipt["gasUsed"]), tree
+        return used, tree
 
-    def claim(self, number: int, tree: RewardTree) -> int:
+    def claim(self, tree: RewardTree) -> int:
         account = self.workers[0]
-        function = self.rounds.claim(
-            NETWORK, number, checksum(account), tree.totals_wei[account], list(tree.proof(account))
-        )
-        return int(self.gateway.transact(function)["gasUsed"])
+        total, proof = tree.totals_wei[account], list(tree.proof(account))
+        self.direct.now_s += 600
+        self.direct.send(account, "Rounds", "claim", NETWORK, self.number, account, total, proof)
+        return self.direct.gas_used
+
+    def jobs(self, count: int) -> list[Settlement]:
+        """Payments of `count` jobs of one user to one worker each."""
+        payer, jobs = self.accounts[0], [hashlib.sha256(b"job %d" % i).digest() for i in range(count)]
+        for job in jobs:
+            self.direct.send(payer, "Escrow", "deposit", NETWORK, job, SNO, self.direct.now_s + 10**7)
+        escrows = sorted(self.direct.read("Escrow", "escrowIdOf", NETWORK, payer, job) for job in jobs)
+        return [
+            Settlement(escrow, 0, (Payment(self.workers[i % len(self.workers)], SNO // 10),))
+            for i, escrow in enumerate(escrows)
+        ]
 
 
-def measure(num_validators: int, num_workers: int) -> dict[str, int]:
-    with DevnetProcess() as devnet:
-        network = Measured(devnet.url, num_validators, num_workers)
-        first, tree = network.round(1)
-        network.pass_time(600)
-        first_claim = network.claim(1, tree)
-        gas = {"first round": first, "first claim": first_claim}
-        for number in range(2, 67):  # the ring of roots is full from round 65 on
-            used, tree = network.round(number)
-        network.pass_time(600)
-        return gas | {"round": used, "claim": network.claim(66, tree)}
+def show(what: str, used: int, limit: int = 0, original: int = 0) -> None:
+    beside = f"   at most {limit:9,}" if limit else ""
+    print(f"  {what:52} {used:10,}{beside}" + (f"   original {original:9,}" if original else ""), flush=True)
+
+
+def measure_workers(num_validators: int, num_workers: int) -> Measured:
+    network = Measured(num_validators, num_workers)
+    needed = quorum(num_validators)
+    _, tree = network.full_round(needed)
+    first_claim = network.claim(tree)
+    used, tree = network.full_round(needed)
+    whole = num_workers == 1000
+    what = f"round, {num_validators} validators ({needed} sign), {num_workers:,} workers"
+    show(what, used, LIMITS.get(num_validators, 0) * whole, ORIGINAL_ROUND.get(num_validators, 0) * whole)
+    show("  claim, first", first_claim)
+    show("  claim, repeated", network.claim(tree), CLAIM_LIMIT, ORIGINAL_CLAIM)
+    return network
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workers", type=int, default=1000)
-    parser.add_argument("--validators", type=int, default=3)
+    parser.add_argument("--most-workers", type=int, default=10_000)
     options = parser.parse_args(arguments)
     began = time.monotonic()
-    gas = measure(options.validators, options.workers)
-    print(f"{options.validators} validators, {options.workers} workers, every reputation changed:")
-    for name, used in gas.items():
-        original = ORIGINAL.get((name, options.validators))
-        print(f"  {name:12} {used:9,} gas" + (f"   (original {original:,})" if original else ""))
-    print(f"  measured in {time.monotonic() - began:.0f} s on the embedded chain (py-evm, cancun)")
+    print("Gas, every worker's reputation changed:")
+    network = measure_workers(50, min(1000, options.most_workers))
+    show("  the same signed by all 50", network.full_round(50)[0])
+    show("registration of a worker", network.registration_gas)
+    for num_workers in [count for count in (1, 10, 100, 1000, 10_000) if count <= options.most_workers]:
+        network = measure_workers(3, num_workers)
+        if num_workers == 1000:
+            show("  the same with as many jobs settled: 1", network.full_round(3, network.jobs(1))[0])
+            show("  10", network.full_round(3, network.jobs(10))[0])
+            show("  100", network.full_round(3, network.jobs(100))[0])
+    print(f"measured in {time.monotonic() - began:.0f} s (py-evm in process, cancun)")
 
 
 if __name__ == "__main__":

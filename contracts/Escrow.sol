@@ -3,11 +3,16 @@ pragma solidity ^0.8.30;
 
 import {SafeERC20} from "@openzeppelin/contracts/token/ERC20/utils/SafeERC20.sol";
 import {IEscrow} from "./interfaces/IEscrow.sol";
+import {IRounds} from "./interfaces/IRounds.sol";
 import {ISNO} from "./interfaces/ISNO.sol";
 
 /// @title Escrow of jobs: see IEscrow. Payments are pulled, so that no receiver can stop a round.
 contract Escrow is IEscrow {
     using SafeERC20 for ISNO;
+
+    /// @notice Without a round for this long nobody has to wait for one any more.
+    uint256 public constant SILENCE = 7 days;
+    uint256 private constant ALL_BPS = 10_000;
 
     ISNO public immutable sno;
     address public immutable rounds;
@@ -18,6 +23,8 @@ contract Escrow is IEscrow {
     mapping(bytes32 escrowId => Account) public accounts;
     /// @inheritdoc IEscrow
     mapping(address account => uint256) public credits;
+    /// @inheritdoc IEscrow
+    mapping(address account => uint256) public coinCredits;
 
     constructor(ISNO sno_, uint64 disputeWindow_) {
         sno = sno_;
@@ -25,37 +32,25 @@ contract Escrow is IEscrow {
         disputeWindow = disputeWindow_;
     }
 
+    // -- by users ------------------------------------------------------------------------------------------------------
+
     /// @inheritdoc IEscrow
     function escrowIdOf(uint32 networkId, address payer, bytes32 jobId) public pure returns (bytes32) {
         return keccak256(abi.encode(networkId, payer, jobId));
     }
 
     /// @inheritdoc IEscrow
-    function deposit(uint32 networkId, bytes32 jobId, uint256 amount, uint64 deadline)
+    function deposit(uint32 networkId, bytes32 jobId, uint256 amount, uint40 deadline)
         external
         returns (bytes32 escrowId)
     {
-        if (amount == 0) revert NothingDeposited();
-        if (deadline <= block.timestamp) revert DeadlineTooEarly(deadline, block.timestamp + 1);
-        escrowId = escrowIdOf(networkId, msg.sender, jobId);
-        Account storage account = accounts[escrowId];
-        account.payer = msg.sender;
-        account.networkId = networkId;
-        if (deadline > account.deadline) account.deadline = deadline;
-        account.deposited += amount;
-        account.remaining += amount;
-        emit Deposited(networkId, escrowId, msg.sender, jobId, amount);
+        escrowId = _deposit(networkId, jobId, amount, deadline, false);
         sno.safeTransferFrom(msg.sender, address(this), amount);
     }
 
     /// @inheritdoc IEscrow
-    function settle(uint32 networkId, Settlement[] calldata settlements) external {
-        if (msg.sender != rounds) revert OnlyRounds(msg.sender);
-        uint256 fees = 0;
-        for (uint256 i = 0; i < settlements.length; ++i) {
-            fees += _settle(networkId, settlements[i]);
-        }
-        if (fees != 0) sno.burn(fees);
+    function depositCoin(uint32 networkId, bytes32 jobId, uint40 deadline) external payable returns (bytes32) {
+        return _deposit(networkId, jobId, msg.value, deadline, true);
     }
 
     /// @inheritdoc IEscrow
@@ -63,10 +58,12 @@ contract Escrow is IEscrow {
         Account storage account = accounts[escrowId];
         if (account.payer == address(0)) revert UnknownEscrow(escrowId);
         uint256 until = account.deadline + disputeWindow;
+        uint256 silent = IRounds(rounds).executedAt(account.networkId) + SILENCE;
+        if (silent < until) until = silent;
         if (block.timestamp <= until) revert NotYetRefundable(until);
         uint256 amount = account.remaining;
         account.remaining = 0;
-        _credit(account.payer, amount);
+        _credit(account.payer, amount, account.inCoin);
         emit Refunded(escrowId, amount);
     }
 
@@ -79,30 +76,89 @@ contract Escrow is IEscrow {
         sno.safeTransfer(account, amount);
     }
 
-    /// Moves one settlement and returns its fee, which the caller burns.
-    function _settle(uint32 networkId, Settlement calldata settlement) private returns (uint256) {
-        Account storage account = accounts[settlement.escrowId];
-        uint256 paid = 0;
-        for (uint256 i = 0; i < settlement.payments.length; ++i) {
-            paid += settlement.payments[i].amount;
+    /// @inheritdoc IEscrow
+    function withdrawCoin(address payable to) external {
+        uint256 amount = coinCredits[msg.sender];
+        if (amount == 0) revert NothingToWithdraw(msg.sender);
+        if (to == address(0)) revert ReceiverRefused(to);
+        coinCredits[msg.sender] = 0;
+        emit CoinWithdrawn(msg.sender, to, amount);
+        (bool sent,) = to.call{value: amount}("");
+        if (!sent) revert ReceiverRefused(to);
+    }
+
+    // -- by rounds -----------------------------------------------------------------------------------------------------
+
+    /// @inheritdoc IEscrow
+    function settle(uint32 networkId, Settlement[] calldata settlements, uint256 feeBps)
+        external
+        returns (uint256 fees)
+    {
+        if (msg.sender != rounds) revert OnlyRounds(msg.sender);
+        for (uint256 i = 0; i < settlements.length; ++i) {
+            fees += _settle(networkId, settlements[i], feeBps);
         }
-        uint256 wanted = paid + settlement.fee + settlement.refund;
-        if (account.networkId != networkId || wanted > account.remaining) {
+        if (fees != 0) sno.burn(fees);
+    }
+
+    // -- inside --------------------------------------------------------------------------------------------------------
+
+    function _deposit(uint32 networkId, bytes32 jobId, uint256 amount, uint40 deadline, bool inCoin)
+        private
+        returns (bytes32 escrowId)
+    {
+        if (amount == 0) revert NothingDeposited();
+        if (deadline <= block.timestamp) revert DeadlineTooEarly(deadline, block.timestamp + 1);
+        escrowId = escrowIdOf(networkId, msg.sender, jobId);
+        Account storage account = accounts[escrowId];
+        if (account.deposited != 0 && account.inCoin != inCoin) revert OtherCurrency(escrowId);
+        account.payer = msg.sender;
+        account.networkId = networkId;
+        account.inCoin = inCoin;
+        if (deadline > account.deadline) account.deadline = deadline;
+        account.deposited += amount;
+        account.remaining += amount;
+        emit Deposited(networkId, escrowId, msg.sender, jobId, amount, inCoin);
+    }
+
+    /// Moves one settlement and returns its fee in SNO, which the caller burns.
+    function _settle(uint32 networkId, Settlement calldata settlement, uint256 feeBps) private returns (uint256 fee) {
+        Account storage account = accounts[settlement.escrowId];
+        (uint256 paid, bool fits) = _sum(settlement.payments, settlement.refund, account.remaining);
+        bool inCoin = account.inCoin;
+        // Rounded up: no series of small payments goes without a fee.
+        if (fits && !inCoin) fee = (paid * feeBps + ALL_BPS - 1) / ALL_BPS;
+        uint256 wanted = paid + fee + settlement.refund;
+        if (account.networkId != networkId || !fits || wanted > account.remaining) {
             emit SettlementSkipped(settlement.escrowId, wanted, account.remaining);
             return 0;
         }
         account.remaining -= wanted;
         for (uint256 i = 0; i < settlement.payments.length; ++i) {
-            _credit(settlement.payments[i].to, settlement.payments[i].amount);
+            _credit(settlement.payments[i].to, settlement.payments[i].amount, inCoin);
         }
-        _credit(account.payer, settlement.refund);
-        emit Settled(settlement.escrowId, paid, settlement.fee, settlement.refund);
-        return settlement.fee;
+        _credit(account.payer, settlement.refund, inCoin);
+        emit Settled(settlement.escrowId, paid, fee, settlement.refund);
     }
 
-    function _credit(address to, uint256 amount) private {
+    /// The payments' sum, and whether it and `refunded` are within `limit`. Amounts that would overflow must not revert.
+    function _sum(Payment[] calldata payments, uint256 refunded, uint256 limit)
+        private
+        pure
+        returns (uint256 paid, bool fits)
+    {
+        if (refunded > limit) return (0, false);
+        for (uint256 i = 0; i < payments.length; ++i) {
+            if (payments[i].amount > limit - refunded - paid) return (0, false);
+            paid += payments[i].amount;
+        }
+        return (paid, true);
+    }
+
+    function _credit(address to, uint256 amount, bool inCoin) private {
         if (amount == 0) return;
-        credits[to] += amount;
-        emit Credited(to, amount);
+        if (inCoin) coinCredits[to] += amount;
+        else credits[to] += amount;
+        emit Credited(to, amount, inCoin);
     }
 }

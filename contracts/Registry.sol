@@ -4,6 +4,8 @@ pragma solidity ^0.8.30;
 import {SafeERC20} from "@openzeppelin/contracts/token/ERC20/utils/SafeERC20.sol";
 import {IRegistry} from "./interfaces/IRegistry.sol";
 import {ISNO} from "./interfaces/ISNO.sol";
+import {AddressList} from "./libraries/AddressList.sol";
+import {Quorum} from "./libraries/Quorum.sol";
 import {ReputationUpdates} from "./libraries/ReputationUpdates.sol";
 
 /// @title Members of all networks: see IRegistry. No owner: what is not fixed at construction is decided by rounds.
@@ -21,27 +23,48 @@ contract Registry is IRegistry {
     struct Entry {
         address account;
         Role role;
-        uint64 exitAt; // when the exit was requested; 0: taking part
-        uint128 stake;
+        uint40 exitAt; // when the exit was requested; 0: taking part
         bool away; // exited and withdrawn
+        bool verified; // a round has verified that the node key is this account's
+        bool convicted; // of equivocation: its stake is burned with the next round
+        uint128 stake;
+        uint32 capability;
         bytes32 keyHash;
         bytes32 tip;
     }
 
-    struct Network {
+    /// What every round reads, in one word.
+    struct Header {
         bool open;
-        bool started; // a round was executed: from now on validators join with the next round
-        Entry[] entries;
-        address[] epoch; // validators that count now
-        address[] joining; // validators that count from the next round on
+        bool started; // a round was executed: from now on members come in by rounds only
+        uint32 total; // members
+        uint16 condemned; // entries of `condemned` whose stake is still to be burned
+        address epoch; // the validators that count now: see AddressList.sol
+    }
+
+    /// The epoch in memory: read when it is first asked for, stored once where it has changed.
+    struct Epoch {
+        bool loaded;
+        bool changed;
+        address[] list;
+    }
+
+    /// Reputations of 32 members.
+    struct Lanes {
+        uint256 packed;
+    }
+
+    struct Network {
+        Header header;
+        mapping(uint256 index => Entry) entries;
+        mapping(uint256 place => uint256 index) condemned;
         mapping(address account => uint256 indexPlusOne) indexOf;
         mapping(bytes32 keyHash => uint256 indexPlusOne) ownerOf;
-        mapping(address account => uint256 placePlusOne) epochPlace;
-        mapping(uint256 word => uint256 lanes) reputations;
+        mapping(uint256 word => Lanes) reputations;
     }
 
     uint8 private constant NEWCOMER = 1;
-    uint256 private constant MAX_JOINERS = 16;
+    uint256 private constant MAX_BURNS = 16;
 
     ISNO public immutable sno;
     address public immutable rounds;
@@ -72,18 +95,27 @@ contract Registry is IRegistry {
     /// @inheritdoc IRegistry
     function register(Role role, bytes32 keyHash, uint32 networkId) external returns (uint32 index) {
         Network storage network = _networks[networkId];
-        if (!network.open) revert UnknownNetwork(networkId);
+        if (!network.header.open) revert UnknownNetwork(networkId);
+        if (keyHash == bytes32(0)) revert ZeroKey();
         uint256 stake = stakeOf(role);
-        index = _bind(network, keyHash);
+        index = _enter(network);
         Entry storage entry = network.entries[index];
         entry.role = role;
         entry.stake = uint128(stake);
+        entry.keyHash = keyHash;
         emit Registered(networkId, msg.sender, role, index, keyHash, stake);
-        if (role == Role.Validator) {
-            // A joiner raises the quorum: were it counted at once, it could void signatures that are being collected.
-            // Before the first round there are none, and the genesis validators make up the first epoch.
-            if (network.started) network.joining.push(msg.sender);
-            else _joinEpoch(networkId, network, msg.sender);
+        uint256 owner = network.ownerOf[keyHash];
+        if (owner == 0 && !network.header.started) {
+            // Nobody can verify before the first round, and the genesis validators make up the first epoch. A key taken
+            // here without right goes to its owner as soon as a round verifies it.
+            network.ownerOf[keyHash] = uint256(index) + 1;
+            if (role == Role.Validator) {
+                Epoch memory epoch;
+                _join(networkId, network, epoch, msg.sender);
+                _store(network, epoch);
+            }
+        } else if (owner != 0 && network.entries[owner - 1].verified) {
+            revert KeyTaken(keyHash, network.entries[owner - 1].account);
         }
         if (stake != 0) sno.safeTransferFrom(msg.sender, address(this), stake);
     }
@@ -93,8 +125,8 @@ contract Registry is IRegistry {
         Network storage network = _networks[networkId];
         Entry storage entry = _own(network);
         if (entry.away) revert NotRegistered(msg.sender);
-        if (entry.exitAt == 0) entry.exitAt = uint64(block.timestamp);
-        _leaveEpoch(networkId, network, msg.sender);
+        if (entry.exitAt == 0) entry.exitAt = uint40(block.timestamp);
+        _leaveNow(networkId, network, msg.sender);
         emit ExitRequested(networkId, msg.sender, entry.exitAt + exitDelay);
     }
 
@@ -105,6 +137,7 @@ contract Registry is IRegistry {
         uint256 until = entry.exitAt + exitDelay;
         if (block.timestamp < until) revert StakeLocked(until);
         uint256 amount = entry.stake;
+        if (entry.convicted && amount != 0) revert Convicted(msg.sender);
         entry.stake = 0;
         entry.away = true;
         emit Withdrawn(networkId, msg.sender, amount);
@@ -124,79 +157,84 @@ contract Registry is IRegistry {
 
     /// @inheritdoc IRegistry
     function openNetwork(uint32 networkId) external onlyRounds {
-        _networks[networkId].open = true;
+        _networks[networkId].header.open = true;
     }
 
     /// @inheritdoc IRegistry
-    function applyReputations(uint32 networkId, bytes calldata updates) external onlyRounds {
+    function applyRound(
+        uint32 networkId,
+        bytes calldata reputations,
+        Admission[] calldata admissions,
+        Slash[] calldata slashes
+    ) external onlyRounds {
         Network storage network = _networks[networkId];
-        uint256 total = network.entries.length;
-        uint256 offset = 0;
-        while (offset < updates.length) {
-            (uint256 word, uint256 mask, uint256 next) = ReputationUpdates.read(updates, offset);
-            if (next == 0 || !ReputationUpdates.within(word, mask, total)) revert BadReputationUpdate(offset);
-            (uint256 lanes, uint256 zeroed) = ReputationUpdates.merge(network.reputations[word], updates, next, mask);
-            network.reputations[word] = lanes;
-            if (zeroed != 0) _cutOff(networkId, network, word, zeroed);
-            offset = next;
-        }
-        if (offset != 0) emit ReputationsUpdated(networkId, updates);
-    }
-
-    /// @inheritdoc IRegistry
-    function slash(uint32 networkId, Slash[] calldata slashes) external onlyRounds {
-        Network storage network = _networks[networkId];
+        Epoch memory epoch;
+        if (!network.header.started) network.header.started = true;
+        if (reputations.length != 0) _applyReputations(networkId, network, epoch, reputations);
         uint256 burned = 0;
+        if (network.header.condemned != 0) burned = _burnCondemned(networkId, network, epoch);
         for (uint256 i = 0; i < slashes.length; ++i) {
             // A member unknown or withdrawn since the signatures were given must not block the round: it loses nothing.
-            if (slashes[i].index >= network.entries.length) continue;
-            Entry storage entry = network.entries[slashes[i].index];
-            uint256 amount = slashes[i].amount < entry.stake ? slashes[i].amount : entry.stake;
-            entry.stake -= uint128(amount);
-            burned += amount;
-            if (entry.stake < stakeOf(entry.role)) _leaveEpoch(networkId, network, entry.account);
-            emit Slashed(networkId, entry.account, amount);
+            if (slashes[i].index >= network.header.total) continue;
+            burned += _slash(networkId, network, epoch, slashes[i].index, slashes[i].amount);
         }
+        for (uint256 i = 0; i < admissions.length; ++i) {
+            if (admissions[i].index < network.header.total) _admit(networkId, network, epoch, admissions[i]);
+        }
+        _store(network, epoch);
         if (burned != 0) sno.burn(burned);
     }
 
     /// @inheritdoc IRegistry
-    function startEpoch(uint32 networkId) external onlyRounds {
+    function convict(uint32 networkId, address account) external onlyRounds {
         Network storage network = _networks[networkId];
-        if (!network.started) network.started = true;
-        uint256 length = network.joining.length;
-        if (length == 0) return;
-        // Capped, so that no crowd of joiners can make a round too dear to execute; the rest joins with the next rounds.
-        uint256 end = length > MAX_JOINERS ? length - MAX_JOINERS : 0;
-        while (length > end) {
-            address account = network.joining[--length];
-            network.joining.pop();
-            uint256 index = network.indexOf[account] - 1;
-            if (network.entries[index].role != Role.Validator || !_inGoodStanding(network, index)) continue;
-            _joinEpoch(networkId, network, account);
-        }
+        uint256 indexPlusOne = network.indexOf[account];
+        if (indexPlusOne == 0) revert NotRegistered(account);
+        Entry storage entry = network.entries[indexPlusOne - 1];
+        if (entry.role != Role.Validator || entry.away) revert NotAValidator(account);
+        if (entry.convicted) revert Convicted(account);
+        entry.convicted = true;
+        network.condemned[network.header.condemned++] = indexPlusOne - 1;
+        network.reputations[(indexPlusOne - 1) / 32].packed &= ~(uint256(0xff) << (((indexPlusOne - 1) % 32) * 8));
+        _leaveNow(networkId, network, account);
+        emit EquivocationProven(networkId, account);
     }
 
     // -- views ---------------------------------------------------------------------------------------------------------
 
     /// @inheritdoc IRegistry
-    function liveAmong(uint32 networkId, address[] memory accounts)
+    function liveSigners(uint32 networkId, bytes32 digest, bytes calldata signatures)
         external
         view
-        returns (uint256 count, address[] memory signers, uint256 total)
+        returns (bytes memory signers, uint256 found, uint256 live)
     {
-        Network storage network = _networks[networkId];
-        signers = accounts;
-        for (uint256 i = 0; i < accounts.length; ++i) {
-            if (network.epochPlace[accounts[i]] == 0) continue;
-            signers[count++] = accounts[i];
+        address[] memory epoch = AddressList.load(_networks[networkId].header.epoch);
+        live = epoch.length;
+        uint256 count = Quorum.count(signatures);
+        signers = new bytes(count * Quorum.ADDRESS_BYTES);
+        uint256 place = 0;
+        address last = address(0);
+        unchecked {
+            for (uint256 i = 0; i < count; ++i) {
+                address signer = Quorum.recover(digest, signatures, i);
+                if (signer <= last) revert Quorum.SignersNotAscending(i); // so they are distinct
+                last = signer;
+                while (place < live && epoch[place] < signer) ++place;
+                if (place == live || epoch[place] != signer) continue;
+                Quorum.put(signers, found++, signer);
+            }
         }
-        total = network.epoch.length;
+        Quorum.cut(signers, found);
+    }
+
+    /// @inheritdoc IRegistry
+    function isLiveValidator(uint32 networkId, address account) external view returns (bool) {
+        return AddressList.contains(AddressList.load(_networks[networkId].header.epoch), account);
     }
 
     /// @inheritdoc IRegistry
     function validators(uint32 networkId) external view returns (address[] memory) {
-        return _networks[networkId].epoch;
+        return AddressList.load(_networks[networkId].header.epoch);
     }
 
     /// @inheritdoc IRegistry
@@ -206,12 +244,13 @@ contract Registry is IRegistry {
         returns (Member[] memory page, uint256 total)
     {
         Network storage network = _networks[networkId];
-        total = network.entries.length;
+        total = network.header.total;
         if (from > total) from = total;
         if (count > total - from) count = total - from;
         page = new Member[](count);
+        address[] memory epoch = AddressList.load(network.header.epoch);
         for (uint256 i = 0; i < count; ++i) {
-            page[i] = _member(network, from + i);
+            page[i] = _member(network, epoch, from + i);
         }
     }
 
@@ -219,7 +258,7 @@ contract Registry is IRegistry {
     function memberOf(uint32 networkId, address account) external view returns (Member memory member) {
         Network storage network = _networks[networkId];
         uint256 indexPlusOne = network.indexOf[account];
-        if (indexPlusOne != 0) member = _member(network, indexPlusOne - 1);
+        if (indexPlusOne != 0) member = _member(network, AddressList.load(network.header.epoch), indexPlusOne - 1);
     }
 
     /// @inheritdoc IRegistry
@@ -244,57 +283,143 @@ contract Registry is IRegistry {
 
     // -- inside --------------------------------------------------------------------------------------------------------
 
-    /// Finds or makes the caller's entry and binds it to `keyHash`; both directions stay one to one.
-    function _bind(Network storage network, bytes32 keyHash) private returns (uint32 index) {
-        if (keyHash == bytes32(0)) revert ZeroKey();
+    /// The caller's entry: a new one, or that of a member who had left, without its key and its admission.
+    function _enter(Network storage network) private returns (uint32 index) {
         uint256 indexPlusOne = network.indexOf[msg.sender];
-        uint256 owner = network.ownerOf[keyHash];
-        if (owner != 0 && owner != indexPlusOne) revert KeyTaken(keyHash, network.entries[owner - 1].account);
         if (indexPlusOne == 0) {
-            network.entries.push();
-            indexPlusOne = network.entries.length;
-            network.indexOf[msg.sender] = indexPlusOne;
-            network.entries[indexPlusOne - 1].account = msg.sender;
-            uint256 shift = ((indexPlusOne - 1) % 32) * 8;
-            network.reputations[(indexPlusOne - 1) / 32] |= uint256(NEWCOMER) << shift;
+            index = network.header.total++;
+            network.indexOf[msg.sender] = uint256(index) + 1;
+            network.entries[index].account = msg.sender;
+            network.reputations[index / 32].packed |= uint256(NEWCOMER) << ((index % 32) * 8);
+            return index;
         }
         index = uint32(indexPlusOne - 1);
         Entry storage entry = network.entries[index];
-        if (entry.role != Role.None) {
-            if (!entry.away) revert AlreadyRegistered(msg.sender);
-            if (_reputation(network, index) == 0) revert Blacklisted(msg.sender);
-            delete network.ownerOf[entry.keyHash];
-            entry.away = false;
-            entry.exitAt = 0;
-            entry.tip = bytes32(0);
-        }
-        entry.keyHash = keyHash;
-        network.ownerOf[keyHash] = indexPlusOne;
+        if (!entry.away) revert AlreadyRegistered(msg.sender);
+        if (_reputation(network, index) == 0) revert Blacklisted(msg.sender);
+        if (network.ownerOf[entry.keyHash] == indexPlusOne) delete network.ownerOf[entry.keyHash];
+        entry.away = entry.verified = false;
+        entry.exitAt = 0;
+        entry.capability = 0;
+        entry.tip = bytes32(0);
     }
 
-    function _cutOff(uint32 networkId, Network storage network, uint256 word, uint256 zeroed) private {
-        for (uint256 lane = 0; lane < 32; ++lane) {
+    /// Binds a member's node key to it, and lets a validator into the epoch. What has changed since the signatures were
+    /// given must not block the round: a member that is gone, or whose key another proved before, is left out.
+    function _admit(
+        uint32 networkId,
+        Network storage network,
+        Epoch memory epoch,
+        Admission calldata admission
+    ) private {
+        uint256 index = admission.index;
+        Entry storage entry = network.entries[index];
+        if (!_isUpright(network, index)) return;
+        uint256 owner = network.ownerOf[entry.keyHash];
+        if (owner != 0 && owner != index + 1) {
+            Entry storage other = network.entries[owner - 1];
+            if (other.verified) return;
+            _leave(networkId, network, epoch, other.account);
+        }
+        network.ownerOf[entry.keyHash] = index + 1;
+        entry.verified = true;
+        entry.capability = admission.capability;
+        if (entry.role == Role.Validator) _join(networkId, network, epoch, entry.account);
+        emit Admitted(networkId, entry.account, index, admission.capability);
+    }
+
+    function _applyReputations(
+        uint32 networkId,
+        Network storage network,
+        Epoch memory epoch,
+        bytes calldata updates
+    ) private {
+        uint256 total = network.header.total;
+        uint256 length = updates.length;
+        if (length % ReputationUpdates.UPDATE_BYTES != 0) revert BadReputationUpdate(length);
+        unchecked {
+            for (uint256 offset = 0; offset < length; offset += ReputationUpdates.UPDATE_BYTES) {
+                (uint256 word, uint256 mask, uint256 lanes) = ReputationUpdates.read(updates, offset);
+                Lanes storage current = network.reputations[word];
+                if (word < total / 32 && ReputationUpdates.isWhole(mask, lanes)) {
+                    current.packed = lanes;
+                    continue;
+                }
+                if (!ReputationUpdates.within(word, mask, total)) revert BadReputationUpdate(offset);
+                bool zeroed;
+                (current.packed, zeroed) = ReputationUpdates.merge(current.packed, mask, lanes);
+                if (zeroed) _cutOff(networkId, network, epoch, word, mask & ~ReputationUpdates.nonZero(lanes));
+            }
+        }
+        emit ReputationsUpdated(networkId, updates);
+    }
+
+    /// The blacklisted leave the epoch at once.
+    function _cutOff(uint32 networkId, Network storage network, Epoch memory epoch, uint256 word, uint256 zeroed)
+        private
+    {
+        for (uint256 lane = 0; zeroed >> lane != 0; ++lane) {
             if (zeroed & (1 << lane) == 0) continue;
-            _leaveEpoch(networkId, network, network.entries[word * 32 + lane].account);
+            _leave(networkId, network, epoch, network.entries[word * 32 + lane].account);
         }
     }
 
-    function _joinEpoch(uint32 networkId, Network storage network, address account) private {
-        if (network.epochPlace[account] != 0) return;
-        network.epoch.push(account);
-        network.epochPlace[account] = network.epoch.length;
+    function _slash(uint32 networkId, Network storage network, Epoch memory epoch, uint256 index, uint256 wanted)
+        private
+        returns (uint256 amount)
+    {
+        Entry storage entry = network.entries[index];
+        amount = wanted < entry.stake ? wanted : entry.stake;
+        entry.stake -= uint128(amount);
+        if (entry.stake < stakeOf(entry.role)) _leave(networkId, network, epoch, entry.account);
+        emit Slashed(networkId, entry.account, amount);
+    }
+
+    /// Capped, so that no crowd of the convicted can make a round too dear to execute; the rest follows.
+    function _burnCondemned(uint32 networkId, Network storage network, Epoch memory epoch)
+        private
+        returns (uint256 burned)
+    {
+        uint16 left = network.header.condemned;
+        for (uint256 i = 0; i < MAX_BURNS && left != 0; ++i) {
+            burned += _slash(networkId, network, epoch, network.condemned[--left], type(uint256).max);
+        }
+        network.header.condemned = left;
+    }
+
+    function _load(Network storage network, Epoch memory epoch) private view {
+        if (epoch.loaded) return;
+        epoch.loaded = true;
+        epoch.list = AddressList.load(network.header.epoch);
+    }
+
+    function _store(Network storage network, Epoch memory epoch) private {
+        if (!epoch.changed) return;
+        network.header.epoch = AddressList.store(epoch.list);
+    }
+
+    function _join(uint32 networkId, Network storage network, Epoch memory epoch, address account) private {
+        _load(network, epoch);
+        (uint256 place, bool found) = AddressList.find(epoch.list, account);
+        if (found) return;
+        epoch.list = AddressList.inserted(epoch.list, place, account);
+        epoch.changed = true;
         emit ValidatorJoined(networkId, account);
     }
 
-    function _leaveEpoch(uint32 networkId, Network storage network, address account) private {
-        uint256 place = network.epochPlace[account];
-        if (place == 0) return;
-        address last = network.epoch[network.epoch.length - 1];
-        network.epoch[place - 1] = last;
-        network.epochPlace[last] = place;
-        network.epoch.pop();
-        delete network.epochPlace[account];
+    function _leave(uint32 networkId, Network storage network, Epoch memory epoch, address account) private {
+        _load(network, epoch);
+        (uint256 place, bool found) = AddressList.find(epoch.list, account);
+        if (!found) return;
+        epoch.list = AddressList.removed(epoch.list, place);
+        epoch.changed = true;
         emit ValidatorLeft(networkId, account);
+    }
+
+    function _leaveNow(uint32 networkId, Network storage network, address account) private {
+        Epoch memory epoch;
+        _leave(networkId, network, epoch, account);
+        _store(network, epoch);
     }
 
     function _own(Network storage network) private view returns (Entry storage) {
@@ -304,16 +429,21 @@ contract Registry is IRegistry {
     }
 
     function _reputation(Network storage network, uint256 index) private view returns (uint8) {
-        return uint8(network.reputations[index / 32] >> ((index % 32) * 8));
+        return uint8(network.reputations[index / 32].packed >> ((index % 32) * 8));
     }
 
-    function _inGoodStanding(Network storage network, uint256 index) private view returns (bool) {
+    /// Taking part, paid for and not blacklisted; whether its key is its own is another question.
+    function _isUpright(Network storage network, uint256 index) private view returns (bool) {
         Entry storage entry = network.entries[index];
-        return entry.exitAt == 0 && !entry.away && entry.stake >= stakeOf(entry.role)
+        return entry.exitAt == 0 && !entry.away && !entry.convicted && entry.stake >= stakeOf(entry.role)
             && _reputation(network, index) != 0;
     }
 
-    function _member(Network storage network, uint256 index) private view returns (Member memory member) {
+    function _member(Network storage network, address[] memory epoch, uint256 index)
+        private
+        view
+        returns (Member memory member)
+    {
         Entry storage entry = network.entries[index];
         member.account = entry.account;
         member.role = entry.role;
@@ -323,8 +453,10 @@ contract Registry is IRegistry {
         member.stake = entry.stake;
         member.keyHash = entry.keyHash;
         member.tip = entry.tip;
+        member.verified = entry.verified;
+        member.capability = entry.capability;
         member.live = entry.role == Role.Validator
-            ? network.epochPlace[entry.account] != 0
-            : _inGoodStanding(network, index);
+            ? AddressList.contains(epoch, entry.account)
+            : network.ownerOf[entry.keyHash] == index + 1 && _isUpright(network, index);
     }
 }

@@ -1,86 +1,54 @@
 // SPDX-License-Identifier: MIT
 pragma solidity ^0.8.30;
 
-import {SafeERC20} from "@openzeppelin/contracts/token/ERC20/utils/SafeERC20.sol";
-import {ECDSA} from "@openzeppelin/contracts/utils/cryptography/ECDSA.sol";
 import {EIP712} from "@openzeppelin/contracts/utils/cryptography/EIP712.sol";
-import {MerkleProof} from "@openzeppelin/contracts/utils/cryptography/MerkleProof.sol";
 import {IEscrow} from "./interfaces/IEscrow.sol";
 import {IRegistry} from "./interfaces/IRegistry.sol";
 import {IRounds} from "./interfaces/IRounds.sol";
 import {ISNO} from "./interfaces/ISNO.sol";
+import {Quorum} from "./libraries/Quorum.sol";
+import {Rewards} from "./Rewards.sol";
 
-/// @title Rounds: see IRounds. Holds the rewards that were minted and not yet claimed.
-contract Rounds is IRounds, EIP712 {
-    using SafeERC20 for ISNO;
-
-    struct Network {
-        uint64 round;
-        uint64 executedAt;
-        uint64 emittedUntil;
-        uint16 shareBps;
-        bool open;
-        bytes32 previousHash;
-        uint128 allotted;
-        uint128 claimed;
-    }
-
-    struct Root {
-        uint64 round;
-        uint64 setAt;
-        bytes32 root;
-    }
-
-    /// @notice Roots kept per network. A claim needs one that is older than the claim delay, while rounds go on.
-    uint256 public constant KEPT_ROOTS = 64;
-    uint256 private constant SIGNATURE_BYTES = 65;
-    uint256 private constant ALL_BPS = 10_000;
-    /// @dev The content is hashed as one ABI encoding of the whole struct: no field can be forgotten in a type string.
+/// @title Rounds: see IRounds. The only account that mints, settles, slashes and admits, and it does what a quorum signed.
+contract Rounds is Rewards, EIP712 {
+    /// @dev The content is hashed as one ABI encoding of the whole struct: no field can be forgotten in a type string, and
+    /// two contents of one place are proven by their hashes alone.
     bytes32 private constant ROUND_TYPEHASH =
         keccak256("Round(uint32 networkId,uint64 round,uint32 viewNumber,bytes32 previousHash,bytes32 content)");
 
-    ISNO public immutable sno;
-    IRegistry public immutable registry;
     IEscrow public immutable escrow;
     address public immutable deployer;
-    uint256 public immutable roundInterval;
-    uint256 public immutable claimDelay;
-
     bool public isSetUp;
-    mapping(uint32 networkId => Network) private _networks;
-    mapping(uint32 networkId => mapping(uint256 place => Root)) private _roots;
-    /// @inheritdoc IRounds
-    mapping(uint32 networkId => mapping(address account => uint256)) public claimedBy;
 
     constructor(ISNO sno_, IRegistry registry_, IEscrow escrow_, Settings memory settings)
         EIP712("Smartnodes Rounds", "1")
+        Rewards(sno_, registry_, settings)
     {
-        if (settings.roundInterval == 0) revert BadSettings();
-        // Or the last final root would be overwritten before the next one becomes final.
-        if (settings.claimDelay > settings.roundInterval * (KEPT_ROOTS / 2)) revert BadSettings();
         // The other three were told this address before it existed: a mistake must not deploy.
         if (sno_.rounds() != address(this)) revert NotWired(address(sno_));
-        sno = sno_;
-        registry = registry_;
+        if (registry_.rounds() != address(this)) revert NotWired(address(registry_));
+        if (escrow_.rounds() != address(this)) revert NotWired(address(escrow_));
+        // A stake must outlast every dispute about what its owner did.
+        if (registry_.exitDelay() <= escrow_.disputeWindow() + settings.claimDelay) revert BadSettings();
         escrow = escrow_;
         deployer = msg.sender;
-        roundInterval = settings.roundInterval;
-        claimDelay = settings.claimDelay;
     }
 
     /// @inheritdoc IRounds
-    function setup(NetworkShare[] calldata networks) external {
+    function setup(NetworkShare[] calldata networks, Parameters calldata parameters) external {
         if (msg.sender != deployer) revert OnlyDeployer(msg.sender);
         if (isSetUp) revert AlreadySetUp();
         isSetUp = true;
+        _checkParameters(parameters);
         uint256 shares = 0;
         for (uint256 i = 0; i < networks.length; ++i) {
             Network storage network = _networks[networks[i].networkId];
             if (network.open) revert BadSettings();
             network.open = true;
             network.shareBps = networks[i].shareBps;
-            network.executedAt = uint64(block.timestamp);
-            network.emittedUntil = uint64(block.timestamp);
+            network.executedAt = uint40(block.timestamp);
+            network.emittedUntil = uint40(block.timestamp);
+            network.parameters = parameters;
             shares += networks[i].shareBps;
             emit NetworkOpened(networks[i].networkId, networks[i].shareBps);
             registry.openNetwork(networks[i].networkId);
@@ -92,78 +60,55 @@ contract Rounds is IRounds, EIP712 {
     function execute(Proposal calldata proposal, bytes calldata signatures) external {
         Network storage network = _networks[proposal.networkId];
         _checkTurn(network, proposal);
-        bytes32 digest = digestOf(proposal);
-        address[] memory signers = _checkQuorum(proposal.networkId, digest, signatures);
-        _allot(network, proposal);
-        network.round = proposal.round;
-        network.executedAt = uint64(block.timestamp);
-        network.emittedUntil = proposal.until;
-        network.previousHash = digest;
-        emit RoundExecuted(
-            proposal.networkId, proposal.round, proposal.viewNumber, digest, proposal.evidenceRoot, signers
-        );
-        if (proposal.jobsCreated.length + proposal.jobsCompleted.length != 0) {
-            emit JobsUpdated(proposal.networkId, proposal.round, proposal.jobsCreated, proposal.jobsCompleted);
+        bytes32 digest = _digestOf(proposal, _start(signatures));
+        bytes memory signers = _checkQuorum(proposal.networkId, digest, signatures);
+        if (network.changing) _changeParameters(proposal.networkId, network);
+        uint256 released = _rule(network, proposal);
+        uint256 fees = 0;
+        if (proposal.settlements.length != 0) {
+            fees = escrow.settle(proposal.networkId, proposal.settlements, network.parameters.feeBps);
         }
-        registry.applyReputations(proposal.networkId, proposal.reputations);
-        if (proposal.slashes.length != 0) registry.slash(proposal.networkId, proposal.slashes);
-        if (proposal.settlements.length != 0) escrow.settle(proposal.networkId, proposal.settlements);
-        registry.startEpoch(proposal.networkId);
+        _allot(network, proposal, fees, released);
+        _advance(network, proposal, digest);
+        registry.applyRound(proposal.networkId, proposal.reputations, proposal.admissions, proposal.slashes);
+        _announce(proposal, digest, signers);
     }
 
     /// @inheritdoc IRounds
-    function claim(uint32 networkId, uint64 round, address account, uint256 total, bytes32[] calldata proof)
-        external
-        returns (uint256 amount)
-    {
-        Root storage root = _roots[networkId][round % KEPT_ROOTS];
-        if (root.round != round || root.root == bytes32(0)) revert NoRoot(round);
-        uint256 until = root.setAt + claimDelay;
-        if (block.timestamp < until) revert ClaimTooEarly(until);
-        bytes32 leaf = keccak256(
-            bytes.concat(keccak256(abi.encode(block.chainid, address(this), networkId, account, total)))
-        );
-        if (!MerkleProof.verifyCalldata(proof, root.root, leaf)) revert BadProof();
-        uint256 before = claimedBy[networkId][account];
-        if (total <= before) return 0;
-        amount = total - before;
-        claimedBy[networkId][account] = total;
-        // One network's quorum cannot reach what was allotted to another.
+    function endorse(uint32 networkId, bytes calldata signatures) external {
         Network storage network = _networks[networkId];
-        if (amount > network.allotted - network.claimed) {
-            revert AllotmentTooLarge(amount, network.allotted - network.claimed);
-        }
-        network.claimed += uint128(amount);
-        emit Claimed(networkId, account, amount, total);
-        sno.safeTransfer(account, amount);
+        if (network.round == 0) revert UnknownNetwork(networkId);
+        uint256 until = network.executedAt + roundInterval;
+        if (block.timestamp >= until) revert EndorsementTooLate(until);
+        (bytes memory signers,,) = registry.liveSigners(networkId, network.previousHash, signatures);
+        emit RoundEndorsed(networkId, network.round, signers);
+    }
+
+    /// @inheritdoc IRounds
+    function proveEquivocation(Place calldata place, bytes32[2] calldata contents, bytes calldata signatures) external {
+        if (contents[0] == contents[1]) revert NoEquivocation();
+        if (Quorum.count(signatures) != 2) revert NoEquivocation();
+        address signer = Quorum.recover(_digest(place, contents[0]), signatures, 0);
+        if (signer != Quorum.recover(_digest(place, contents[1]), signatures, 1)) revert NoEquivocation();
+        registry.convict(place.networkId, signer);
     }
 
     // -- views ---------------------------------------------------------------------------------------------------------
 
     /// @inheritdoc IRounds
-    function digestOf(Proposal calldata proposal) public view returns (bytes32) {
-        return _hashTypedDataV4(
-            keccak256(
-                abi.encode(
-                    ROUND_TYPEHASH,
-                    proposal.networkId,
-                    proposal.round,
-                    proposal.viewNumber,
-                    proposal.previousHash,
-                    keccak256(abi.encode(proposal))
-                )
-            )
-        );
+    function digestOf(Proposal calldata proposal) external view returns (bytes32) {
+        return _digestOf(proposal, msg.data.length);
     }
 
     /// @inheritdoc IRounds
-    function emission(uint32 networkId, uint64 until) public view returns (uint256) {
+    function executedAt(uint32 networkId) external view returns (uint256) {
+        return _networks[networkId].executedAt;
+    }
+
+    /// @inheritdoc IRounds
+    function parametersOf(uint32 networkId) external view returns (Parameters memory) {
         Network storage network = _networks[networkId];
-        uint256 from = network.emittedUntil;
-        // Silence is no backlog to grab: what is older than two intervals lapses.
-        if (until > from + 2 * roundInterval) from = until - 2 * roundInterval;
-        if (until <= from) return 0;
-        return ((sno.mintable(until) - sno.mintable(from)) * network.shareBps) / ALL_BPS;
+        return network.changing ? network.next : network.parameters;
     }
 
     /// @inheritdoc IRounds
@@ -178,26 +123,51 @@ contract Rounds is IRounds, EIP712 {
         result.emittedUntil = network.emittedUntil;
         result.chainTime = uint64(block.timestamp);
         result.claimDelay = uint64(claimDelay);
-        result.allotted = network.allotted;
-        result.claimed = network.claimed;
+        result.unclaimed = sno.balanceOf(sno.vaultOf(networkId));
+        result.frozenFrom = network.frozenFrom;
         for (uint256 i = 0; i < KEPT_ROOTS; ++i) {
             Root storage root = _roots[networkId][i];
             if (root.root == bytes32(0)) continue;
             if (root.round > result.latestRootRound) {
                 (result.latestRootRound, result.latestRoot) = (root.round, root.root);
             }
-            if (root.round > result.finalRootRound && block.timestamp >= root.setAt + claimDelay) {
+            if (!root.frozen && root.round > result.finalRootRound && block.timestamp >= root.setAt + claimDelay) {
                 (result.finalRootRound, result.finalRoot) = (root.round, root.root);
             }
         }
     }
 
     /// @inheritdoc IRounds
-    function quorum(uint256 live) public pure returns (uint256) {
-        return (2 * live) / 3 + 1;
+    function quorum(uint256 live) external pure returns (uint256) {
+        return Quorum.needed(live);
     }
 
     // -- inside --------------------------------------------------------------------------------------------------------
+
+    function _digest(Place memory place, bytes32 content) private view returns (bytes32) {
+        return _hashTypedDataV4(keccak256(abi.encode(ROUND_TYPEHASH, place, content)));
+    }
+
+    /// The proposal's encoding is hashed as it came, up to `end`: only the one that was signed has its hash.
+    function _digestOf(Proposal calldata proposal, uint256 end) private view returns (bytes32) {
+        bytes32 content;
+        assembly ("memory-safe") {
+            let memory_ := mload(0x40)
+            mstore(memory_, 0x20) // as abi.encode(proposal) begins
+            calldatacopy(add(memory_, 0x20), proposal, sub(end, proposal))
+            content := keccak256(memory_, add(sub(end, proposal), 0x20))
+        }
+        return _digest(
+            Place(proposal.networkId, proposal.round, proposal.viewNumber, proposal.previousHash), content
+        );
+    }
+
+    /// Where the encoding of `data`, its length included, starts.
+    function _start(bytes calldata data) private pure returns (uint256 start) {
+        assembly ("memory-safe") {
+            start := sub(data.offset, 0x20)
+        }
+    }
 
     function _checkTurn(Network storage network, Proposal calldata proposal) private view {
         if (!network.open) revert UnknownNetwork(proposal.networkId);
@@ -212,49 +182,46 @@ contract Rounds is IRounds, EIP712 {
         }
     }
 
-    /// Ascending order makes the signers distinct; the registry says which of them count.
     function _checkQuorum(uint32 networkId, bytes32 digest, bytes calldata signatures)
         private
         view
-        returns (address[] memory signers)
+        returns (bytes memory signers)
     {
-        uint256 length = signatures.length / SIGNATURE_BYTES;
-        if (signatures.length != length * SIGNATURE_BYTES) revert BadSignature(length);
-        signers = new address[](length);
-        address last = address(0);
-        for (uint256 i = 0; i < length; ++i) {
-            uint256 start = i * SIGNATURE_BYTES;
-            (address signer, ECDSA.RecoverError problem,) = ECDSA.tryRecover(
-                digest,
-                uint8(signatures[start + 64]),
-                bytes32(signatures[start:start + 32]),
-                bytes32(signatures[start + 32:start + 64])
-            );
-            if (problem != ECDSA.RecoverError.NoError) revert BadSignature(i);
-            if (signer <= last) revert SignersNotAscending(i);
-            signers[i] = last = signer;
-        }
-        uint256 counted;
-        uint256 total;
-        (counted, signers, total) = registry.liveAmong(networkId, signers);
-        if (counted < quorum(total)) revert QuorumMissing(counted, quorum(total));
-        assembly ("memory-safe") {
-            mstore(signers, counted) // drop the places behind the live ones
-        }
+        uint256 found;
+        uint256 live;
+        (signers, found, live) = registry.liveSigners(networkId, digest, signatures);
+        if (found < Quorum.needed(live)) revert QuorumMissing(found, Quorum.needed(live));
     }
 
-    function _allot(Network storage network, Proposal calldata proposal) private {
-        uint256 amount = proposal.allotment;
-        if (amount != 0) {
-            if (proposal.rewardsRoot == bytes32(0)) revert AllotmentWithoutRoot();
-            uint256 allowed = emission(proposal.networkId, proposal.until);
-            if (amount > allowed) revert AllotmentTooLarge(amount, allowed);
-            network.allotted += uint128(amount);
-            sno.mint(address(this), amount);
-        }
-        if (proposal.rewardsRoot == bytes32(0)) return;
-        _roots[proposal.networkId][proposal.round % KEPT_ROOTS] =
-            Root({round: proposal.round, setAt: uint64(block.timestamp), root: proposal.rewardsRoot});
-        emit Generated(proposal.networkId, proposal.round, amount, proposal.rewardsRoot);
+    function _advance(Network storage network, Proposal calldata proposal, bytes32 digest) private {
+        network.round = uint48(proposal.round);
+        network.executedAt = uint40(block.timestamp);
+        network.emittedUntil = uint40(proposal.until);
+        network.previousHash = digest;
+        if (proposal.parameters.length == 0) return;
+        _checkParameters(proposal.parameters[0]);
+        network.changing = true;
+        network.next = proposal.parameters[0];
+    }
+
+    function _changeParameters(uint32 networkId, Network storage network) private {
+        network.changing = false;
+        network.parameters = network.next;
+        emit ParametersChanged(networkId, network.next);
+    }
+
+    function _checkParameters(Parameters calldata parameters) private pure {
+        if (parameters.feeBps > ALL_BPS) revert BadSettings();
+    }
+
+    function _announce(Proposal calldata proposal, bytes32 digest, bytes memory signers) private {
+        emit RoundExecuted(
+            proposal.networkId, proposal.round, proposal.viewNumber, digest, proposal.evidenceRoot, signers
+        );
+        emit Generated(proposal.networkId, proposal.round, proposal.allotment, proposal.rewardsRoot);
+        if (proposal.jobsCreated.length + proposal.jobsCompleted.length + proposal.jobsDisputed.length == 0) return;
+        emit JobsUpdated(
+            proposal.networkId, proposal.round, proposal.jobsCreated, proposal.jobsCompleted, proposal.jobsDisputed
+        );
     }
 }

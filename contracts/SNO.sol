@@ -7,17 +7,23 @@ import {ISNO} from "./interfaces/ISNO.sol";
 
 /// @title SNO: see ISNO. No votes extension: checkpoints would make every reward claim expensive.
 contract SNO is ERC20, ERC20Permit, ISNO {
+    /// @dev Hashed, so that nobody has a key of any vault.
+    uint160 private constant _VAULTS = uint160(uint256(keccak256("Smartnodes: rewards not yet claimed")));
+
     /// @inheritdoc ISNO
     address public immutable rounds;
-    /// @inheritdoc ISNO
-    uint256 public minted;
-
     uint256 public immutable genesisTime;
+    uint256 public immutable genesisSupply;
     uint256 private immutable _perPeriod;
     uint256 private immutable _tailPerPeriod;
     uint256 private immutable _period;
     uint256 private immutable _decayAfter;
     uint256 private immutable _keepBps;
+
+    modifier onlyRounds() {
+        if (msg.sender != rounds) revert OnlyRounds(msg.sender);
+        _;
+    }
 
     /// @param rounds_ address at which Rounds will be deployed; its constructor refuses any other.
     constructor(address rounds_, Schedule memory schedule, Allocation[] memory genesis)
@@ -38,6 +44,7 @@ contract SNO is ERC20, ERC20Permit, ISNO {
         for (uint256 i = 0; i < genesis.length; ++i) {
             _mint(genesis[i].account, genesis[i].amount);
         }
+        genesisSupply = totalSupply();
     }
 
     /// @inheritdoc ISNO
@@ -57,13 +64,31 @@ contract SNO is ERC20, ERC20Permit, ISNO {
     }
 
     /// @inheritdoc ISNO
-    function mint(address to, uint256 amount) external {
-        if (msg.sender != rounds) revert OnlyRounds(msg.sender);
-        uint256 total = minted + amount;
-        uint256 allowed = mintable(block.timestamp);
-        if (total > allowed) revert MintPastSchedule(total, allowed);
-        minted = total;
-        _mint(to, amount);
+    function mintableBetween(uint256 from, uint256 until) external view returns (uint256) {
+        return mintable(until) - mintable(from);
+    }
+
+    /// @inheritdoc ISNO
+    function vaultOf(uint32 networkId) public pure returns (address) {
+        return address(uint160(_VAULTS + networkId));
+    }
+
+    /// @inheritdoc ISNO
+    function mint(uint32 networkId, uint256 amount) external onlyRounds {
+        uint256 supply = totalSupply() + amount;
+        uint256 allowed = genesisSupply + mintable(block.timestamp);
+        if (supply > allowed) revert MintPastSchedule(supply, allowed);
+        _mint(vaultOf(networkId), amount);
+    }
+
+    /// @inheritdoc ISNO
+    function pay(uint32 networkId, address to, uint256 amount) external onlyRounds {
+        _transfer(vaultOf(networkId), to, amount);
+    }
+
+    /// @inheritdoc ISNO
+    function takeBack(uint32 networkId, uint256 amount) external onlyRounds {
+        _burn(vaultOf(networkId), amount);
     }
 
     /// @inheritdoc ISNO

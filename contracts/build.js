@@ -11,10 +11,10 @@ const ROOT = __dirname;
 const TARGET = path.join(ROOT, "..", "smartnodes_core", "chain", "artifacts");
 const CONTRACTS = ["SNO", "Registry", "Escrow", "Rounds"];
 
-// Runs beyond a few hundred only grow the code; `none` keeps absolute paths and metadata out of the bytecode.
+// Rounds are executed for ever and deployed once, and the code stays under the limit; `none` keeps absolute paths and metadata out of the bytecode.
 const SETTINGS = {
   evmVersion: "cancun",
-  optimizer: { enabled: true, runs: 800 },
+  optimizer: { enabled: true, runs: 1000000 },
   viaIR: false,
   metadata: { bytecodeHash: "none", appendCBOR: false },
   outputSelection: { "*": { "*": ["abi", "evm.bytecode.object", "evm.deployedBytecode.object"] } },
@@ -31,17 +31,22 @@ function sourceFiles(folder = "") {
     .sort();
 }
 
-function compile(names) {
+// Imports found on the way are added to `input.sources`.
+function compile(names, outputSelection = SETTINGS.outputSelection) {
   const sources = Object.fromEntries(
     names.map((name) => [name, { content: fs.readFileSync(path.join(ROOT, name), "utf8") }]),
   );
-  const input = { language: "Solidity", sources, settings: SETTINGS };
-  const imports = (name) => ({ contents: fs.readFileSync(path.join(ROOT, "node_modules", name), "utf8") });
+  const input = { language: "Solidity", sources: { ...sources }, settings: { ...SETTINGS, outputSelection } };
+  const imports = (name) => {
+    const contents = fs.readFileSync(path.join(ROOT, "node_modules", name), "utf8");
+    sources[name] = { content: contents };
+    return { contents };
+  };
   const output = JSON.parse(solc.compile(JSON.stringify(input), { import: imports }));
   const problems = output.errors || [];
   for (const problem of problems) process.stderr.write(problem.formattedMessage + "\n");
   if (problems.length > 0) throw new Error(`${problems.length} errors or warnings: all must be mended`);
-  return output.contracts;
+  return { input: { ...input, sources }, output };
 }
 
 function sha256(name) {
@@ -54,7 +59,7 @@ function openzeppelinVersion() {
 
 function main() {
   const names = sourceFiles();
-  const compiled = compile(names);
+  const compiled = compile(names).output.contracts;
   const hashes = Object.fromEntries(names.map((name) => [name, sha256(name)]));
   let stale = 0;
   fs.mkdirSync(TARGET, { recursive: true });
@@ -84,4 +89,5 @@ function main() {
   }
 }
 
-main();
+if (require.main === module) main();
+module.exports = { compile, sourceFiles };

@@ -10,14 +10,26 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from smartnodes_core.chain.emission import WORKERS_PERCENT, fee_on, workers_cap_wei
 from smartnodes_core.chain.merkle import RewardTree
 from smartnodes_core.chain.packing import pack_reputations, unpack_reputations
-from smartnodes_core.chain.proposal import Domain, RoundProposal, Settlement, Slash
+from smartnodes_core.chain.proposal import (
+    NO_RULING,
+    UPHOLD,
+    Admission,
+    Domain,
+    Parameters,
+    RoundProposal,
+    Settlement,
+    Slash,
+)
 from smartnodes_core.chain.signing import keccak, word
 from smartnodes_core.reputation import BLACKLISTED, VerdictCounts, next_reputation
 
 __all__ = [
+    "Admission",
     "Domain",
+    "Parameters",
     "RoundContext",
     "RoundEvidence",
     "RoundProposal",
@@ -32,7 +44,6 @@ __all__ = [
     "quorum",
 ]
 
-WORKERS_PERCENT = 85
 #: Below this many validators a verdict costs reputation only: too few to take somebody's stake.
 MIN_VALIDATORS_TO_SLASH = 3
 
@@ -51,7 +62,8 @@ class RoundContext:
     """What the chain says before a round; equal for every validator that proposes or checks it.
 
     `totals_wei` are the cumulative rewards under the last executed root, `signers` those whose signatures carried the
-    round before, `emission_wei` what may be allotted up to `until_s`.
+    round before, `emission_wei` what may be emitted up to `until_s`, `parameters` those of this round,
+    `frozen_from` the round whose root a validator has frozen (0: none).
     """
 
     domain: Domain
@@ -62,22 +74,27 @@ class RoundContext:
     until_s: int
     emission_wei: int
     num_validators: int
+    parameters: Parameters
     signers: tuple[bytes, ...]
     standings: Mapping[bytes, Standing]
     totals_wei: Mapping[bytes, int]
+    frozen_from: int = 0
 
 
 @dataclass(frozen=True)
 class RoundEvidence:
     """What a validator collected in the round: the accounts' verdicts and work, and the digests of the records behind
-    them.
+    them; who was verified to own its node key; what jobs pay, in SNO and, with the signers' part among the
+    payments, in coin.
     """
 
     verdicts: Mapping[bytes, VerdictCounts] = field(default_factory=dict)
     work_units: Mapping[bytes, int] = field(default_factory=dict)
     jobs_created: Sequence[bytes] = ()
     jobs_completed: Sequence[bytes] = ()
+    admissions: Sequence[Admission] = ()
     settlements: Sequence[Settlement] = ()
+    coin_settlements: Sequence[Settlement] = ()
     digests: Sequence[bytes] = ()
 
 
@@ -129,6 +146,7 @@ def evidence_root(digests: Iterable[bytes]) -> bytes:
 def propose(context: RoundContext, evidence: RoundEvidence) -> tuple[RoundProposal, dict[bytes, int]]:
     """The proposal that this evidence justifies, and the cumulative rewards under its root.
 
+    A frozen root is upheld: a quorum that recomputed it signed it. To correct one, validators have to agree by hand.
     Work of an account with a fraudulent verdict, or that is blacklisted or unknown, earns nothing.
     """
     scores: dict[int, int] = {}
@@ -143,7 +161,12 @@ def propose(context: RoundContext, evidence: RoundEvidence) -> tuple[RoundPropos
         if counts.fraudulent and standing.stake_wei and context.num_validators >= MIN_VALIDATORS_TO_SLASH:
             slashes.append(Slash(index=standing.index, amount_wei=standing.stake_wei))
     earned = {account: units for account, units in evidence.work_units.items() if _may_earn(context, evidence, account)}
-    rewards = allot(earned, context.signers, context.emission_wei)
+    fees_wei = sum(
+        fee_on(sum(payment.amount_wei for payment in settlement.payments), context.parameters)
+        for settlement in evidence.settlements
+    )
+    cap_wei = workers_cap_wei(context.parameters, fees_wei)
+    rewards = allot(earned, context.signers, context.emission_wei, cap_wei)
     totals = dict(context.totals_wei)
     for account, wei in rewards.items():
         totals[account] = totals.get(account, 0) + wei
@@ -159,8 +182,13 @@ def propose(context: RoundContext, evidence: RoundEvidence) -> tuple[RoundPropos
         allotment_wei=sum(rewards.values()),
         jobs_created=tuple(sorted(set(evidence.jobs_created))),
         jobs_completed=tuple(sorted(set(evidence.jobs_completed))),
+        admissions=tuple(sorted(evidence.admissions, key=lambda admission: admission.index)),
         slashes=tuple(sorted(slashes, key=lambda slash: slash.index)),
-        settlements=tuple(sorted(evidence.settlements, key=lambda settlement: settlement.escrow_id)),
+        settlements=tuple(
+            sorted([*evidence.settlements, *evidence.coin_settlements], key=lambda settlement: settlement.escrow_id)
+        ),
+        ruling=UPHOLD if context.frozen_from else NO_RULING,
+        ruled_round=context.frozen_from,
         evidence_root=evidence_root(evidence.digests),
     )
     return proposal, totals

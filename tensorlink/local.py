@@ -18,6 +18,7 @@ from typing import Any
 from smartnodes_core.chain.account import load_account_key, save_account_key
 from smartnodes_core.chain.devnet.accounts import devnet_key
 from smartnodes_core.chain.devnet.launcher import DevnetProcess
+from smartnodes_core.chain.proposal import UNCAPPED
 from smartnodes_core.chain.settings import SNO, Addresses, ChainSettings
 from smartnodes_core.chain.signing import address_of
 from smartnodes_core.config import UserConfig
@@ -87,6 +88,7 @@ class LocalProcesses:
         names: dict[Role, list[str]] = {
             "validator": [f"validator-{index}" for index in range(self.settings.validators)],
             "worker": [f"worker-{index}" for index in range(self.settings.workers)],
+            "user": ["user"],
         }
         validator_accounts = [self._make_keys(name) for name in names["validator"]]
         for name in names["worker"]:
@@ -195,6 +197,7 @@ class LocalProcesses:
         settings = ChainSettings(
             round_interval_s=self.settings.round_interval_s,
             claim_delay_s=self.settings.claim_delay_s,
+            kappa_bps=UNCAPPED,  # a subsidy: jobs here pay no fees that workers could earn
             genesis={**{account: 1_000_000 * SNO for account in validators}, user: USER_SNO * SNO},
         )
         addresses = deploy(self.chain_url, devnet_key(0), settings)
@@ -202,8 +205,8 @@ class LocalProcesses:
         return addresses
 
     def _register(self, addresses: Addresses, names: Mapping[Role, Sequence[str]]) -> None:
-        """Register every node before it starts: a validator that comes after the first round waits for the next epoch,
-        and what the first ones audit alone a quorum could not sign for.
+        """Register everybody before the first round: who comes later waits until a round admits it, and what the first
+        validators audit alone a quorum could not sign for.
         """
         from smartnodes_core.chain.client import ChainClient
 

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("tensorlink", deadline=None, derandomize=True)
 settings.load_profile("tensorlink")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--chain-calls",
+        type=int,
+        default=300,
+        help="random calls to the contracts and to the model of their rules (the long mode: 100000)",
+    )

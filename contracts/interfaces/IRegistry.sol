@@ -13,7 +13,10 @@ interface IRegistry {
 
     /// @notice One member with its state, as nodes poll it.
     /// @param index place in the network's list, fixed for ever; reputations are addressed by it
-    /// @param live counts now: not exited, not blacklisted, stake at least the role's; a validator is in the epoch
+    /// @param live counts now: the key is its own, not exited, not blacklisted, stake at least the role's; a validator is
+    /// in the epoch
+    /// @param verified a round has verified that account and node key belong together
+    /// @param capability class of a worker, as the round that admitted it says; 0 for others
     struct Member {
         address account;
         Role role;
@@ -24,6 +27,15 @@ interface IRegistry {
         uint256 stake;
         bytes32 keyHash;
         bytes32 tip;
+        bool verified;
+        uint32 capability;
+    }
+
+    /// @notice A member whose node key validators have verified to be its own, with what they found a worker to be capable
+    /// of. Given again, it changes the class.
+    struct Admission {
+        uint32 index;
+        uint32 capability;
     }
 
     /// @notice A loss of stake decided in a round.
@@ -35,6 +47,8 @@ interface IRegistry {
     event Registered(
         uint32 indexed networkId, address indexed account, Role role, uint32 index, bytes32 keyHash, uint256 stake
     );
+    event Admitted(uint32 indexed networkId, address indexed account, uint256 index, uint32 capability);
+    event EquivocationProven(uint32 indexed networkId, address indexed account);
     event ExitRequested(uint32 indexed networkId, address indexed account, uint256 withdrawableAt);
     event Withdrawn(uint32 indexed networkId, address indexed account, uint256 amount);
     event Slashed(uint32 indexed networkId, address indexed account, uint256 amount);
@@ -50,6 +64,7 @@ interface IRegistry {
     error KeyTaken(bytes32 keyHash, address owner);
     error ZeroKey();
     error Blacklisted(address account);
+    error Convicted(address account);
     error NotRegistered(address account);
     error NotAValidator(address account);
     error ExitNotRequested(address account);
@@ -58,7 +73,9 @@ interface IRegistry {
     error ValidatorStakeIsZero();
 
     /// @notice Joins network `networkId` in `role` under the node key with SHA-256 `keyHash`, taking the role's stake from
-    /// the caller (approve it first). A member that has exited and withdrawn may come back, with its old reputation.
+    /// the caller (approve it first). The member is live when a round admits it; until then several accounts may ask for
+    /// one key, so that nobody squats it. Before a network's first round the first to come is live at once, unverified. A
+    /// member that has exited and withdrawn may come back, with its old reputation.
     function register(Role role, bytes32 keyHash, uint32 networkId) external returns (uint32 index);
 
     /// @notice Stops taking part at once; the stake can be withdrawn after `exitDelay` seconds.
@@ -72,26 +89,38 @@ interface IRegistry {
 
     // -- only by Rounds ------------------------------------------------------------------------------------------------
 
-    /// @notice Writes reputations from packed updates: see ReputationUpdates.sol for the format. Zero blacklists.
-    function applyReputations(uint32 networkId, bytes calldata updates) external;
+    /// @notice Writes reputations from packed updates (see ReputationUpdates.sol for the format; zero blacklists), burns the
+    /// stake of the convicted, slashes, never more than there is, and admits members.
+    function applyRound(
+        uint32 networkId,
+        bytes calldata reputations,
+        Admission[] calldata admissions,
+        Slash[] calldata slashes
+    ) external;
 
-    /// @notice Burns up to `amount` of each member's stake, never more than there is.
-    function slash(uint32 networkId, Slash[] calldata slashes) external;
-
-    /// @notice Lets the validators that registered since the last round into the epoch.
-    function startEpoch(uint32 networkId) external;
+    /// @notice Takes a validator that signed twice out of the epoch and blacklists it; its stake is burned with the next
+    /// round.
+    function convict(uint32 networkId, address account) external;
 
     /// @notice Opens a network; called by Rounds' one-time setup.
     function openNetwork(uint32 networkId) external;
 
     // -- views ---------------------------------------------------------------------------------------------------------
 
-    /// @notice How many of `accounts` are live validators, their addresses in the first places of the answer, and how
-    /// many live validators there are.
-    function liveAmong(uint32 networkId, address[] memory accounts)
+    /// @notice The contract that executes rounds.
+    function rounds() external view returns (address);
+
+    /// @notice Seconds from asking to leave until the stake can be withdrawn.
+    function exitDelay() external view returns (uint256);
+
+    /// @notice The live validators among those who signed `digest`, 20 bytes each in ascending order, their number, and
+    /// how many live validators there are. `signatures` are in ascending order of signer: see Quorum.sol.
+    function liveSigners(uint32 networkId, bytes32 digest, bytes calldata signatures)
         external
         view
-        returns (uint256 count, address[] memory signers, uint256 total);
+        returns (bytes memory signers, uint256 found, uint256 live);
+
+    function isLiveValidator(uint32 networkId, address account) external view returns (bool);
 
     /// @notice The validators of the epoch.
     function validators(uint32 networkId) external view returns (address[] memory);

@@ -23,22 +23,35 @@ interface ISNO is IERC20 {
 
     /// @dev `caller` is not the contract that executes rounds.
     error OnlyRounds(address caller);
-    /// @dev `wanted` would bring the minted total past what the schedule allows now.
-    error MintPastSchedule(uint256 wanted, uint256 allowed);
+    /// @dev `supply` would be more than the schedule allows now.
+    error MintPastSchedule(uint256 supply, uint256 allowed);
     /// @dev A schedule whose period, decay or rates make no sense.
     error BadSchedule();
 
-    /// @notice The only account that mints: the Rounds contract, fixed at construction.
+    /// @notice The only account that mints and pays rewards: the Rounds contract, fixed at construction.
     function rounds() external view returns (address);
 
-    /// @notice Total wei minted since genesis; burning does not lower it.
-    function minted() external view returns (uint256);
+    /// @notice Wei that existed at genesis.
+    function genesisSupply() external view returns (uint256);
 
-    /// @notice The most that may have been minted at time `t` (seconds since 1970) beyond the genesis. Pure in `t`.
+    /// @notice The most that may exist at time `t` (seconds since 1970) beyond the genesis. Pure in `t`.
     function mintable(uint256 t) external view returns (uint256);
 
-    /// @notice Mints `amount` wei to `to`. Reverts with MintPastSchedule beyond `mintable(now)`.
-    function mint(address to, uint256 amount) external;
+    /// @notice What the schedule emits from one time to a later one.
+    function mintableBetween(uint256 from, uint256 until) external view returns (uint256);
+
+    /// @notice Where a network's rewards lie until they are claimed: no network can reach another's.
+    function vaultOf(uint32 networkId) external view returns (address);
+
+    /// @notice Mints `amount` wei into a network's vault. Reverts with MintPastSchedule where more would exist than the
+    /// genesis and `mintable(now)`.
+    function mint(uint32 networkId, uint256 amount) external;
+
+    /// @notice Pays a reward out of a network's vault.
+    function pay(uint32 networkId, address to, uint256 amount) external;
+
+    /// @notice Destroys rewards in a network's vault that a quorum found to be wrong.
+    function takeBack(uint32 networkId, uint256 amount) external;
 
     /// @notice Destroys `amount` wei of the caller.
     function burn(uint256 amount) external;

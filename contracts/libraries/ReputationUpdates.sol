@@ -3,82 +3,75 @@ pragma solidity ^0.8.30;
 
 /// @title Reads and applies packed reputation updates.
 /// @notice Reputations lie 32 to a storage word; lane i of word w belongs to member 32 w + i, lane 0 in the lowest byte.
-/// An update of one word is `uint24 word ‖ uint32 mask ‖ one byte per set bit of the mask, highest lane first`, all
-/// big-endian: 8 bytes for one member, 39 for 32. Only lanes in the mask are touched, so that a member who registers while
-/// signatures are being collected keeps its reputation.
+/// An update of one word is `uint24 word ‖ uint32 mask ‖ bytes32 lanes`, 39 bytes, with zeros outside the mask. Only lanes
+/// in the mask are touched, so that a member who registers while signatures are being collected keeps its reputation.
 library ReputationUpdates {
-    uint256 internal constant HEADER_BYTES = 7;
+    uint256 internal constant UPDATE_BYTES = 39;
     uint256 private constant ALL_LANES = 0xffffffff;
+    uint256 private constant ONES = type(uint256).max / 0xff; // 0x0101…01
 
-    /// @notice The header at `offset`: the word's index, its mask, and where the next update starts.
-    /// `next` is zero if the header or its values run past the end, or the mask is empty.
+    /// @notice The update at `offset`, which the caller has checked to lie within `updates`.
     function read(bytes calldata updates, uint256 offset)
         internal
         pure
-        returns (uint256 word, uint256 mask, uint256 next)
+        returns (uint256 word, uint256 mask, uint256 lanes)
     {
-        if (offset + HEADER_BYTES > updates.length) return (0, 0, 0);
-        uint256 header = uint56(bytes7(updates[offset:offset + HEADER_BYTES]));
-        word = header >> 32;
-        mask = header & ALL_LANES;
-        next = offset + HEADER_BYTES + countBits(mask);
-        if (mask == 0 || next > updates.length) next = 0;
+        assembly ("memory-safe") {
+            let start := add(updates.offset, offset)
+            let header := calldataload(start)
+            word := shr(232, header)
+            mask := and(shr(200, header), 0xffffffff)
+            lanes := calldataload(add(start, 7))
+        }
     }
 
-    /// @notice `current` with the lanes of `mask` replaced by the bytes that end at `end`, and which lanes became zero.
-    function merge(uint256 current, bytes calldata updates, uint256 end, uint256 mask)
-        internal
-        pure
-        returns (uint256 merged, uint256 zeroed)
-    {
-        if (mask == ALL_LANES) {
-            merged = uint256(bytes32(updates[end - 32:end]));
-            if (!hasZeroByte(merged)) return (merged, 0);
-        }
-        merged = current;
+    /// @notice Whether the update replaces all 32 lanes and blacklists nobody: the common case in a large network.
+    function isWhole(uint256 mask, uint256 lanes) internal pure returns (bool) {
+        return mask == ALL_LANES && !hasZeroByte(lanes);
+    }
+
+    /// @notice `current` with the lanes of `mask` replaced by those of `lanes`, and whether one of them became zero.
+    function merge(uint256 current, uint256 mask, uint256 lanes) internal pure returns (uint256 merged, bool zeroed) {
+        uint256 kept = ~spread(mask);
+        merged = (current & kept) | (lanes & ~kept);
+        zeroed = hasZeroByte(lanes | kept);
+    }
+
+    /// @notice Whether `mask` is not empty and every lane of it in `word` belongs to one of `total` members.
+    function within(uint256 word, uint256 mask, uint256 total) internal pure returns (bool) {
         unchecked {
-            // `read` checked that the values are there; the loop walks the set bits only, last byte first.
-            while (mask != 0) {
-                uint256 bit = mask & (~mask + 1);
-                uint256 value = uint8(updates[--end]);
-                if (value == 0) zeroed |= bit;
-                uint256 shift = indexOf(bit) << 3;
-                merged = (merged & ~(uint256(0xff) << shift)) | (value << shift);
-                mask ^= bit;
+            uint256 first = word * 32; // below 2^29
+            if (total >= first + 32) return mask != 0;
+            return mask != 0 && total > first && mask >> (total - first) == 0;
+        }
+    }
+
+    /// @notice 0xff in every byte of the result whose bit is set in `mask`: bit i gives byte i. `mask` is below 2^32.
+    function spread(uint256 mask) internal pure returns (uint256 lanes) {
+        unchecked {
+            lanes = (mask | (mask << 112)) & 0x0000000000000000000000000000ffff0000000000000000000000000000ffff;
+            lanes = (lanes | (lanes << 56)) & 0x00000000000000ff00000000000000ff00000000000000ff00000000000000ff;
+            lanes = (lanes | (lanes << 28)) & 0x0000000f0000000f0000000f0000000f0000000f0000000f0000000f0000000f;
+            lanes = (lanes | (lanes << 14)) & 0x0003000300030003000300030003000300030003000300030003000300030003;
+            lanes = (lanes | (lanes << 7)) & ONES;
+            lanes *= 0xff;
+        }
+    }
+
+    /// @notice Bit i of the result is set where byte i of `lanes` is not zero.
+    function nonZero(uint256 lanes) internal pure returns (uint256 mask) {
+        unchecked {
+            for (uint256 lane = 0; lanes != 0; ++lane) {
+                if (lanes & 0xff != 0) mask |= 1 << lane;
+                lanes >>= 8;
             }
         }
     }
 
-    /// @notice Whether every lane of `mask` in `word` belongs to one of `total` members.
-    function within(uint256 word, uint256 mask, uint256 total) internal pure returns (bool) {
-        uint256 first = word * 32;
-        return total > first && (total - first >= 32 || mask >> (total - first) == 0);
-    }
-
-    /// @notice The position of the only set bit of `bit`, below 32.
-    function indexOf(uint256 bit) internal pure returns (uint256 lane) {
+    /// @notice Whether any of the 32 bytes of `word` is zero.
+    function hasZeroByte(uint256 word) internal pure returns (bool) {
         unchecked {
-            if (bit & 0xffff0000 != 0) lane += 16;
-            if (bit & 0xff00ff00 != 0) lane += 8;
-            if (bit & 0xf0f0f0f0 != 0) lane += 4;
-            if (bit & 0xcccccccc != 0) lane += 2;
-            if (bit & 0xaaaaaaaa != 0) lane += 1;
-        }
-    }
-
-    function countBits(uint256 mask) internal pure returns (uint256) {
-        unchecked {
-            mask = mask - ((mask >> 1) & 0x55555555);
-            mask = (mask & 0x33333333) + ((mask >> 2) & 0x33333333);
-            mask = (mask + (mask >> 4)) & 0x0f0f0f0f;
-            return ((mask * 0x01010101) & ALL_LANES) >> 24;
-        }
-    }
-
-    function hasZeroByte(uint256 word) private pure returns (bool) {
-        unchecked {
-            uint256 low = type(uint256).max / 0xff; // 0x0101…01
-            return ((word - low) & ~word & (low << 7)) != 0;
+            return ((word - ONES) & ~word & (ONES << 7)) != 0;
         }
     }
 }

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from smartnodes_core.chain.proposal import Domain, RoundProposal
+from smartnodes_core.chain.proposal import Domain, Equivocation, Parameters, RoundProposal
 from smartnodes_core.errors import ChainError
 from smartnodes_core.records import Role
 
@@ -37,7 +37,7 @@ class NoFundsError(ChainError):
 @dataclass(frozen=True)
 class Member:
     """One registered account. `live`: it counts now (a validator: it is in the epoch). `exit_at_s` 0: no exit asked
-    for.
+    for. `verified`: a round has verified that key and account belong together; `capability` is a worker's class.
     """
 
     account: bytes
@@ -49,13 +49,16 @@ class Member:
     index: int
     tip: bytes
     exit_at_s: int
+    verified: bool = False
+    capability: int = 0
 
 
 @dataclass(frozen=True)
 class RoundState:
     """What the chain says about rounds now. `number` is the last executed one; the next is due at `earliest_at_s`.
 
-    `final_root` (of round `final_root_round`, 0 if none) is the newest one that rewards can be claimed under.
+    `final_root` (of round `final_root_round`, 0 if none) is the newest one that rewards can be claimed under; the roots
+    of rounds from `frozen_from` on (0: none) cannot. `unclaimed_wei` lie ready for claims.
     """
 
     number: int
@@ -70,13 +73,13 @@ class RoundState:
     latest_root: bytes
     final_root_round: int
     final_root: bytes
-    allotted_wei: int
-    claimed_wei: int
+    unclaimed_wei: int
+    frozen_from: int
 
 
 @dataclass(frozen=True)
 class ExecutedRound:
-    """An executed round as its event tells it."""
+    """An executed round as its event tells it. `signers` carried it or endorsed it later, in ascending order."""
 
     number: int
     view: int
@@ -90,17 +93,19 @@ class EscrowAccount:
     payer: bytes
     network_id: int
     deadline_s: int
+    in_coin: bool
     deposited_wei: int
     remaining_wei: int
 
 
 @dataclass(frozen=True)
 class Balances:
-    """Of one account: the chain's coin (pays for gas), SNO, and SNO credited by escrows that it can withdraw."""
+    """Of one account: the chain's coin (pays for gas), SNO, and what escrows credited it in both, to be withdrawn."""
 
     coin_wei: int
     sno_wei: int
     credit_wei: int
+    coin_credit_wei: int = 0
 
 
 class Chain(Protocol):
@@ -125,7 +130,7 @@ class Chain(Protocol):
 
     def register(self, role: Role, node_key_hash: bytes, network_id: int) -> int:
         """Joins a network under the SHA-256 of the node key, approving and paying the role's stake; returns the member
-        index.
+        index. The member is live when a round admits it; before the network's first round, at once.
         """
 
     def request_exit(self, network_id: int) -> None:
@@ -163,6 +168,18 @@ class Chain(Protocol):
         left out.
         """
 
+    def endorse_round(self, network_id: int, signatures: Sequence[bytes]) -> None:
+        """Adds late signatures to the last round, until the next one is due."""
+
+    def prove_equivocation(self, proof: Equivocation) -> None:
+        """Takes the signer out of the epoch at once; its stake is burned with the next round."""
+
+    def freeze_root(self, network_id: int, round_number: int) -> None:
+        """Stops claims under a round's root and later ones, for a bond, until a round rules on it."""
+
+    def parameters(self, network_id: int) -> Parameters:
+        """What is in force in the next round."""
+
     def claimed_wei(self, network_id: int, account: bytes) -> int: ...
 
     def claimable_wei(self, network_id: int, account: bytes, total_wei: int) -> int:
@@ -176,14 +193,22 @@ class Chain(Protocol):
     def deposit(self, network_id: int, job: bytes, amount_wei: int, deadline_s: int) -> bytes:
         """Pays SNO for a job into escrow, and returns the escrow's id."""
 
+    def deposit_coin(self, network_id: int, job: bytes, amount_wei: int, deadline_s: int) -> bytes:
+        """The same in the chain's coin."""
+
     def escrow_id(self, network_id: int, payer: bytes, job: bytes) -> bytes: ...
 
     def escrow(self, escrow_id: bytes) -> EscrowAccount | None: ...
 
     def refund(self, escrow_id: bytes) -> None:
-        """Credits what is left to the payer, after the deadline and the dispute window."""
+        """Credits what is left to the payer, after the deadline and the dispute window, or seven days without a
+        round."""
 
-    def withdraw_credit(self, account: bytes) -> None: ...
+    def withdraw_credit(self, account: bytes) -> None:
+        """Pays out what escrows credited `account` in SNO."""
+
+    def withdraw_coin_credit(self, to: bytes) -> None:
+        """Pays out to `to` what escrows credited this account in coin."""
 
     def balances(self, account: bytes) -> Balances: ...
 

@@ -17,7 +17,7 @@ from smartnodes_core.chain.base import (
     RoundState,
 )
 from smartnodes_core.chain.gateway import Gateway
-from smartnodes_core.chain.proposal import Domain, RoundProposal
+from smartnodes_core.chain.proposal import Domain, Equivocation, Parameters, RoundProposal
 from smartnodes_core.chain.settings import Addresses
 from smartnodes_core.chain.signing import checksum
 from smartnodes_core.chain.votes import in_order
@@ -105,8 +105,12 @@ class ChainClient:
         if not found:
             return None
         values = found[-1]["args"]
-        signers = tuple(_account(text) for text in values["signers"])
-        return ExecutedRound(number, values["viewNumber"], values["digest"], values["evidenceRoot"], signers)
+        late = self._gateway.events(
+            self._rounds.events.RoundEndorsed(), self.addresses.from_block, networkId=network_id, round=number
+        )
+        signers = {account for event in [found[-1], *late] for account in _packed_accounts(event["args"]["signers"])}
+        fields = (values["viewNumber"], values["digest"], values["evidenceRoot"])
+        return ExecutedRound(number, *fields, tuple(sorted(signers)))
 
     def emission_wei(self, network_id: int, until_s: int) -> int:
         return int(self._read(self._rounds.functions.emission(network_id, until_s)))
@@ -117,6 +121,22 @@ class ChainClient:
     def execute_round(self, proposal: RoundProposal, signatures: Sequence[bytes]) -> None:
         packed = b"".join(in_order(self.proposal_digest(proposal), signatures))
         self._gateway.transact(self._rounds.functions.execute(proposal.as_abi(), packed))
+
+    def endorse_round(self, network_id: int, signatures: Sequence[bytes]) -> None:
+        packed = b"".join(in_order(self.round_state(network_id).previous_hash, signatures))
+        self._gateway.transact(self._rounds.functions.endorse(network_id, packed))
+
+    def prove_equivocation(self, proof: Equivocation) -> None:
+        place = (proof.place.network_id, proof.place.round, proof.place.view, proof.place.previous_hash)
+        function = self._rounds.functions.proveEquivocation(place, list(proof.contents), b"".join(proof.signatures))
+        self._gateway.transact(function)
+
+    def freeze_root(self, network_id: int, round_number: int) -> None:
+        self._approve(self.addresses.rounds, int(self._read(self._rounds.functions.freezeBond())))
+        self._gateway.transact(self._rounds.functions.freeze(network_id, round_number))
+
+    def parameters(self, network_id: int) -> Parameters:
+        return Parameters(*self._read(self._rounds.functions.parametersOf(network_id)))
 
     # -- rewards -----------------------------------------------------------------------------------------------------
 
@@ -141,6 +161,10 @@ class ChainClient:
         self._gateway.transact(self._escrow.deposit(network_id, job, amount_wei, deadline_s))
         return self.escrow_id(network_id, self.account, job)
 
+    def deposit_coin(self, network_id: int, job: bytes, amount_wei: int, deadline_s: int) -> bytes:
+        self._gateway.transact(self._escrow.depositCoin(network_id, job, deadline_s), amount_wei)
+        return self.escrow_id(network_id, self.account, job)
+
     def escrow_id(self, network_id: int, payer: bytes, job: bytes) -> bytes:
         return bytes(self._read(self._escrow.escrowIdOf(network_id, checksum(payer), job)))
 
@@ -155,11 +179,15 @@ class ChainClient:
     def withdraw_credit(self, account: bytes) -> None:
         self._gateway.transact(self._escrow.withdraw(checksum(account)))
 
+    def withdraw_coin_credit(self, to: bytes) -> None:
+        self._gateway.transact(self._escrow.withdrawCoin(checksum(to)))
+
     def balances(self, account: bytes) -> Balances:
         return Balances(
             coin_wei=self._gateway.coin_wei(account),
             sno_wei=int(self._read(self._sno.balanceOf(checksum(account)))),
             credit_wei=int(self._read(self._escrow.credits(checksum(account)))),
+            coin_credit_wei=int(self._read(self._escrow.coinCredits(checksum(account)))),
         )
 
     def transfer(self, to: bytes, amount_wei: int) -> None:
@@ -192,8 +220,12 @@ def _account(text: str) -> bytes:
     return bytes.fromhex(text[2:])
 
 
+def _packed_accounts(packed: bytes) -> list[bytes]:
+    return [bytes(packed[start : start + 20]) for start in range(0, len(packed), 20)]
+
+
 def _member(entry: Any) -> Member:
-    account, role, live, reputation, index, exit_at_s, stake, key_hash, tip = entry
+    account, role, live, reputation, index, exit_at_s, stake, key_hash, tip, verified, capability = entry
     return Member(
         account=_account(account),
         role=ROLES[role - 1],
@@ -204,4 +236,6 @@ def _member(entry: Any) -> Member:
         index=index,
         tip=bytes(tip),
         exit_at_s=exit_at_s,
+        verified=verified,
+        capability=capability,
     )

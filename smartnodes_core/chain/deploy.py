@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from smartnodes_core.chain.contracts import CONTRACTS
 from smartnodes_core.chain.gateway import Gateway
 from smartnodes_core.chain.settings import Addresses, ChainSettings
 from smartnodes_core.chain.signing import checksum, keccak
@@ -18,25 +22,43 @@ def deploy(url: str, key: bytes, settings: ChainSettings) -> Addresses:
     from_block = gateway.block_number()
     nonce = gateway.next_nonce()
     rounds = create_address(gateway.account, nonce + 3)
-    schedule = (
-        settings.emission_wei,
-        settings.emission_tail_wei,
-        settings.emission_period_s,
-        settings.emission_decay_s,
-        settings.emission_keep_bps,
-    )
-    genesis = [(checksum(account), wei) for account, wei in settings.genesis.items()]
-    sno = _deploy(gateway, "SNO", checksum(rounds), schedule, genesis)
-    stakes = (settings.user_stake_wei, settings.worker_stake_wei, settings.validator_stake_wei, settings.exit_delay_s)
-    registry = _deploy(gateway, "Registry", checksum(sno), stakes)
-    escrow = _deploy(gateway, "Escrow", checksum(sno), settings.dispute_window_s)
-    times = (settings.round_interval_s, settings.claim_delay_s)
-    found = _deploy(gateway, "Rounds", checksum(sno), checksum(registry), checksum(escrow), times)
-    if found != rounds:
-        raise ChainError(f"Rounds lies at {checksum(found)}, not at {checksum(rounds)} as computed: deploy again")
+    found: dict[str, bytes] = {"Rounds": rounds}
+    for name in CONTRACTS:
+        found[name] = _deploy(gateway, name, *constructor_arguments(settings, name, found))
+    if found["Rounds"] != rounds:
+        raise ChainError(
+            f"Rounds lies at {checksum(found['Rounds'])}, not at {checksum(rounds)} as computed: deploy again"
+        )
     functions = gateway.contract("Rounds", rounds).functions
-    gateway.transact(functions.setup(list(settings.networks.items())))
-    return Addresses(gateway.chain_id, from_block, sno, registry, escrow, rounds)
+    gateway.transact(functions.setup(*setup_arguments(settings)))
+    return Addresses(gateway.chain_id, from_block, found["SNO"], found["Registry"], found["Escrow"], found["Rounds"])
+
+
+def constructor_arguments(settings: ChainSettings, contract: str, found: Mapping[str, bytes]) -> tuple[Any, ...]:
+    """What `contract`'s constructor takes. `found` are the contracts deployed so far, and where Rounds will lie."""
+    if contract == "SNO":
+        schedule = (
+            settings.emission_wei,
+            settings.emission_tail_wei,
+            settings.emission_period_s,
+            settings.emission_decay_s,
+            settings.emission_keep_bps,
+        )
+        genesis = [(checksum(account), wei) for account, wei in settings.genesis.items()]
+        return (checksum(found["Rounds"]), schedule, genesis)
+    sno = checksum(found["SNO"])
+    if contract == "Registry":
+        stakes = (settings.user_stake_wei, settings.worker_stake_wei, settings.validator_stake_wei)
+        return (sno, (*stakes, settings.exit_delay_s))
+    if contract == "Escrow":
+        return (sno, settings.dispute_window_s)
+    rules = (settings.round_interval_s, settings.claim_delay_s, settings.freeze_bond_wei)
+    return (sno, checksum(found["Registry"]), checksum(found["Escrow"]), rules)
+
+
+def setup_arguments(settings: ChainSettings) -> tuple[Any, ...]:
+    """What Rounds' one-time set-up takes."""
+    return (list(settings.networks.items()), (settings.fee_bps, settings.kappa_bps))
 
 
 def _deploy(gateway: Gateway, name: str, *arguments: object) -> bytes:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from smartnodes_core.chain.proposal import UNCAPPED, Parameters
 from smartnodes_core.chain.settings import ChainSettings
+
+#: Of a round's emission; the rest is the signers'.
+WORKERS_PERCENT = 85
 
 
 def mintable_wei(settings: ChainSettings, elapsed_s: int) -> int:
@@ -21,3 +25,20 @@ def round_emission_wei(settings: ChainSettings, share_bps: int, from_s: int, unt
     if until_s <= start:
         return 0
     return (mintable_wei(settings, until_s) - mintable_wei(settings, start)) * share_bps // 10_000
+
+
+def fee_on(paid_wei: int, parameters: Parameters) -> int:
+    """What is burned when a job pays this much in SNO: rounded up, so that no series of small payments goes without."""
+    return -(-paid_wei * parameters.fee_bps // 10_000)
+
+
+def workers_cap_wei(parameters: Parameters, fees_wei: int) -> int | None:
+    """The most that workers may share in a round in which this much was burned; None where they may share all."""
+    return None if parameters.kappa_bps == UNCAPPED else fees_wei * parameters.kappa_bps // 10_000
+
+
+def most_allotted_wei(emission_wei: int, parameters: Parameters, fees_wei: int) -> int:
+    """What a round may allot: the signers' part of the emission, and the workers' up to its cap."""
+    workers_wei = emission_wei * WORKERS_PERCENT // 100
+    cap_wei = workers_cap_wei(parameters, fees_wei)
+    return emission_wei - workers_wei + (workers_wei if cap_wei is None else min(workers_wei, cap_wei))

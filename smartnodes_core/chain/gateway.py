@@ -106,11 +106,12 @@ class Gateway:
     def next_nonce(self) -> int:
         return self._do("read the nonce", lambda: self._nonce())
 
-    def transact(self, function: Any) -> Any:
-        """Sends a contract call and returns its receipt. Raises RefusedError before anything is spent, where it can be
-        foreseen.
+    def transact(self, function: Any, value_wei: int = 0) -> Any:
+        """Sends a contract call, with coins if any, and returns its receipt.
+        Raises RefusedError before anything is spent, where it can be foreseen.
         """
-        return self.send(function.abi["name"], to=function.address, data=function._encode_transaction_data())
+        data = function._encode_transaction_data()
+        return self.send(function.abi["name"], to=function.address, data=data, value=value_wei)
 
     def deploy(self, name: str, arguments: Sequence[Any]) -> Any:
         """Deploys one of our contracts and returns the receipt."""

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from smartnodes_core.chain.base import Balances, EscrowAccount, ExecutedRound, Member, RefusedError, RoundState
-from smartnodes_core.chain.model import ESCROW, REGISTRY, ChainModel
-from smartnodes_core.chain.proposal import Domain, RoundProposal
+from smartnodes_core.chain.model import COINS_WEI, ESCROW, REGISTRY, SILENCE_S, ChainModel
+from smartnodes_core.chain.proposal import Domain, Equivocation, Parameters, RoundProposal
 from smartnodes_core.chain.signing import address_of, checksum, keccak, word
 from smartnodes_core.errors import ConfigError
 from smartnodes_core.records import Role
-
-_COIN_WEI = 10**24  # nothing costs gas here
 
 
 class MemoryChain:
@@ -66,6 +64,8 @@ class MemoryChain:
             until = member.exit_at_s + self.model.settings.exit_delay_s
             if self.model.now_s() < until:
                 raise RefusedError("withdraw", "StakeLocked", {"until": until})
+            if member.index in network.convicted and member.stake_wei:
+                raise RefusedError("withdraw", "Convicted", {"account": checksum(self.account)})
             self.model.move("withdraw", REGISTRY, self.account, member.stake_wei)
             network.update(member.index, stake_wei=0)
             network.away.add(member.index)
@@ -113,6 +113,23 @@ class MemoryChain:
         with self.model.lock:
             self.model.execute(proposal, signatures)
 
+    def endorse_round(self, network_id: int, signatures: Sequence[bytes]) -> None:
+        with self.model.lock:
+            self.model.endorse(network_id, signatures)
+
+    def prove_equivocation(self, proof: Equivocation) -> None:
+        with self.model.lock:
+            self.model.convict(proof)
+
+    def freeze_root(self, network_id: int, round_number: int) -> None:
+        with self.model.lock:
+            self.model.freeze(self.account, network_id, round_number)
+
+    def parameters(self, network_id: int) -> Parameters:
+        with self.model.lock:
+            network = self.model.peek(network_id)
+            return network.next_parameters or network.parameters
+
     def claimed_wei(self, network_id: int, account: bytes) -> int:
         with self.model.lock:
             return self.model.peek(network_id).claimed.get(account, 0)
@@ -128,21 +145,31 @@ class MemoryChain:
 
     def deposit(self, network_id: int, job: bytes, amount_wei: int, deadline_s: int) -> bytes:
         with self.model.lock:
-            if amount_wei == 0:
-                raise RefusedError("deposit", "NothingDeposited")
-            if deadline_s <= self.model.now_s():
-                values = {"deadline": deadline_s, "earliest": self.model.now_s() + 1}
-                raise RefusedError("deposit", "DeadlineTooEarly", values)
-            self.model.move("deposit", self.account, ESCROW, amount_wei)
-            escrow_id = self.escrow_id(network_id, self.account, job)
-            old = self.model.escrows.get(escrow_id, EscrowAccount(self.account, network_id, 0, 0, 0))
-            self.model.escrows[escrow_id] = replace(
-                old,
-                deadline_s=max(old.deadline_s, deadline_s),
-                deposited_wei=old.deposited_wei + amount_wei,
-                remaining_wei=old.remaining_wei + amount_wei,
-            )
-            return escrow_id
+            return self._deposit(network_id, job, amount_wei, deadline_s, in_coin=False)
+
+    def deposit_coin(self, network_id: int, job: bytes, amount_wei: int, deadline_s: int) -> bytes:
+        with self.model.lock:
+            return self._deposit(network_id, job, amount_wei, deadline_s, in_coin=True)
+
+    def _deposit(self, network_id: int, job: bytes, amount_wei: int, deadline_s: int, in_coin: bool) -> bytes:
+        if amount_wei == 0:
+            raise RefusedError("deposit", "NothingDeposited")
+        if deadline_s <= self.model.now_s():
+            values = {"deadline": deadline_s, "earliest": self.model.now_s() + 1}
+            raise RefusedError("deposit", "DeadlineTooEarly", values)
+        escrow_id = self.escrow_id(network_id, self.account, job)
+        old = self.model.escrows.get(escrow_id, EscrowAccount(self.account, network_id, 0, in_coin, 0, 0))
+        if old.in_coin != in_coin:
+            raise RefusedError("deposit", "OtherCurrency", {"escrowId": escrow_id.hex()})
+        move = self.model.move_coins if in_coin else self.model.move
+        move("deposit", self.account, ESCROW, amount_wei)
+        self.model.escrows[escrow_id] = replace(
+            old,
+            deadline_s=max(old.deadline_s, deadline_s),
+            deposited_wei=old.deposited_wei + amount_wei,
+            remaining_wei=old.remaining_wei + amount_wei,
+        )
+        return escrow_id
 
     def escrow_id(self, network_id: int, payer: bytes, job: bytes) -> bytes:
         return keccak(word(network_id) + word(payer) + word(job))
@@ -156,11 +183,12 @@ class MemoryChain:
             escrow = self.model.escrows.get(escrow_id)
             if escrow is None:
                 raise RefusedError("refund", "UnknownEscrow", {"escrowId": escrow_id.hex()})
-            until = escrow.deadline_s + self.model.settings.dispute_window_s
+            silent = self.model.peek(escrow.network_id).executed_at_s + SILENCE_S
+            until = min(escrow.deadline_s + self.model.settings.dispute_window_s, silent)
             if self.model.now_s() <= until:
                 raise RefusedError("refund", "NotYetRefundable", {"until": until})
             self.model.escrows[escrow_id] = replace(escrow, remaining_wei=0)
-            self.model.credits[escrow.payer] = self.model.credits.get(escrow.payer, 0) + escrow.remaining_wei
+            self.model.credit(escrow.payer, escrow.remaining_wei, escrow.in_coin)
 
     def withdraw_credit(self, account: bytes) -> None:
         with self.model.lock:
@@ -170,9 +198,19 @@ class MemoryChain:
             self.model.credits[account] = 0
             self.model.move("withdraw", ESCROW, account, amount)
 
+    def withdraw_coin_credit(self, to: bytes) -> None:
+        with self.model.lock:
+            amount = self.model.coin_credits.get(self.account, 0)
+            if amount == 0:
+                raise RefusedError("withdrawCoin", "NothingToWithdraw", {"account": checksum(self.account)})
+            self.model.coin_credits[self.account] = 0
+            self.model.move_coins("withdrawCoin", ESCROW, to, amount)
+
     def balances(self, account: bytes) -> Balances:
         with self.model.lock:
-            return Balances(_COIN_WEI, self.model.tokens.get(account, 0), self.model.credits.get(account, 0))
+            model = self.model
+            tables = (model.tokens, model.credits, model.coin_credits)
+            return Balances(model.coins.get(account, COINS_WEI), *(table.get(account, 0) for table in tables))
 
     def transfer(self, to: bytes, amount_wei: int) -> None:
         with self.model.lock:

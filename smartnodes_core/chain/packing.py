@@ -1,7 +1,7 @@
 """Reputation updates as the contract reads them: `contracts/libraries/ReputationUpdates.sol` is the other half.
 
-Per storage word of 32 members: `u24 word | u32 mask | one byte per set bit, highest lane first`. Words ascend, so that
-one set of changes has one encoding.
+Per storage word of 32 members: `u24 word | u32 mask | 32 bytes, highest lane first`, zero outside the mask. Words
+ascend, so that one set of changes has one encoding.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 LANES = 32
-_HEADER_BYTES = 7
+_UPDATE_BYTES = 7 + LANES
 _MAX_INDEX = (1 << 24) * LANES
 
 
@@ -23,7 +23,7 @@ def pack_reputations(updates: Mapping[int, int]) -> bytes:
     parts = []
     for number, lanes in sorted(words.items()):
         mask = sum(1 << lane for lane in lanes)
-        values = bytes(lanes[lane] for lane in sorted(lanes, reverse=True))
+        values = bytes(lanes.get(lane, 0) for lane in reversed(range(LANES)))
         parts.append(number.to_bytes(3, "big") + mask.to_bytes(4, "big") + values)
     return b"".join(parts)
 
@@ -31,17 +31,13 @@ def pack_reputations(updates: Mapping[int, int]) -> bytes:
 def unpack_reputations(data: bytes) -> dict[int, int]:
     """The inverse of `pack_reputations`. Raises ValueError unless `data` is its one canonical encoding."""
     updates: dict[int, int] = {}
-    position = 0
-    while position < len(data):
-        header = data[position : position + _HEADER_BYTES]
-        mask = int.from_bytes(header[3:], "big")
-        start, end = position + _HEADER_BYTES, position + _HEADER_BYTES + mask.bit_count()
-        if len(header) < _HEADER_BYTES or mask == 0 or end > len(data):
-            raise ValueError(f"reputation update at byte {position} is cut off or empty")
-        lanes = [lane for lane in range(LANES - 1, -1, -1) if mask >> lane & 1]
-        first = int.from_bytes(header[:3], "big") * LANES
-        updates.update({first + lane: value for lane, value in zip(lanes, data[start:end], strict=True)})
-        position = end
+    if len(data) % _UPDATE_BYTES:
+        raise ValueError(f"reputation updates of {len(data)} bytes: a multiple of {_UPDATE_BYTES} is needed")
+    for position in range(0, len(data), _UPDATE_BYTES):
+        first = int.from_bytes(data[position : position + 3], "big") * LANES
+        mask = int.from_bytes(data[position + 3 : position + 7], "big")
+        values = data[position + 7 : position + _UPDATE_BYTES]
+        updates.update({first + lane: values[LANES - 1 - lane] for lane in range(LANES) if mask >> lane & 1})
     if pack_reputations(updates) != data:
         raise ValueError("reputation updates must be in ascending order, each word once")
     return updates

@@ -17,12 +17,17 @@ from smartnodes_core.errors import RecordError
 NO_HASH = bytes(32)
 _NAME, _VERSION = "Smartnodes Rounds", "1"
 _ROUND_KIND = b"Round(uint32 networkId,uint64 round,uint32 viewNumber,bytes32 previousHash,bytes32 content)"
+_ADMISSION_ABI = "(uint32,uint32)"
 _SLASH_ABI = "(uint32,uint256)"
-_SETTLEMENT_ABI = "(bytes32,uint256,uint256,(address,uint256)[])"
+_SETTLEMENT_ABI = "(bytes32,uint256,(address,uint256)[])"
+_PARAMETERS_ABI = "(uint16,uint32)"
 PROPOSAL_ABI = (
-    "(uint32,uint64,uint32,bytes32,uint64,bytes,bytes32,uint256,bytes32[],bytes32[],"
-    f"{_SLASH_ABI}[],{_SETTLEMENT_ABI}[],bytes32)"
+    "(uint32,uint64,uint32,bytes32,uint64,bytes,bytes32,uint256,bytes32[],bytes32[],bytes32[],"
+    f"{_ADMISSION_ABI}[],{_SLASH_ABI}[],{_SETTLEMENT_ABI}[],uint8,uint64,{_PARAMETERS_ABI}[],bytes32)"
 )
+NO_RULING, UPHOLD, CORRECT = range(3)
+#: `Parameters.kappa_bps` that leaves workers the whole emission, whatever fees were burned.
+UNCAPPED = (1 << 32) - 1
 
 _HEAD_FIELDS = (
     "network_id",
@@ -34,6 +39,24 @@ _HEAD_FIELDS = (
     "rewards_root",
     "allotment_wei",
 )
+
+
+@dataclass(frozen=True)
+class Admission:
+    """The member at `index`, whose node key was verified to be its own, and its class of capability (0: none)."""
+
+    index: int
+    capability: int = 0
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What rounds may change of a network: the part of payments in SNO that is burned, and how many times what is
+    burned the workers may share at most. Both in 1/10,000.
+    """
+
+    fee_bps: int
+    kappa_bps: int
 
 
 @dataclass(frozen=True)
@@ -54,10 +77,11 @@ class Payment:
 
 @dataclass(frozen=True)
 class Settlement:
-    """One escrow's part in a round: what is paid and burned as fee leaves it, `refund_wei` goes back to the payer."""
+    """One escrow's part in a round: what is paid leaves it, and in SNO the fee on top of it, which is burned;
+    `refund_wei` goes back to the payer.
+    """
 
     escrow_id: bytes
-    fee_wei: int
     refund_wei: int
     payments: tuple[Payment, ...]
 
@@ -67,7 +91,8 @@ class RoundProposal:
     """Everything one round executes, in the order of the contract's struct. Hashes are 32 bytes.
 
     `reputations` are packed (`packing.py`); `rewards_root` zero leaves the last root in force; `view` is `viewNumber`
-    there.
+    there; `ruling` is one of NO_RULING, UPHOLD, CORRECT on the root frozen from `ruled_round` on; `parameters` holds
+    one at most.
     """
 
     network_id: int
@@ -80,8 +105,13 @@ class RoundProposal:
     allotment_wei: int = 0
     jobs_created: tuple[bytes, ...] = ()
     jobs_completed: tuple[bytes, ...] = ()
+    jobs_disputed: tuple[bytes, ...] = ()
+    admissions: tuple[Admission, ...] = ()
     slashes: tuple[Slash, ...] = ()
     settlements: tuple[Settlement, ...] = ()
+    ruling: int = NO_RULING
+    ruled_round: int = 0
+    parameters: tuple[Parameters, ...] = ()
     evidence_root: bytes = NO_HASH
 
     def as_abi(self) -> tuple[Any, ...]:
@@ -97,11 +127,16 @@ class RoundProposal:
             self.allotment_wei,
             list(self.jobs_created),
             list(self.jobs_completed),
+            list(self.jobs_disputed),
+            [(admission.index, admission.capability) for admission in self.admissions],
             [(slash.index, slash.amount_wei) for slash in self.slashes],
             [
-                (s.escrow_id, s.fee_wei, s.refund_wei, [(checksum(p.to), p.amount_wei) for p in s.payments])
+                (s.escrow_id, s.refund_wei, [(checksum(p.to), p.amount_wei) for p in s.payments])
                 for s in self.settlements
             ],
+            self.ruling,
+            self.ruled_round,
+            [(each.fee_bps, each.kappa_bps) for each in self.parameters],
             self.evidence_root,
         )
 
@@ -118,17 +153,23 @@ class RoundProposal:
 
         try:
             values = decode([PROPOSAL_ABI], data)[0]
-            created, completed, slashes, settlements, evidence_root = values[8:]
+            created, completed, disputed, admissions, slashes, settlements, *rest = values[8:]
+            ruling, ruled_round, parameters, evidence_root = rest
             head: dict[str, Any] = dict(zip(_HEAD_FIELDS, values[:8], strict=True))
             proposal = cls(
                 **head,
                 jobs_created=tuple(created),
                 jobs_completed=tuple(completed),
+                jobs_disputed=tuple(disputed),
+                admissions=tuple(Admission(*admission) for admission in admissions),
                 slashes=tuple(Slash(*slash) for slash in slashes),
                 settlements=tuple(
-                    Settlement(escrow, fee, back, tuple(Payment(bytes.fromhex(to[2:]), wei) for to, wei in payments))
-                    for escrow, fee, back, payments in settlements
+                    Settlement(escrow, back, tuple(Payment(bytes.fromhex(to[2:]), wei) for to, wei in payments))
+                    for escrow, back, payments in settlements
                 ),
+                ruling=ruling,
+                ruled_round=ruled_round,
+                parameters=tuple(Parameters(*each) for each in parameters),
                 evidence_root=evidence_root,
             )
         except Exception as error:  # eth_abi raises errors of many unrelated classes on hostile bytes
@@ -136,6 +177,29 @@ class RoundProposal:
         if proposal.encode() != data:
             raise RecordError("a round proposal that is not in canonical ABI encoding")
         return proposal
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a signature is for: two contents signed for one place are a slashable proof."""
+
+    network_id: int
+    round: int
+    view: int
+    previous_hash: bytes
+
+    @classmethod
+    def of(cls, proposal: RoundProposal) -> Place:
+        return cls(proposal.network_id, proposal.round, proposal.view, proposal.previous_hash)
+
+
+@dataclass(frozen=True)
+class Equivocation:
+    """One signer's signatures over two contents of one place; `contents` are the hashes of the encodings."""
+
+    place: Place
+    contents: tuple[bytes, bytes]
+    signatures: tuple[bytes, bytes]
 
 
 @dataclass(frozen=True)
@@ -152,12 +216,9 @@ class Domain:
 
     def digest(self, proposal: RoundProposal) -> bytes:
         """The 32 bytes that validators sign, and that the next round names as its previous hash."""
-        fields = (
-            keccak(_ROUND_KIND),
-            proposal.network_id,
-            proposal.round,
-            proposal.view,
-            proposal.previous_hash,
-            keccak(proposal.encode()),
-        )
+        return self.digest_of(Place.of(proposal), keccak(proposal.encode()))
+
+    def digest_of(self, place: Place, content: bytes) -> bytes:
+        """The digest of a proposal in `place` of which only the hash of the encoding is known."""
+        fields = (keccak(_ROUND_KIND), place.network_id, place.round, place.view, place.previous_hash, content)
         return typed_digest(self.separator, keccak(b"".join(word(field) for field in fields)))

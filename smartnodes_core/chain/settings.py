@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from smartnodes_core.chain.proposal import UNCAPPED
 from smartnodes_core.chain.signing import checksum
 from smartnodes_core.errors import ConfigError
 
@@ -21,8 +22,9 @@ class ChainSettings:
     """Amounts in wei of SNO, times in seconds. The defaults are the public network's; a demo shortens the times.
 
     Emission: `emission_wei` every `emission_period_s`, times `emission_keep_bps`/10,000 each `emission_decay_s`, never
-    below `emission_tail_wei`. `networks` maps network ids to their share of it in 1/10,000; `genesis` accounts to what
-    they start with.
+    below `emission_tail_wei`. `fee_bps`/10,000 of what jobs pay in SNO is burned, and workers share at most what is
+    burned times `kappa_bps`/10,000; 4294967295 pays them the whole emission as a subsidy. `networks` maps network ids
+    to their share of it in 1/10,000; `genesis` accounts to what they start with.
     """
 
     round_interval_s: int = 600
@@ -31,6 +33,9 @@ class ChainSettings:
     dispute_window_s: int = 24 * 3600
     user_stake_wei: int = 0
     worker_stake_wei: int = 0
+    freeze_bond_wei: int = 10_000 * SNO
+    fee_bps: int = 500
+    kappa_bps: int = 10_000
     validator_stake_wei: int = 1_000_000 * SNO
     emission_wei: int = 9375 * SNO // 10
     emission_tail_wei: int = 70 * SNO
@@ -48,6 +53,13 @@ class ChainSettings:
                 f"claim_delay_s is {self.claim_delay_s}: at most 32 round intervals ({32 * self.round_interval_s} s), "
                 "because the contract keeps the last 64 roots"
             )
+        if self.exit_delay_s <= self.dispute_window_s + self.claim_delay_s:
+            raise ConfigError(
+                f"exit_delay_s is {self.exit_delay_s}: it must be longer than dispute_window_s and claim_delay_s "
+                f"together ({self.dispute_window_s + self.claim_delay_s} s), or a stake is gone before its dispute ends"
+            )
+        if self.fee_bps > 10_000 or self.kappa_bps > UNCAPPED:
+            raise ConfigError(f"fee_bps {self.fee_bps}, kappa_bps {self.kappa_bps}: at most 10000 and {UNCAPPED}")
         if sum(self.networks.values()) > 10_000:
             raise ConfigError(
                 f"the networks' shares sum to {sum(self.networks.values())}: at most 10000 are there to share"

@@ -72,6 +72,7 @@ class ChainAuthority:
         self._members = members
         self._poll_interval_s, self._min_refresh_interval_s = poll_interval_s, min_refresh_interval_s
         self._known: dict[bytes, Member] = {}
+        self._by_account: dict[tuple[bytes, bytes], Member] = {}
         self._failure: str | None = "the chain has not been read yet"
         self._refreshed_s = float("-inf")
         self._refreshing = threading.Lock()
@@ -105,7 +106,9 @@ class ChainAuthority:
 
     def check(self, peer: Peer) -> None:
         """See `WatchingAuthority`."""
-        member = self._known.get(hashlib.sha256(peer.node_key).digest())
+        hashed = hashlib.sha256(peer.node_key).digest()
+        account = peer.binding.account if peer.binding is not None else b""
+        member = self._by_account.get((hashed, account)) or self._known.get(hashed)
         if member is None:
             if self._failure is not None:
                 raise AuthorityError(f"{peer} is new here and cannot be checked: {self._failure}; try again later")
@@ -150,7 +153,8 @@ class ChainAuthority:
                 logger.warning("the chain cannot be read, known peers stay and new ones wait: %s", error)
             self._failure = f"the chain cannot be read: {error}"
         else:
-            self._known = {member.key_hash: member for member in members}
+            self._by_account = {(member.key_hash, member.account): member for member in members}
+            self._known = by_key_hash(members)
             self._failure = None
         self._refreshed_s = time.monotonic()
 
@@ -163,8 +167,13 @@ class ChainAuthority:
             self._stopping.wait(self._poll_interval_s)
 
 
+def by_key_hash(members: Sequence[Member]) -> dict[bytes, Member]:
+    """The members by node key: of several that ask for one key, the one that is live."""
+    return {member.key_hash: member for member in sorted(members, key=lambda member: member.live)}
+
+
 def _takes_part(member: Member) -> bool:
-    """Also those on the way in or out: a validator awaiting its epoch, who asked to leave and still answers audits."""
-    joining = member.role == "validator" and member.exit_at_s == 0
+    """Also those on the way in or out: who waits to be admitted, who asked to leave and still answers audits."""
+    joining = not member.verified and member.exit_at_s == 0
     leaving = member.exit_at_s != 0 and member.stake_wei > 0
     return member.live or joining or leaving

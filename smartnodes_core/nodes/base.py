@@ -24,7 +24,7 @@ from smartnodes_core.identity import Identity
 from smartnodes_core.nodes.authority import Authority, WatchingAuthority
 from smartnodes_core.nodes.links import AddressBook, Links
 from smartnodes_core.records import SignedBinding
-from smartnodes_core.rpc import CALL_TIMEOUT_S, MAX_REPLY_BODY_BYTES, PendingCall, Reply, RpcEndpoint
+from smartnodes_core.rpc import CALL_TIMEOUT_S, MAX_REPLY_BODY_BYTES, PendingCall, Reply, Result, RpcEndpoint, allow
 from smartnodes_core.transport.base import (
     SEND_TIMEOUT_S,
     Admit,
@@ -68,6 +68,7 @@ class Node:
         self._listener: Listener | None = None
         self._lock = threading.Lock()
         self._stopped = False
+        self._rpc.serve(self)
 
     def __repr__(self) -> str:
         return (
@@ -129,6 +130,13 @@ class Node:
         `stop`).
         """
         self._lost_callbacks.append(callback)
+
+    @allow(max_body_bytes=0)
+    def rpc_binding(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
+        """This node's own binding with both its signatures: validators ask for it before a round admits its account."""
+        if self.signed_binding is None:
+            raise ConfigError("this node has no account")
+        return {}, [self.signed_binding.encode()]
 
     # -- whom it calls ------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from smartnodes_core.chain.base import Chain, Member
 from smartnodes_core.errors import AuthorityError, ChainError, ConfigError
+from smartnodes_core.nodes.authority import by_key_hash
 from smartnodes_core.records import NodeKey, Role
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class Membership:
     def _read_if_older(self, max_age_s: float) -> None:
         if time.monotonic() - self._read_at_s > max_age_s:
             members = self.chain.members(self.network_id)
-            self._by_hash = {member.key_hash: member for member in members}
+            self._by_hash = by_key_hash(members)
             self._members = members
             self._read_at_s = time.monotonic()
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from smartnodes_core.chain.base import Chain, RoundState
 from smartnodes_core.errors import ChainError, RecordError, SmartnodesError
+from smartnodes_core.nodes.admitting import AdmissionDesk
 from smartnodes_core.nodes.auditing import AuditDesk
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.membership import Membership
@@ -67,8 +68,9 @@ class RoundBooks:
         self._settled: dict[bytes, None] = {}
         self._candidates: dict[bytes, Candidate] = {}
         self._kept: dict[bytes, Proposal] = {}
-        self._signers: tuple[bytes, ...] = ()
+        self._left_out: RoundProposal | None = None
         self._number = -1
+        self.admissions = AdmissionDesk(node, chain, network_id, membership)
         self.rewards = RewardBooks(node, chain, network_id, self.others, self._signed_totals)
         node.serve(self)
 
@@ -90,11 +92,19 @@ class RoundBooks:
             for number in range(first, state.number + 1):
                 executed = self.chain.executed_round(self.network_id, number)
                 if executed is not None:
-                    self._signers = executed.signers
+                    with self._lock:
+                        signed = self._candidates.get(executed.digest)
+                        self._left_out = signed.content if signed and self.account not in executed.signers else None
                     self._note(executed.digest)
             with self._lock:
                 self._number = state.number
                 self._candidates.clear()
+
+    def take_left_out(self) -> RoundProposal | None:
+        """The last executed round if this validator signed it and is not among its signers; once."""
+        with self._lock:
+            found, self._left_out = self._left_out, None
+        return found
 
     def _note(self, digest: bytes) -> None:
         with self._lock:
@@ -249,10 +259,9 @@ class RoundBooks:
         return RoundEvidence(verdicts=counts, work_units=work, digests=[*verdicts, *commitments])
 
     def context(self, state: RoundState, view: int, until_s: int, num_validators: int) -> RoundContext:
-        """What the rules take from the chain, which is asked twice."""
+        """What the rules take from the chain, which is asked four times."""
         members = self.chain.members(self.network_id)
-        with self._lock:
-            signers = self._signers
+        last = self.chain.executed_round(self.network_id, state.number)  # no longer changes once the next is due
         return RoundContext(
             domain=self.chain.domain,
             network_id=self.network_id,
@@ -262,9 +271,11 @@ class RoundBooks:
             until_s=until_s,
             emission_wei=self.chain.emission_wei(self.network_id, until_s),
             num_validators=num_validators,
-            signers=signers,
+            parameters=self.chain.parameters(self.network_id),
+            signers=last.signers if last else (),
             standings={m.account: Standing(m.index, m.reputation, m.stake_wei) for m in members},
             totals_wei=self.rewards.totals_wei,
+            frozen_from=state.frozen_from,
         )
 
 

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from smartnodes_core.chain.base import Chain, RoundState
 from smartnodes_core.chain.signing import address_of, recover
@@ -93,6 +94,10 @@ class RoundDesk:
         """Look at the chain once, propose if it is this validator's turn; the seconds until the next look."""
         state = self._chain.round_state(self._network_id)
         self.books.follow(state)
+        left_out = self.books.take_left_out()
+        if left_out is not None and state.chain_time_s < state.earliest_at_s:
+            signature = self._signer.sign(left_out, self._chain.proposal_digest(left_out))
+            self._chain.endorse_round(self._network_id, [signature])
         view = self._clock.view(state)
         if view is None:  # nothing can be executed before, by anybody
             return min(MAX_SLEEP_S, max(self._poll_s, state.earliest_at_s - state.chain_time_s))
@@ -128,7 +133,7 @@ class RoundDesk:
 
     def _make(self, state: RoundState, view: int, num_validators: int) -> tuple[bytes, Candidate]:
         verdicts, commitments = self.books.unsettled()
-        evidence = self.books.evidence(verdicts, commitments)
+        evidence = replace(self.books.evidence(verdicts, commitments), admissions=self.books.admissions.propose())
         until_s = max(state.emitted_until_s, min(int(time.time()), state.chain_time_s))
         content, totals_wei = propose(self.books.context(state, view, until_s, num_validators), evidence)
         proposal = Proposal(

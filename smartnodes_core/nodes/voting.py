@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 from smartnodes_core.chain.base import RoundState
@@ -96,7 +97,8 @@ class VoteDesk:
             for digest in self._books.frauds_since(time.monotonic() - self._patience_s)
             if digest not in verdicts
         ]
-        evidence = self._books.evidence(verdicts, commitments)
+        reasons += self._books.admissions.unproven(content.admissions, proposer)
+        evidence = replace(self._books.evidence(verdicts, commitments), admissions=content.admissions)
         context = self._books.context(state, proposal.view, content.until_s, len(order))
         recomputed, totals_wei = propose(context, evidence)
         reasons += justify(content, recomputed) or []

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smartnodes_core.chain.packing import pack_reputations, unpack_reputations
-from smartnodes_core.chain.proposal import Payment
+from smartnodes_core.chain.proposal import UNCAPPED, UPHOLD, Admission, Parameters, Payment
 from smartnodes_core.errors import RecordError
 from smartnodes_core.reputation import VerdictCounts
 from smartnodes_core.rounds import (
@@ -37,6 +37,7 @@ CONTEXT = RoundContext(
     view=0,
     previous_hash=b"p" * 32,
     until_s=1000,
+    parameters=Parameters(500, UNCAPPED),
     emission_wei=1000 * SNO,
     num_validators=4,
     signers=tuple(VALIDATORS[:3]),
@@ -151,11 +152,11 @@ def test_what_was_recomputed_is_justified() -> None:
     [
         ({"allotment_wei": 1}, "allotment_wei: proposed 1, recomputed"),
         ({"reputations": pack_reputations({2: 255})}, "member 2 proposed 255, recomputed unchanged"),
-        ({"reputations": b"\x00"}, "cut off"),
+        ({"reputations": b"\x00"}, "a multiple of 39"),
         ({"slashes": ()}, "is missing"),
         ({"slashes": (Slash(1, 100), Slash(1, 100))}, "order or repetition"),
         ({"jobs_created": (b"x" * 32,)}, "is not justified"),
-        ({"settlements": (Settlement(b"e" * 32, 0, 0, (Payment(b"t" * 20, 9),)),)}, "is not justified"),
+        ({"settlements": (Settlement(b"e" * 32, 0, (Payment(b"t" * 20, 9),)),)}, "is not justified"),
         ({"rewards_root": b"x" * 32}, "rewards_root: proposed 7878"),
         ({"previous_hash": b"x" * 32}, "previous_hash"),
     ],
@@ -173,8 +174,13 @@ def test_no_field_escapes_the_digest() -> None:
     for item in fields(RoundProposal):
         value = getattr(proposal, item.name)
         other = value + 1 if isinstance(value, int) else (b"z" * 32 if len(value) == 32 else type(value)())
-        if item.name in ("jobs_completed", "settlements"):
-            other = {"jobs_completed": (b"z" * 32,), "settlements": (Settlement(b"e" * 32, 1, 2, ()),)}[item.name]
+        other = {
+            "jobs_completed": (b"z" * 32,),
+            "jobs_disputed": (b"z" * 32,),
+            "admissions": (Admission(1),),
+            "settlements": (Settlement(b"e" * 32, 2, ()),),
+            "parameters": (Parameters(1, 2),),
+        }.get(item.name, other)
         seen.add(CONTEXT.domain.digest(replace(proposal, **{item.name: other})))
     assert len(seen) == 1 + len(fields(RoundProposal))
     assert CONTEXT.domain.digest(in_view(proposal, 3)) != CONTEXT.domain.digest(proposal)
@@ -191,3 +197,17 @@ def test_a_proposal_with_bytes_behind_it_is_refused() -> None:
     assert RoundProposal.decode(proposal.encode()) == proposal
     with pytest.raises(RecordError, match="canonical"):
         RoundProposal.decode(proposal.encode() + bytes(32))
+
+
+def test_a_frozen_root_is_upheld_by_those_who_signed_it() -> None:
+    proposal, _ = propose(replace(CONTEXT, frozen_from=4), EVIDENCE)
+    assert (proposal.ruling, proposal.ruled_round) == (UPHOLD, 4)
+
+
+def test_workers_share_no_more_than_what_jobs_burned() -> None:
+    paid = Settlement(b"e" * 32, 0, (Payment(b"t" * 20, 1000 * SNO),))
+    context = replace(CONTEXT, parameters=Parameters(500, 10_000), totals_wei={})
+    proposal, totals = propose(context, replace(EVIDENCE, settlements=(paid,)))
+    signers_wei = context.emission_wei - context.emission_wei * 85 // 100
+    assert proposal.allotment_wei <= signers_wei + 50 * SNO
+    assert sum(totals.values()) == proposal.allotment_wei

@@ -82,7 +82,7 @@ class Evm:
     """The state after all transactions so far. Not thread-safe: `Ledger` holds the lock."""
 
     def __init__(self, funds_wei: Mapping[bytes, int]):
-        self._state = CancunState(AtomicDB(), _context(0, 0, BASE_FEE_WEI), BLANK_ROOT_HASH)
+        self._state = CancunState(AtomicDB(), block_context(0, 0, BASE_FEE_WEI), BLANK_ROOT_HASH)
         for account, wei in funds_wei.items():
             self._state.set_balance(Address(account), wei)
         self._state.persist()
@@ -129,13 +129,13 @@ class Evm:
         """Runs a decoded transaction as the only one of block `number` and keeps its effects."""
         self.check(transaction)
         state = self._state
-        state.execution_context = _context(number, timestamp_s, BASE_FEE_WEI)
+        state.execution_context = block_context(number, timestamp_s, BASE_FEE_WEI)
         state.lock_changes()
         try:
             computation = state.apply_transaction(transaction)
         except ValidationError as error:
             raise RejectedTransaction(str(error)) from None
-        outcome = _outcome(transaction, computation)
+        outcome = outcome_of(transaction, computation)
         state.persist()
         return outcome
 
@@ -143,13 +143,13 @@ class Evm:
         """Runs `call` at the given time on the present state and leaves no trace."""
         state = self._state
         state.lock_changes()
-        state.execution_context = _context(number, timestamp_s, 0)
+        state.execution_context = block_context(number, timestamp_s, 0)
         snapshot = state.snapshot()
         try:
             executor = state.get_transaction_executor()
             message = executor.build_evm_message(call)  # type: ignore[arg-type]
             computation = executor.build_computation(message, call)  # type: ignore[arg-type]
-            return _outcome(call, computation)
+            return outcome_of(call, computation)
         except InsufficientFunds:
             return Outcome(0, b"", b"", "insufficient funds for transfer", None, ())
         finally:
@@ -169,7 +169,7 @@ class Evm:
         return int(self._state.get_storage(Address(account), slot))
 
 
-def _context(number: int, timestamp_s: int, base_fee_wei: int) -> ExecutionContext:
+def block_context(number: int, timestamp_s: int, base_fee_wei: int) -> ExecutionContext:
     return ExecutionContext(
         coinbase=_NOBODY,  # type: ignore[arg-type]
         timestamp=timestamp_s,
@@ -184,7 +184,7 @@ def _context(number: int, timestamp_s: int, base_fee_wei: int) -> ExecutionConte
     )
 
 
-def _outcome(transaction: Any, computation: Any) -> Outcome:
+def outcome_of(transaction: Any, computation: Any) -> Outcome:
     used = int(CancunVM.finalize_gas_used(transaction, computation))
     created = transaction.to == CREATE_CONTRACT_ADDRESS
     if computation.is_error:

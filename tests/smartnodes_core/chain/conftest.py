@@ -16,6 +16,7 @@ from smartnodes_core.chain.base import Chain
 from smartnodes_core.chain.devnet.accounts import devnet_key
 from smartnodes_core.chain.devnet.launcher import DevnetProcess
 from smartnodes_core.chain.merkle import RewardTree
+from smartnodes_core.chain.proposal import UNCAPPED, Admission
 from smartnodes_core.chain.settings import SNO, Addresses, ChainSettings
 from smartnodes_core.chain.signing import address_of, sign_digest
 from smartnodes_core.rounds import RoundProposal
@@ -27,6 +28,7 @@ SETTINGS = ChainSettings(
     exit_delay_s=40,
     dispute_window_s=20,
     worker_stake_wei=100 * SNO,
+    kappa_bps=UNCAPPED,
     networks={NETWORK: 8000, OTHER_NETWORK: 2000},
     genesis={address_of(devnet_key(i)): 3_000_000 * SNO for i in range(10)},
 )
@@ -77,6 +79,11 @@ class World:
         state = self.chain().round_state(NETWORK)
         empty = RoundProposal(NETWORK, state.number + 1, 0, state.previous_hash, state.chain_time_s)
         return replace(empty, **changes)
+
+    def admit(self, *members: int) -> None:
+        """A round of three validators in which these accounts' keys are verified."""
+        indices = [self.chain().member(NETWORK, self.account(i)).index for i in members]
+        self.execute(self.proposal(admissions=tuple(Admission(index) for index in sorted(indices))), 0, 1, 2)
 
     def sign(self, proposal: RoundProposal, *signers: int) -> list[bytes]:
         digest = self.chain().proposal_digest(proposal)

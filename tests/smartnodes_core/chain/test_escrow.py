@@ -20,31 +20,31 @@ def opened(world: World, amount_wei: int) -> bytes:
 def test_paid_and_fee_and_refund_are_what_was_deposited(world: World) -> None:
     escrow_id = opened(world, 1000)
     payer = world.account(4)
-    settlement = Settlement(escrow_id, 50, 250, (Payment(world.account(5), 600), Payment(world.account(6), 100)))
+    settlement = Settlement(escrow_id, 250, (Payment(world.account(5), 614), Payment(world.account(6), 100)))
     world.execute(world.proposal(settlements=(settlement,)), 0, 1, 2)
     escrow = world.chain().escrow(escrow_id)
     assert escrow is not None
     assert (escrow.deposited_wei, escrow.remaining_wei, escrow.payer) == (1000, 0, payer)
     credits = [world.chain().balances(world.account(i)).credit_wei for i in (4, 5, 6)]
-    assert credits == [250, 600, 100]
+    assert credits == [250, 614, 100]
     before = world.chain().balances(world.account(5)).sno_wei
     world.chain(9).withdraw_credit(world.account(5))
-    assert world.chain().balances(world.account(5)).sno_wei == before + 600
+    assert world.chain().balances(world.account(5)).sno_wei == before + 614
     with refused("NothingToWithdraw"):
         world.chain(9).withdraw_credit(world.account(5))
 
 
 def test_a_settlement_that_cannot_be_covered_is_skipped_and_blocks_nothing(world: World) -> None:
     escrow_id = opened(world, 1000)
-    too_much = Settlement(escrow_id, 1, 0, (Payment(world.account(5), 1000),))
-    unknown = Settlement(b"u" * 32, 0, 0, (Payment(world.account(5), 1),))
-    fine = Settlement(escrow_id, 0, 0, (Payment(world.account(6), 400),))
+    too_much = Settlement(escrow_id, 0, (Payment(world.account(5), 1000),))
+    unknown = Settlement(b"u" * 32, 0, (Payment(world.account(5), 1),))
+    fine = Settlement(escrow_id, 0, (Payment(world.account(6), 400),))
     world.execute(world.proposal(settlements=(too_much, unknown, fine)), 0, 1, 2)
     assert world.chain().balances(world.account(5)).credit_wei == 0
     assert world.chain().balances(world.account(6)).credit_wei == 400
     escrow = world.chain().escrow(escrow_id)
     assert escrow is not None
-    assert escrow.remaining_wei == 600
+    assert escrow.remaining_wei == 580
 
 
 def test_a_refund_waits_for_the_deadline_and_the_dispute_window(world: World) -> None:

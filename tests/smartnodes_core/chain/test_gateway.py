@@ -112,18 +112,19 @@ def test_setup_is_callable_once_and_by_the_deployer_only(
     for key, reason in ((devnet_key(63), "AlreadySetUp"), (devnet_key(1), "OnlyDeployer")):
         gateway = Gateway(devnet.url, key)
         with refused(reason):
-            gateway.transact(gateway.contract("Rounds", deployed[1].rounds).functions.setup([(9, 1)]))
+            gateway.transact(gateway.contract("Rounds", deployed[1].rounds).functions.setup([(9, 1)], (0, 0)))
 
 
 @pytest.mark.parametrize(
     ("contract", "function", "arguments"),
     [
-        ("SNO", "mint", ("0x" + "11" * 20, 1)),
+        ("SNO", "mint", (NETWORK, 1)),
+        ("SNO", "pay", (NETWORK, "0x" + "11" * 20, 1)),
+        ("SNO", "takeBack", (NETWORK, 1)),
         ("Registry", "openNetwork", (9,)),
-        ("Registry", "applyReputations", (NETWORK, b"")),
-        ("Registry", "slash", (NETWORK, [])),
-        ("Registry", "startEpoch", (NETWORK,)),
-        ("Escrow", "settle", (NETWORK, [])),
+        ("Registry", "applyRound", (NETWORK, b"", [], [])),
+        ("Registry", "convict", (NETWORK, "0x" + "11" * 20)),
+        ("Escrow", "settle", (NETWORK, [], 0)),
     ],
 )
 def test_only_rounds_mints_scores_slashes_and_settles(
@@ -143,7 +144,7 @@ def test_rounds_cannot_be_deployed_at_another_address_than_announced(
 
     wired = [checksum(address) for address in (addresses.sno, addresses.registry, addresses.escrow)]
     with refused("NotWired"):
-        Gateway(devnet.url, devnet_key(63)).deploy("Rounds", [*wired, (10, 10)])
+        Gateway(devnet.url, devnet_key(63)).deploy("Rounds", [*wired, (10, 10, 10)])
 
 
 def test_the_created_address_is_ethereums() -> None:
@@ -196,13 +197,13 @@ def test_a_chain_that_goes_away_is_an_error_and_comes_back(tmp_path: Path) -> No
 
 
 def test_the_digest_computed_here_is_the_contracts(devnet: DevnetProcess, deployed: tuple[World, Addresses]) -> None:
-    from smartnodes_core.chain.proposal import Payment, RoundProposal, Settlement, Slash
+    from smartnodes_core.chain.proposal import Admission, Parameters, Payment, RoundProposal, Settlement, Slash
 
     proposal = RoundProposal(
         NETWORK, 7, 3, b"p" * 32, 99, b"\x00\x01", b"r" * 32, 10**20, (b"a" * 32, b"b" * 32), (b"c" * 32,),
-        (Slash(1, 2), Slash(3, 4)),
-        (Settlement(b"e" * 32, 5, 6, (Payment(b"t" * 20, 7), Payment(b"u" * 20, 8))), Settlement(b"f" * 32, 0, 0, ())),
-        b"v" * 32,
+        (b"d" * 32,), (Admission(1, 2),), (Slash(1, 2), Slash(3, 4)),
+        (Settlement(b"e" * 32, 6, (Payment(b"t" * 20, 7), Payment(b"u" * 20, 8))), Settlement(b"f" * 32, 0, ())),
+        2, 5, (Parameters(3, 4),), b"v" * 32,
     )  # fmt: skip
     gateway = Gateway(devnet.url)
     rounds = gateway.contract("Rounds", deployed[1].rounds).functions

@@ -34,6 +34,6 @@ def test_random_updates_land_in_their_lanes_and_nowhere_else(deployed: tuple[Wor
 def test_malformed_updates_are_refused(devnet: object) -> None:
     world = contracts_world(devnet.url)[0]  # type: ignore[attr-defined]
     world.validators(3)
-    for data in (b"\x00", bytes(7), b"\x00\x00\x00\x00\x00\x00\x03\x01", b"\x00\x00\x01\x00\x00\x00\x01\x01"):
+    for data in (b"\x00", bytes(39), bytes(6) + b"\x08" + bytes(32), b"\x00\x00\x01" + bytes(3) + b"\x01" + bytes(32)):
         with refused("BadReputationUpdate"):
             world.execute(world.proposal(reputations=data), 0, 1, 2)

@@ -6,6 +6,7 @@ import pytest
 
 from smartnodes_core.chain.base import NoFundsError
 from smartnodes_core.chain.packing import pack_reputations
+from smartnodes_core.chain.proposal import Admission
 from smartnodes_core.chain.settings import SNO
 
 from .conftest import NETWORK, OTHER_NETWORK, SETTINGS, World
@@ -26,13 +27,41 @@ def test_a_member_is_listed_with_its_state(world: World) -> None:
 
 
 def test_node_keys_and_accounts_are_one_to_one(world: World) -> None:
-    world.chain(1).register("user", world.key_hash(1), NETWORK)
+    world.validators(3)
+    world.chain(4).register("user", world.key_hash(4), NETWORK)
+    world.admit(4)
     with refused("KeyTaken"):
-        world.chain(2).register("user", world.key_hash(1), NETWORK)
+        world.chain(5).register("user", world.key_hash(4), NETWORK)
     with refused("AlreadyRegistered"):
-        world.chain(1).register("user", world.key_hash(2), NETWORK)
-    world.chain(2).register("user", world.key_hash(2), NETWORK)
-    world.chain(2).register("user", world.key_hash(1), OTHER_NETWORK)
+        world.chain(4).register("user", world.key_hash(5), NETWORK)
+    world.chain(5).register("user", world.key_hash(5), NETWORK)
+    world.chain(5).register("user", world.key_hash(4), OTHER_NETWORK)
+
+
+def test_a_key_goes_to_whom_a_round_verified_it_for(world: World) -> None:
+    world.validators(3)
+    world.chain(4).register("worker", world.key_hash(5), NETWORK)  # a squatter, before the first round
+    world.chain(5).register("worker", world.key_hash(5), NETWORK)
+    assert [member.live for member in world.chain().members(NETWORK)[3:]] == [True, False]
+    world.admit(5)
+    assert [member.live for member in world.chain().members(NETWORK)[3:]] == [False, True]
+    world.admit(4)  # a key that was verified before stays
+    assert [member.verified for member in world.chain().members(NETWORK)[3:]] == [False, True]
+
+
+def test_nobody_is_live_without_a_round_and_a_key_cannot_be_squatted(world: World) -> None:
+    world.validators(3)
+    world.execute(world.proposal(), 0, 1, 2)
+    world.chain(4).register("worker", world.key_hash(5), NETWORK)
+    world.chain(5).register("worker", world.key_hash(5), NETWORK)
+    assert not any(member.live for member in world.chain().members(NETWORK)[3:])
+    world.execute(world.proposal(admissions=(Admission(4, 7), Admission(99))), 0, 1, 2)
+    member = world.chain().member(NETWORK, world.account(5))
+    assert (member.live, member.verified, member.capability) == (True, True, 7)
+    world.chain(4).request_exit(NETWORK)
+    world.pass_time(SETTINGS.exit_delay_s)
+    world.chain(4).withdraw_stake(NETWORK)
+    assert world.chain().member(NETWORK, world.account(4)).stake_wei == 0
 
 
 def test_an_empty_key_and_an_unknown_network_are_refused(world: World) -> None:
@@ -79,7 +108,9 @@ def test_who_comes_back_keeps_its_place_and_its_reputation(world: World) -> None
     assert chain.register("user", world.key_hash(5), NETWORK) == 3
     member = chain.member(NETWORK, world.account(4))
     assert member is not None
-    assert (member.reputation, member.role, member.key_hash, member.live) == (9, "user", world.key_hash(5), True)
+    assert (member.reputation, member.role, member.key_hash, member.live) == (9, "user", world.key_hash(5), False)
+    world.admit(4)
+    assert chain.member(NETWORK, world.account(4)).live
     world.chain(6).register("user", world.key_hash(4), NETWORK)
 
 
@@ -87,6 +118,7 @@ def test_a_blacklisted_account_stays_out(world: World) -> None:
     world.validators(3)
     chain = world.chain(4)
     chain.register("worker", world.key_hash(4), NETWORK)
+    world.admit(4)
     world.execute(world.proposal(reputations=pack_reputations({3: 0})), 0, 1, 2)
     chain.request_exit(NETWORK)
     world.pass_time(SETTINGS.exit_delay_s)

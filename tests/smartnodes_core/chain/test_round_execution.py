@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from smartnodes_core.chain.base import RefusedError
+from smartnodes_core.chain.base import NoFundsError, RefusedError
 from smartnodes_core.chain.merkle import RewardTree
 from smartnodes_core.chain.packing import pack_reputations
-from smartnodes_core.chain.proposal import Payment, RoundProposal, Settlement, Slash
+from smartnodes_core.chain.proposal import UPHOLD, Admission, Parameters, Payment, RoundProposal, Settlement, Slash
 from smartnodes_core.chain.signing import sign_digest
 from smartnodes_core.rounds import quorum
 
@@ -91,7 +91,12 @@ def changed_fields() -> list[dict[str, object]]:
         {"jobs_created": (b"j" * 32,)},
         {"jobs_completed": (b"j" * 32,)},
         {"slashes": (Slash(0, 1),)},
-        {"settlements": (Settlement(b"e" * 32, 0, 0, (Payment(bytes(20), 1),)),)},
+        {"settlements": (Settlement(b"e" * 32, 0, (Payment(bytes(20), 1),)),)},
+        {"jobs_disputed": (b"j" * 32,)},
+        {"admissions": (Admission(0),)},
+        {"ruling": UPHOLD},
+        {"ruled_round": 1},
+        {"parameters": (Parameters(1, 1),)},
         {"evidence_root": b"e" * 32},
     ]
 
@@ -168,16 +173,17 @@ def test_leaving_and_coming_back_adds_no_vote(world: World) -> None:
     world.chain(3).withdraw_stake(NETWORK)
     world.chain(3).register("validator", world.key_hash(3), NETWORK)
     assert len(world.chain().validators(NETWORK)) == 3
-    world.execute(world.proposal(), 0, 1, 2)
+    world.admit(3)
     assert len(world.chain().validators(NETWORK)) == 4
 
 
-def test_a_validator_that_joins_counts_from_the_next_round_on(world: World) -> None:
+def test_a_validator_that_joins_counts_from_the_round_that_admits_it_on(world: World) -> None:
     world.validators(3)
     world.execute(world.proposal(), 0, 1, 2)
     world.chain(3).register("validator", world.key_hash(3), NETWORK)
-    assert world.account(3) not in world.chain().validators(NETWORK)
     world.execute(world.proposal(), 0, 1, 2)
+    assert world.account(3) not in world.chain().validators(NETWORK)
+    world.admit(3)
     assert world.account(3) in world.chain().validators(NETWORK)
 
 
@@ -192,7 +198,7 @@ def test_no_round_mints_beyond_the_emission(world: World) -> None:
     with refused("AllotmentTooLarge"):
         world.execute(greedy, 0, 1, 2)
     world.execute(replace(greedy, allotment_wei=emission), 0, 1, 2)
-    assert world.chain().round_state(NETWORK).allotted_wei == emission
+    assert world.chain().round_state(NETWORK).unclaimed_wei == emission
     assert world.chain().emission_wei(NETWORK, proposal.until_s) == 0
 
 
@@ -275,5 +281,5 @@ def test_a_root_that_promises_more_than_was_allotted_cannot_be_emptied(world: Wo
     tree = world.rewards({world.account(5): 5000})
     world.execute(world.proposal(rewards_root=tree.root, allotment_wei=1000), 0, 1, 2)
     world.pass_time(SETTINGS.claim_delay_s)
-    with refused("AllotmentTooLarge"):
+    with pytest.raises(NoFundsError):
         world.chain().claim(NETWORK, 1, world.account(5), 5000, tree.proof(world.account(5)))

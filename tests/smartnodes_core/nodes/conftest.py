@@ -17,6 +17,7 @@ from blake3 import blake3
 from smartnodes_core.audit import Case, HashChain, assigned_validators, seed_of, select
 from smartnodes_core.chain.memory import MemoryChain
 from smartnodes_core.chain.model import CHAIN_ID, REGISTRY, ChainModel
+from smartnodes_core.chain.proposal import UNCAPPED
 from smartnodes_core.chain.settings import SNO, ChainSettings
 from smartnodes_core.chain.signing import address_of
 from smartnodes_core.errors import AuditError
@@ -250,6 +251,7 @@ class Net:
             ChainSettings(
                 round_interval_s=1,
                 claim_delay_s=0,
+                kappa_bps=UNCAPPED,
                 worker_stake_wei=10 * SNO,
                 networks={NETWORK: 10_000},
                 genesis={account: 2_000_000 * SNO for account in accounts},

@@ -46,6 +46,7 @@ class Chain:
             index=0,
             tip=b"",
             exit_at_s=0,
+            verified=True,
         )
         self.listed[binding.node_key] = dataclasses.replace(member, **changes)
 
@@ -101,7 +102,7 @@ def test_who_is_not_in_good_standing_is_refused(
 
 def test_those_on_the_way_in_or_out_are_admitted(memory_party: Any, chain: Chain, watched: ChainAuthority) -> None:
     joining, leaving = make_peer(memory_party, "validator"), make_peer(memory_party)
-    chain.register(binding_of(joining), live=False)
+    chain.register(binding_of(joining), live=False, verified=False)
     chain.register(binding_of(leaving), live=False, exit_at_s=5)
     watched.admit(joining)
     watched.admit(leaving)

@@ -1,0 +1,122 @@
+"""Which members a round may admit: those whose node key was proven to be theirs.
+
+An account registers under the hash of a node key, and anybody could name another's. Both signatures of the binding
+prove that they belong together; a validator asks each applicant that is connected for its binding, and shows those
+behind its proposal to whoever votes on it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from smartnodes_core.chain.base import Chain, Member
+from smartnodes_core.errors import RecordError, SmartnodesError
+from smartnodes_core.identity import check_binding
+from smartnodes_core.nodes.base import Node
+from smartnodes_core.nodes.membership import Membership, key_hash
+from smartnodes_core.nodes.params import bytes_in
+from smartnodes_core.records import NodeKey, SignedBinding
+from smartnodes_core.rounds import Admission
+from smartnodes_core.rpc import Result, allow
+from smartnodes_core.transport.base import Peer
+
+logger = logging.getLogger(__name__)
+
+#: Members that one round admits at most; the rest waits for the next.
+MAX_ADMISSIONS = 64
+ASK_TIMEOUT_S = 2.0
+MAX_BINDING_BYTES = 4096
+
+
+class AdmissionDesk:
+    """Collects the bindings of members that no round has verified yet. Thread-safe."""
+
+    def __init__(self, node: Node, chain: Chain, network_id: int, membership: Membership):
+        self._node, self._chain, self._network_id, self._membership = node, chain, network_id, membership
+        self._lock = threading.Lock()
+        self._bindings: dict[bytes, SignedBinding] = {}
+        node.serve(self)
+
+    def propose(self) -> list[Admission]:
+        """Members that this validator can vouch for, asking those that are connected. Asks the chain at most once."""
+        keys = {peer.binding.account: peer.node_key for peer in self._node.peers() if peer.binding is not None}
+        waiting = {member.account: member for member in self._membership.members() if is_waiting(member)}
+        with self._lock:
+            self._bindings = {account: each for account, each in self._bindings.items() if account in waiting}
+        own = waiting.get(self._chain.account)
+        if own is not None and self._node.signed_binding is not None:
+            self._keep(own, self._node.signed_binding)
+        vouched = [member for member in waiting.values() if self._is_known(member)]
+        for account in [account for account in waiting if account in keys and waiting[account] not in vouched]:
+            if len(vouched) < MAX_ADMISSIONS and self._ask(waiting[account], keys[account], "binding", {}):
+                vouched.append(waiting[account])
+        return [Admission(member.index) for member in vouched[:MAX_ADMISSIONS]]
+
+    def unproven(self, admissions: Sequence[Admission], proposer: NodeKey) -> list[str]:
+        """Why this validator cannot vouch for some of them, after asking the proposer for their bindings."""
+        if len(admissions) > MAX_ADMISSIONS:
+            return [f"admissions: {len(admissions)} in one round, at most {MAX_ADMISSIONS}"]
+        members: Mapping[int, Member] = {member.index: member for member in self._membership.members()}
+        reasons = []
+        for admission in admissions:
+            member = members.get(admission.index)
+            if member is None or admission.capability:
+                reasons.append(f"admissions: {admission} is not justified")
+            elif not self._is_known(member) and not self._ask(
+                member, proposer, "binding_of", {"account": member.account}
+            ):
+                reasons.append(f"admissions: member {admission.index} is not known to own its node key")
+        return reasons
+
+    @allow(roles=("validator",), max_body_bytes=0)
+    def rpc_binding_of(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
+        """The signed binding of an account that this validator proposes to admit."""
+        with self._lock:
+            found = self._bindings.get(bytes_in(params, "account", 20))
+        if found is None:
+            raise RecordError("no binding of this account is kept here")
+        return {}, [found.encode()]
+
+    def _is_known(self, member: Member) -> bool:
+        with self._lock:
+            found = self._bindings.get(member.account)
+        return found is not None and self._keep(member, found)
+
+    def _ask(self, member: Member, peer: NodeKey, method: str, params: dict[str, Any]) -> bool:
+        """Whether `peer` gave a good binding of `member`, which is kept."""
+        if self._is_known(member):
+            return True
+        try:
+            reply = self._node.call(peer, method, params, timeout_s=ASK_TIMEOUT_S, max_body_bytes=MAX_BINDING_BYTES)
+            return self._keep(member, SignedBinding.decode(reply.body))
+        except SmartnodesError as error:
+            logger.info("no binding of 0x%s from %s: %s", member.account.hex()[:8], peer.hex()[:8], error)
+            return False
+
+    def _keep(self, member: Member, signed: SignedBinding) -> bool:
+        try:
+            binding = check_binding(
+                signed,
+                now_s=int(time.time()),
+                chain_id=self._chain.chain_id,
+                registry=self._chain.registry_address,
+                network_id=self._network_id,
+            )
+        except SmartnodesError as error:
+            logger.info("a bad binding of 0x%s: %s", member.account.hex()[:8], error)
+            return False
+        found = (binding.account, key_hash(binding.node_key), binding.role)
+        if found != (member.account, member.key_hash, member.role):
+            return False
+        with self._lock:
+            self._bindings[member.account] = signed
+        return True
+
+
+def is_waiting(member: Member) -> bool:
+    """Whether a round should admit this member: it takes part, and no round has verified its key."""
+    return not member.verified and member.exit_at_s == 0 and member.reputation > 0
