@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 
 import pytest
 
-from tensorlink.later import MAX_WAITING, Later
+from tensorlink.later import MAX_WAITING, NICE, Later
 
 
 @pytest.fixture
@@ -29,6 +31,13 @@ def test_nothing_runs_before_begin_and_then_all_in_order_on_another_thread(later
     futures[-1].result(10)
     assert done == list(range(10))
     assert threads == {"test_0"}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere a priority is the whole process's")
+def test_it_gives_way_to_other_threads(later):
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    assert later.submit(os.getpriority, os.PRIO_PROCESS, 0).result(10) == min(19, ours + NICE)
+    assert os.getpriority(os.PRIO_PROCESS, 0) == ours
 
 
 def test_asking_for_a_result_begins_what_comes_before_it(later):
