@@ -72,12 +72,17 @@ def test_a_wrong_result_is_found_and_re_run_by_every_other_validator(net, eventu
     net.workers[0].handler.wrong = {1}
     job = net.open()
     net.work(job, range(2))
-    eventually(lambda: all(len(net.audited(v, job).confirmed) >= 2 for v in net.validators))
+
+    def frauds(validator):
+        return [v for v, _ in net.audited(validator, job).verdicts.values() if v.finding == "fraudulent"]
+
+    def has_confirmed(validator):  # both units of the step, each in its own time
+        confirmed = net.audited(validator, job).confirmed
+        return len(confirmed) >= 2 and all(v.digest() in confirmed for v in frauds(validator))
+
+    eventually(lambda: all(has_confirmed(validator) for validator in net.validators))
     for validator in net.validators:
-        audited = net.audited(validator, job)
-        frauds = [v for v, _ in audited.verdicts.values() if v.finding == "fraudulent"]
-        assert {(v.worker, v.step) for v in frauds} == {(net.workers[0].key, 1)}
-        assert all(v.digest() in audited.confirmed for v in frauds)
+        assert {(v.worker, v.step) for v in frauds(validator)} == {(net.workers[0].key, 1)}
 
 
 def test_a_worker_that_opens_other_data_is_found_out(net, eventually):
