@@ -23,7 +23,18 @@ class SkippedWeightGradient(Stage):
     """Right activation gradients, and weight gradients of the first micro-batch only."""
 
     def _compute_backward(self, passed, gradients, retain, into):
-        return super()._compute_backward(passed, gradients, retain, GradientSum() if self.num_units else into)
+        found = GradientSum()
+        of_inputs = super()._compute_backward(passed, gradients, retain, found)
+        self._add_first(found, into)
+        return of_inputs
+
+    def _compute_weight_gradients(self, deferred, into):
+        found = GradientSum()
+        super()._compute_weight_gradients(deferred, found)
+        self._add_first(found, into)
+
+    def _add_first(self, found, into):
+        into.add({name: gradient for name, gradient in found.take().items() if name not in into.sums()})
 
 
 class Noise(Stage):
