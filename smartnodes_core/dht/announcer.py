@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from smartnodes_core.dht.directory import announce
+from smartnodes_core.dht.directory import Directory, announce
 from smartnodes_core.errors import SmartnodesError
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.records import Announcement, Role
@@ -18,7 +18,8 @@ LIFETIME_S = 600
 
 
 class Announcer:
-    """Announces `node` now and every `interval_s` until stopped.
+    """Announces `node` now and every `interval_s` until stopped: at the directories of `bootstrap_keys`, and at the
+    node's own, `directory`, where it keeps one.
 
     `offers` is asked each time, so that an announcement says what is so now. A directory that cannot be reached is
     tried again at the next turn; `update` makes that now.
@@ -33,11 +34,12 @@ class Announcer:
         offers: Callable[[], dict[str, int | str]],
         *,
         endpoints: Sequence[str] | None = None,
+        directory: Directory | None = None,
         interval_s: float = LIFETIME_S / 3,
         lifetime_s: int = LIFETIME_S,
     ) -> None:
         self._node, self._keys, self._role, self._network_id = node, list(bootstrap_keys), role, network_id
-        self._offers, self._endpoints = offers, endpoints
+        self._offers, self._endpoints, self._directory = offers, endpoints, directory
         self._interval_s, self._lifetime_s = interval_s, lifetime_s
         self._wake = threading.Event()
         self._stopped = False
@@ -52,7 +54,13 @@ class Announcer:
 
     def announce_now(self) -> int:
         """Announces at every directory; how many took it. Raises as `directory.announce`."""
-        return announce(self._node, self._keys, self.announcement())
+        announcement, num_own = self.announcement(), 0
+        if self._directory is not None:
+            self._directory.store(self._node.identity.sign(announcement))
+            num_own = 1
+            if not self._keys:
+                return num_own
+        return num_own + announce(self._node, self._keys, announcement)
 
     def announcement(self) -> Announcement:
         """What is announced now. Sequence numbers are Unix milliseconds, and so rise over restarts."""

@@ -123,20 +123,17 @@ class Station:
 
     def announce(self, offers: Callable[[], dict[str, int | str]]) -> None:
         """Make this node findable, and keep it so."""
-        keys = list(self.bootstrap_keys)
         announcer = Announcer(
             self.node,
-            keys,
+            self.bootstrap_keys,
             self.role,
             self.config.network_id,
             offers,
             endpoints=self.config.announce_as or None,
+            directory=self.directory,
         )
-        if self.directory is not None:
-            self.directory.store(self.identity.sign(announcer.announcement()))
-        if keys:
-            announcer.start()
-            self._announcer = announcer
+        announcer.start()
+        self._announcer = announcer
 
     def update_announcement(self) -> None:
         """Something in what this node offers has changed."""

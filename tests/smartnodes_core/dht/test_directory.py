@@ -168,3 +168,17 @@ def test_an_announcer_keeps_announcing_with_rising_sequence(memory_party: Any, v
     assert second.sequence > first.sequence
     announcer.stop()
     announcer.stop()
+
+
+def test_a_validator_that_knows_no_other_stays_findable_in_its_own_directory(party: Any) -> None:
+    validators = Validators(party, 1)
+    (node,), (store,), (directory,) = validators.nodes, validators.stores, validators.directories
+    announcer = Announcer(node, [], "validator", NETWORK_ID, dict, directory=directory, interval_s=0.01)
+    announcer.start()
+    try:
+        for _ in range(3):  # each time with a later end
+            assert store.arrived.acquire(timeout=WAIT_S)
+    finally:
+        announcer.stop()
+    (found,) = store.find("validator")
+    assert Announcement.decode(found.record).node_key == node.node_key
