@@ -175,15 +175,6 @@ class RoundBooks:
         with self._lock:
             self._candidates[digest] = candidate
 
-    def own_candidate(self, state: RoundState, view: int) -> tuple[bytes, Candidate] | None:
-        """What this validator proposed before in this view: a second, different proposal would be equivocation."""
-        with self._lock:
-            for digest, candidate in self._candidates.items():
-                content, proposer = candidate.content, candidate.proposal.proposer
-                if (content.round, content.view, proposer) == (state.number + 1, view, self.account):
-                    return digest, candidate
-        return None
-
     def _signed_totals(self, root: bytes) -> dict[bytes, int] | None:
         """The rewards under a root that was signed here, and may just have been executed."""
         with self._lock:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from smartnodes_core.audit import Auditor, HashChain
 from smartnodes_core.identity import Identity
@@ -39,7 +40,8 @@ class ValidatorSettings:
 
 
 class ValidatorNode:
-    """Keeps jobs, audits workers, votes on rounds. `hash_chain`'s tip must be the one posted on chain."""
+    """Keeps jobs, audits workers, votes on rounds. `hash_chain`'s tip must be the one posted on chain, `proofs` is the
+    folder where proofs of equivocation are kept (None: in memory only)."""
 
     def __init__(
         self,
@@ -52,6 +54,7 @@ class ValidatorNode:
         journal: Journal,
         settings: ValidatorSettings,
         learn_validators: Callable[[], None] = lambda: None,
+        proofs: Path | None = None,
     ):
         self.node = node
         self.evidence = EvidenceDesk(node, auditor)
@@ -79,6 +82,7 @@ class ValidatorNode:
             learn_validators=learn_validators,
             poll_s=settings.poll_s,
             proposer_timeout_s=settings.proposer_timeout_s,
+            folder=proofs,
         )
         self.jobs.on_open = self.audits.open
         self.jobs.on_close = self._close

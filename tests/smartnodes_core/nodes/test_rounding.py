@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import pytest
 
+from smartnodes_core.ballots import Motion
 from smartnodes_core.chain.proposal import RoundProposal
+from smartnodes_core.chain.signing import sign_digest
 from smartnodes_core.errors import AuthorityError, RecordError
 from smartnodes_core.journal import EquivocationError, Journal
 from smartnodes_core.nodes.rewards import claim
@@ -43,15 +46,35 @@ class Booth:
             validator.role.rounds.books.follow(self.state)
 
     def proposal(self, view: int = 0) -> tuple[Proposal, RoundProposal]:
-        _, candidate = self.proposer.role.rounds._make(self.state, view, len(self.order))
+        candidate = self.proposer.role.rounds._propose(self.state, view, len(self.order))
         return candidate.proposal, candidate.content
 
-    def vote(self, proposal: Proposal, content: RoundProposal | None = None) -> Vote:
+    def sign(self, content: RoundProposal, *signers) -> list[bytes]:
+        """Votes as they go with a proposal: its proposer's, if nobody is named."""
+        digest = self.net.user.chain.proposal_digest(content)
+        keys = [each.account_key for each in signers or (self.proposer,)]
+        return [content.view.to_bytes(4, "big") + sign_digest(key, digest) for key in keys]
+
+    def vote(self, proposal: Proposal, content: RoundProposal | None = None, ballots=None, voter=None) -> Vote:
         """What the voter answers to a proposal, with other content if that is given."""
         if content is not None:
             proposal = msgspec.structs.replace(proposal, content=content.encode())
-        reply = self.proposer.node.call(self.voter.key, "propose", {}, [proposal.encode()])
+        ballots = self.sign(RoundProposal.decode(proposal.content)) if ballots is None else ballots
+        voter = voter or self.voter
+        reply = self.proposer.node.call(voter.key, "propose", {"ballots": ballots}, [proposal.encode()])
         return Vote.decode(reply.body)
+
+    def judge(self, proposal: Proposal, content: RoundProposal) -> tuple[Any, list[str]]:
+        """What the voter thinks of content, whoever proposes it."""
+        motion = Motion.of(proposal, content)
+        return self.voter.role.rounds._votes._check(self.state, motion, content.view, 4, [self.proposer.key])
+
+    def carry(self, view: int = 0) -> None:
+        """The proposer does all of its turn."""
+        desk = self.proposer.role.rounds
+        box = desk.ballots.box(self.state)
+        motion = desk._make(self.state, box, view, len(self.order))
+        desk._carry(self.state, view, self.order, box, motion)
 
 
 @pytest.fixture
@@ -127,13 +150,9 @@ def test_a_validator_that_missed_a_round_learns_what_it_settled(net, audited, ev
     away = booth.voter
     others = [v for v in net.validators if v is not away]
     desk = booth.proposer.role.rounds
-    asked = desk._collect
-
-    def collect(proposal, digest, order, needed):
-        return asked(proposal, digest, [account for account in order if account != away.account], needed)
-
-    desk._collect = collect
-    desk._propose(booth.state, 0, booth.order)
+    asked = desk._ask
+    desk._ask = lambda account, *rest: None if account == away.account else asked(account, *rest)
+    booth.carry()
     after = state_of(net)
     assert after.number == 1
     for validator in (booth.proposer, *(v for v in others if v is not booth.proposer)):
@@ -147,7 +166,7 @@ def test_a_validator_that_missed_a_round_learns_what_it_settled(net, audited, ev
 
 def test_a_validator_that_restarts_gets_the_reward_totals_from_the_others(net, audited, eventually):
     booth = Booth(net, eventually)
-    booth.proposer.role.rounds._propose(booth.state, 0, booth.order)
+    booth.carry()
     after = state_of(net)
     assert after.number == 1
     assert any(after.latest_root) is True
@@ -187,9 +206,8 @@ def test_a_second_proposal_in_one_view_is_not_signed(net, audited, eventually):
     eventually(lambda: time.time() > later.chain_time_s)
     other, _ = propose(own.context(booth.state, 0, later.chain_time_s, 4), own.evidence(*own.unsettled()))
     assert other != content
-    vote = booth.vote(proposal, other)
-    assert not vote.signature
-    assert "was signed before" in vote.reasons[0]
+    assert not booth.vote(proposal, other).signature
+    assert booth.proposer.account in booth.voter.role.rounds.proofs.accused
 
 
 def test_what_the_evidence_does_not_justify_is_not_signed_and_the_reasons_say_why(net, audited, eventually):
@@ -209,16 +227,29 @@ def test_what_the_evidence_does_not_justify_is_not_signed_and_the_reasons_say_wh
         ("rewards_root", proposal, replace(content, rewards_root=bytes(32))),
         ("reputations: member", proposal, replace(content, reputations=b"")),
         ("evidence_root", proposal, replace(content, evidence_root=evidence_root([]))),
-        ("view", proposal, replace(content, view=1)),
-        ("round", proposal, replace(content, round=7)),
-        ("previous_hash", proposal, replace(content, previous_hash=b"\1" * 32)),
         ("in the future", proposal, replace(content, until_s=int(time.time()) + 600)),
         ("before the last", proposal, replace(content, until_s=1)),
-        ("1 verdicts are not known", unknown, None),
-        ("audit window is open", in_window, None),
-        ("rewards_root", left_out, None),
-        ("not this proposer's", change(proposal, view=1), None),
-        ("is not due", change(proposal, view=400), None),
+        ("1 verdicts are not known", unknown, content),
+        ("audit window is open", in_window, content),
+        ("rewards_root", left_out, content),
+    ]
+    for complaint, named, told in cases:
+        candidate, reasons = booth.judge(named, told)
+        assert candidate is None, complaint
+        assert complaint in "; ".join(reasons)
+    assert booth.vote(proposal).signature
+
+
+def test_a_proposal_of_another_place_is_not_signed(net, audited, eventually):
+    booth = Booth(net, eventually)
+    proposal, content = booth.proposal()
+    change = msgspec.structs.replace
+    cases = [
+        ("not those of the proposal", proposal, replace(content, view=1)),
+        ("not those of the proposal", proposal, replace(content, round=7)),
+        ("previous_hash", proposal, replace(content, previous_hash=b"\1" * 32)),
+        ("not this proposer's", change(proposal, view=1), replace(content, view=1)),
+        ("is not due", change(proposal, view=400), replace(content, view=400)),
     ]
     for complaint, named, told in cases:
         vote = booth.vote(named, told)
@@ -227,18 +258,21 @@ def test_what_the_evidence_does_not_justify_is_not_signed_and_the_reasons_say_wh
     assert booth.vote(proposal).signature
 
 
-def test_a_proposal_comes_from_its_proposer(net, audited, eventually):
+def test_a_proposal_shows_its_proposers_own_vote_whoever_passes_it_on(net, audited, eventually):
     booth = Booth(net, eventually)
-    proposal, _ = booth.proposal()
+    proposal, content = booth.proposal()
     stranger = next(v for v in net.validators if v not in (booth.proposer, booth.voter))
-    with pytest.raises(AuthorityError, match="comes from its proposer"):
-        stranger.node.call(booth.voter.key, "propose", {}, [proposal.encode()])
+    vote = booth.vote(proposal, ballots=booth.sign(content, stranger))
+    assert "not this proposer's" in vote.reasons[0]
+    passed_on = {"ballots": booth.sign(content)}
+    reply = stranger.node.call(booth.voter.key, "propose", passed_on, [proposal.encode()])
+    assert Vote.decode(reply.body).signature
 
 
 @pytest.mark.parametrize("data", [b"", b"\xc1", b"\x80", b"x" * 100])
 def test_bytes_that_are_no_proposal_are_a_record_error(net, data):
     with pytest.raises(RecordError):
-        net.validators[0].node.call(net.validators[1].key, "propose", {}, [data])
+        net.validators[0].node.call(net.validators[1].key, "propose", {"ballots": []}, [data])
 
 
 def test_content_that_is_no_proposal_is_a_record_error(net, audited, eventually):
@@ -247,22 +281,21 @@ def test_content_that_is_no_proposal_is_a_record_error(net, audited, eventually)
     for data in (b"", b"x" * 64, content.encode() + bytes(32)):
         bad = msgspec.structs.replace(proposal, content=data)
         with pytest.raises(RecordError):
-            booth.proposer.node.call(booth.voter.key, "propose", {}, [bad.encode()])
+            booth.proposer.node.call(booth.voter.key, "propose", {"ballots": []}, [bad.encode()])
 
 
 def test_records_are_settled_once(net, audited, eventually):
     booth = Booth(net, eventually)
     first, _ = booth.proposal()
-    booth.proposer.role.rounds._propose(booth.state, 0, booth.order)
+    booth.carry()
     for validator in net.validators:
         validator.role.rounds.books.follow(state_of(net))
     again = Booth(net, eventually)
-    proposal, _ = again.proposal()
+    proposal, content = again.proposal()
     assert proposal.verdicts == proposal.settled == []
-    vote = again.vote(msgspec.structs.replace(proposal, verdicts=first.verdicts[:1]))
-    assert "settled in a round before" in vote.reasons[0]
-    vote = again.vote(msgspec.structs.replace(proposal, settled=first.settled[:1]))
-    assert "settled in a round before" in vote.reasons[0]
+    for named in ({"verdicts": first.verdicts[:1]}, {"settled": first.settled[:1]}):
+        _, reasons = again.judge(msgspec.structs.replace(proposal, **named), content)
+        assert "settled in a round before" in reasons[0]
 
 
 def test_a_fraud_that_is_left_out_is_not_signed_for(net, eventually):
@@ -318,8 +351,9 @@ def test_a_validator_signs_one_proposal_of_a_round_and_view_also_after_a_restart
 def test_views_follow_each_other_by_the_chains_clock(net):
     clock = ViewClock(10.0)
     state = state_of(net)
-    assert clock.view(replace(state, chain_time_s=state.earliest_at_s - 1)) is None
-    assert [clock.view(replace(state, chain_time_s=state.earliest_at_s + s)) for s in (0, 9, 10, 45)] == [0, 0, 1, 4]
+    assert clock.at(replace(state, chain_time_s=state.earliest_at_s - 1)) is None
+    views = [clock.at(replace(state, chain_time_s=state.earliest_at_s + s)) for s in (0, 9, 10, 45)]
+    assert [(view.number, round(view.passed, 2)) for view in views] == [(0, 0.0), (0, 0.9), (1, 0.0), (4, 0.5)]
 
 
 def test_a_validator_that_waits_for_a_round_looks_at_the_chain_once(net, eventually, monkeypatch):
