@@ -19,7 +19,7 @@ from smartnodes_core.nodes.validator import ValidatorSettings
 from smartnodes_core.nodes.views import ViewClock
 from smartnodes_core.nodes.voting import Signer
 from smartnodes_core.records import Proposal, Vote
-from smartnodes_core.rounds import draw_proposers, evidence_root, propose
+from smartnodes_core.rounds import draw_proposers, evidence_root, in_view, propose
 
 NETWORK = 1
 
@@ -137,6 +137,72 @@ def test_a_proposer_that_vanishes_is_passed_over(make_net, eventually):
     net.start(rounds=True, only=[validator for validator in net.validators if validator is not gone])
     eventually(lambda: state_of(net).number >= 1)
     assert net.user.chain.executed_round(NETWORK, 1).view >= 1
+
+
+def test_a_proposer_that_vanishes_with_a_quorum_in_hand_does_not_stop_the_round(make_net, eventually):
+    net = make_net(settings=ValidatorSettings(list_interval_s=0.01, poll_s=0.05, proposer_timeout_s=1.0))
+    net.start()
+    booth = Booth(net, eventually)
+    desk = booth.proposer.role.rounds
+    desk._chain.execute_round = lambda *args: None  # it dies before the transaction is sent
+    booth.carry()
+    desk.ballots._mailer.flush(5.0)
+    booth.proposer.node.stop()
+    for validator in net.validators:
+        if validator is not booth.proposer:
+            validator.role.rounds.start()
+    eventually(lambda: state_of(net).number >= 1)
+    executed = net.user.chain.executed_round(NETWORK, 1)
+    assert executed.view == 0  # what the proposer had collected
+    assert booth.proposer.account in executed.signers
+
+
+def test_split_votes_are_resolved_by_the_next_view(make_net, eventually):
+    net = make_net(settings=ValidatorSettings(list_interval_s=0.01, poll_s=0.05, proposer_timeout_s=1.0))
+    net.start()
+    booth = Booth(net, eventually)
+    by_account = {validator.account: validator for validator in net.validators}
+    first, second, third, fourth = (by_account[account] for account in booth.order)
+    motions = []
+    for proposer, voters, shift_s in ((first, (first, third), 0), (second, (second, fourth), -1)):
+        desk = proposer.role.rounds
+        view = booth.order.index(proposer.account)  # of view 1 the second is the leader
+        candidate = desk._propose(booth.state, view, 4)
+        content = replace(candidate.content, until_s=candidate.content.until_s + shift_s)
+        proposal = msgspec.structs.replace(candidate.proposal, content=content.encode())
+        for validator in net.validators:
+            box = validator.role.rounds.ballots.box(booth.state)
+            motion = box.add_motion(proposal, content)
+            for voter in voters:
+                vote = sign_digest(voter.account_key, net.model.domain.digest(content))
+                validator.role.rounds.ballots.add_signature(box, motion, view, vote)
+        motions.append(motion)
+    assert {len(box.ballots_for(motion)) for motion in motions} == {2}
+    for validator in net.validators:
+        validator.role.rounds.start()
+    eventually(lambda: state_of(net).number >= 1)
+    executed = net.user.chain.executed_round(NETWORK, 1)
+    leading = min(motions, key=lambda motion: motion.id)
+    assert executed.digest == net.model.domain.digest(in_view(leading.content, executed.view))
+
+
+def test_a_validator_that_has_seen_more_votes_for_another_proposal_says_so(net, audited, eventually):
+    booth = Booth(net, eventually)
+    proposal, _ = booth.proposal()
+    assert booth.vote(proposal).signature
+    by_account = {validator.account: validator for validator in net.validators}
+    rival = by_account[booth.order[1]].role.rounds
+    eventually(lambda: rival._clock.at(state_of(net)).number >= 1)
+    candidate = rival._propose(booth.state, 1, 4)
+    other = replace(candidate.content, until_s=candidate.content.until_s + 1)
+    named = msgspec.structs.replace(candidate.proposal, content=other.encode())
+    voter = by_account[booth.order[2]]
+    assert booth.vote(proposal, voter=voter).signature  # so that it knows of the first
+    signed = [
+        (1).to_bytes(4, "big") + sign_digest(by_account[booth.order[1]].account_key, net.model.domain.digest(other))
+    ]
+    vote = booth.vote(named, ballots=signed, voter=voter)
+    assert "has more votes" in vote.reasons[0]
 
 
 def test_rounds_go_on_with_nothing_to_carry(make_net, eventually):
