@@ -15,7 +15,7 @@ from pathlib import Path
 
 from smartnodes_core.ballots import BallotBox, Motion, proposers_in
 from smartnodes_core.chain.base import Chain, RefusedError, RoundState
-from smartnodes_core.chain.proposal import Equivocation
+from smartnodes_core.chain.proposal import Equivocation, Parameters
 from smartnodes_core.chain.signing import address_of, recover
 from smartnodes_core.errors import ChainError, SmartnodesError
 from smartnodes_core.journal import EquivocationError, Journal
@@ -49,6 +49,7 @@ class RoundDesk:
 
     `poll_s` is how often the chain is looked at while a round is due, `proposer_timeout_s` after how long the view
     rises: the next in the draw leads, more may propose. `folder` keeps proofs of equivocation (None: in memory only).
+    `wanted` are parameters of the network that this validator proposes and signs for (None: those in force).
     """
 
     def __init__(
@@ -64,11 +65,12 @@ class RoundDesk:
         poll_s: float = 1.0,
         proposer_timeout_s: float = 10.0,
         folder: Path | None = None,
+        wanted: Parameters | None = None,
     ):
         self._node, self._chain, self._network_id = node, chain, network_id
         self._account = address_of(account_key)
         self._membership, self._learn_validators = membership, learn_validators
-        self.books = RoundBooks(node, chain, network_id, self._account, audits, membership)
+        self.books = RoundBooks(node, chain, network_id, self._account, audits, membership, wanted)
         self.executed = self.books.executed
         others = self.books.others
         self.proofs = EquivocationDesk(node, chain, network_id, self._account, folder, others, poll_s)
@@ -238,7 +240,11 @@ class RoundDesk:
     def _propose(self, state: RoundState, view: int, num_validators: int) -> Candidate:
         """What this validator's evidence justifies now."""
         verdicts, commitments = self.books.unsettled()
-        evidence = replace(self.books.evidence(verdicts, commitments), admissions=self.books.admissions.propose())
+        evidence = replace(
+            self.books.evidence(state, verdicts, commitments),
+            admissions=self.books.admissions.propose(),
+            parameters=self.books.wanted,
+        )
         until_s = max(state.emitted_until_s, min(int(time.time()), state.chain_time_s))
         content, totals_wei = propose(self.books.context(state, view, until_s, num_validators), evidence)
         proposal = Proposal(

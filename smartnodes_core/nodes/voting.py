@@ -199,6 +199,7 @@ class VoteDesk:
             return None, ["the rewards under the last root are not known here"]
         try:
             verdicts, commitments = self._look_up(proposal, sources)
+            evidence = books.evidence(state, verdicts, commitments)
         except RecordError as error:
             return None, [str(error)]
         reasons = [
@@ -207,7 +208,8 @@ class VoteDesk:
             if digest not in verdicts
         ]
         reasons += books.admissions.unproven(content.admissions, sources)
-        evidence = replace(books.evidence(verdicts, commitments), admissions=content.admissions)
+        wanted = books.wanted if content.parameters else None
+        evidence = replace(evidence, admissions=content.admissions, parameters=wanted)
         context = books.context(state, view, content.until_s, num_validators)
         recomputed, totals_wei = propose(context, evidence)
         reasons += justify(content, recomputed) or []

@@ -270,7 +270,7 @@ def test_a_second_proposal_in_one_view_is_not_signed(net, audited, eventually):
     own = booth.proposer.role.rounds.books
     later = replace(booth.state, chain_time_s=booth.state.chain_time_s + 1)
     eventually(lambda: time.time() > later.chain_time_s)
-    other, _ = propose(own.context(booth.state, 0, later.chain_time_s, 4), own.evidence(*own.unsettled()))
+    other, _ = propose(own.context(booth.state, 0, later.chain_time_s, 4), own.evidence(booth.state, *own.unsettled()))
     assert other != content
     assert not booth.vote(proposal, other).signature
     assert booth.proposer.account in booth.voter.role.rounds.proofs.accused
