@@ -78,6 +78,7 @@ class RoundBooks:
         self._lock = threading.RLock()
         self._following = threading.Lock()
         self._settled: dict[bytes, int] = {}  # and in which round
+        self._unknown: dict[int, bytes] = {}  # of which no validator has told yet
         self._rounds: dict[int, bytes] = {}  # digests of the rounds that were followed
         self._candidates: dict[bytes, Candidate] = {}
         self._kept: dict[bytes, Proposal] = {}
@@ -101,6 +102,7 @@ class RoundBooks:
         Asks the chain once for each, and the other validators for those that were not signed here.
         """
         with self._following:
+            self._ask_again()
             if (state.number, state.previous_hash) == (self._number, self._rounds.get(self._number, NO_HASH)):
                 return
             self._unwind(state)
@@ -135,8 +137,8 @@ class RoundBooks:
                 del self._rounds[undone]
             for digest in [digest for digest, settled_in in self._settled.items() if settled_in > number]:
                 del self._settled[digest]
-            while self.executed and self.executed[-1].round > number:
-                self.executed.pop()
+            for content in [each for each in self.executed if each.round > number]:
+                self.executed.remove(content)
             self._number = number
 
     def take_left_out(self) -> RoundProposal | None:
@@ -158,9 +160,12 @@ class RoundBooks:
         else:
             found = self._fetch_executed(digest)
             if found is None:
-                logger.warning("a round was executed of which no validator tells what it settled")
+                if number not in self._unknown:
+                    logger.warning("round %d was executed, and no validator tells what it settled: asked again", number)
+                self._unknown[number] = digest
                 return
             proposal, content = found
+        self._unknown.pop(number, None)
         with self._lock:
             self._kept[digest] = proposal
             trim(self._kept, MAX_PUBLISHED)
@@ -169,6 +174,14 @@ class RoundBooks:
             self.executed.append(content)
             # those of the last round may have to be settled again
             self.audits.books.forget({digest for digest, settled_in in self._settled.items() if settled_in < number})
+
+    def _ask_again(self) -> None:
+        """For the oldest round of which nobody could tell: validators come back, and are met after a start."""
+        for number in [each for each in self._unknown if each <= self._number - MAX_MISSED or each not in self._rounds]:
+            del self._unknown[number]
+        if self._unknown:
+            number = min(self._unknown)
+            self._note(number, self._unknown[number])
 
     def _fetch_executed(self, digest: bytes) -> tuple[Proposal, RoundProposal] | None:
         for validator in self.others():

@@ -111,7 +111,7 @@ class RoundDesk:
     # -- taking turns -------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        wait_s = self._poll_s
+        wait_s = 0.0
         while not self._stopping.wait(wait_s):
             wait_s = self._poll_s
             try:
@@ -124,6 +124,7 @@ class RoundDesk:
     def _tick(self) -> float:
         """Look at the chain once, do what is this validator's turn; the seconds until the next look."""
         state = self._chain.round_state(self._network_id)
+        self._meet()
         self.books.follow(state)
         self._endorse(state)
         view = self._clock.at(state)
@@ -139,6 +140,13 @@ class RoundDesk:
         if self._account in order:
             self._take_turn(state, view, order, box)
         return self._poll_s
+
+    def _meet(self) -> None:
+        """Learn the node keys of validators that this one does not know yet: whom it asks, tells and follows."""
+        known = self._membership.members(max_age_s=self._membership.max_age_s)
+        live = [member.account for member in known if member.role == "validator" and member.live]
+        if any(self._membership.node_key_of(account) is None for account in live if account != self._account):
+            self._learn_validators()
 
     def _endorse(self, state: RoundState) -> None:
         left_out = self.books.take_left_out()
@@ -169,8 +177,6 @@ class RoundDesk:
         if self._synced == place or (self._synced is not None and not (leads and view)):
             return
         self._synced = place
-        if any(self._membership.node_key_of(account) is None for account in order):
-            self._learn_validators()
 
         def fetch(account: bytes) -> bool:
             validator = self._membership.node_key_of(account)
