@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from smartnodes_core.nodes.membership import Membership
 from smartnodes_core.nodes.params import digest_in
 from smartnodes_core.nodes.paying import Escrows
 from smartnodes_core.nodes.reward_books import MAX_PUBLISHED, RewardBooks, trim
-from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, NodeKey, Proposal, Verdict
+from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, NodeKey, Proposal, Signed, Verdict
 from smartnodes_core.reputation import VerdictCounts
 from smartnodes_core.rounds import (
     RoundContext,
@@ -71,6 +71,7 @@ class RoundBooks:
         audits: AuditDesk,
         membership: Membership,
         wanted: Parameters | None = None,
+        announced: Callable[[NodeKey], Signed | None] = lambda node_key: None,
     ):
         self.node, self.chain, self.network_id, self.account = node, chain, network_id, account
         self.audits, self.membership, self.wanted = audits, membership, wanted
@@ -84,7 +85,7 @@ class RoundBooks:
         self._kept: dict[bytes, Proposal] = {}
         self._left_out: RoundProposal | None = None
         self._number = -1
-        self.admissions = AdmissionDesk(node, chain, network_id, membership)
+        self.admissions = AdmissionDesk(node, chain, network_id, membership, announced)
         self.escrows = Escrows(chain, network_id, membership)
         self.rewards = RewardBooks(node, chain, network_id, self.others, self._signed_totals)
         node.serve(self)

@@ -22,6 +22,7 @@ from smartnodes_core.nodes.evidence import EvidenceDesk
 from smartnodes_core.nodes.membership import Membership
 from smartnodes_core.nodes.placement import JobDesk
 from smartnodes_core.nodes.rounding import RoundDesk
+from smartnodes_core.records import NodeKey, Signed
 
 #: How long a closed job's audits may take before its workers are released all the same.
 DRAIN_TIMEOUT_S = 20.0
@@ -44,7 +45,8 @@ class ValidatorSettings:
 
 class ValidatorNode:
     """Keeps jobs, audits workers, votes on rounds. `hash_chain`'s tip must be the one posted on chain, `proofs` is the
-    folder where proofs of equivocation are kept (None: in memory only)."""
+    folder where proofs of equivocation are kept (None: in memory only), `announced` gives what a node announced last.
+    """
 
     def __init__(
         self,
@@ -58,6 +60,7 @@ class ValidatorNode:
         settings: ValidatorSettings,
         learn_validators: Callable[[], None] = lambda: None,
         proofs: Path | None = None,
+        announced: Callable[[NodeKey], Signed | None] = lambda node_key: None,
     ):
         self.node = node
         self.evidence = EvidenceDesk(node, auditor)
@@ -87,6 +90,7 @@ class ValidatorNode:
             proposer_timeout_s=settings.proposer_timeout_s,
             folder=proofs,
             wanted=settings.parameters,
+            announced=announced,
         )
         self.jobs.check_payment = self.rounds.books.escrows.check
         self.jobs.on_open = self.audits.open

@@ -73,6 +73,7 @@ def _run(config: AuditorConfig, life: Life) -> None:
             ),
             station.learn_validators,
             config.data_dir / "proofs",
+            station.announced,
         )
         station.join()
         station.announce(dict)
