@@ -24,6 +24,7 @@ from smartnodes_core.nodes.membership import Membership
 from smartnodes_core.nodes.params import digest_in
 from smartnodes_core.nodes.paying import Escrows
 from smartnodes_core.nodes.reward_books import MAX_PUBLISHED, RewardBooks, trim
+from smartnodes_core.nodes.root_checks import RootChecks
 from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, NodeKey, Proposal, Signed, Verdict
 from smartnodes_core.reputation import VerdictCounts
 from smartnodes_core.rounds import (
@@ -48,6 +49,10 @@ MAX_MISSED = 8
 #: Digests of settled records that are remembered; older ones are refused by step (`AuditedJob.settled_step`).
 MAX_SETTLED = 16 * MAX_NAMED
 FETCH_TIMEOUT_S = 10.0
+
+
+#: The records that a proposal names; raises RecordError for those that may not be settled.
+LookUp = Callable[[Proposal], tuple[dict[bytes, Verdict], dict[bytes, Commitment]]]
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,8 @@ class RoundBooks:
         self._left_out: RoundProposal | None = None
         self._number = -1
         self.admissions = AdmissionDesk(node, chain, network_id, membership, announced)
+        self.roots = RootChecks(chain, network_id, self._evidence_of)
+        self.look_up: LookUp = lambda proposal: ({}, {})
         self.escrows = Escrows(chain, network_id, membership)
         self.rewards = RewardBooks(node, chain, network_id, self.others, self._signed_totals)
         node.serve(self)
@@ -133,6 +140,7 @@ class RoundBooks:
         if number >= self._number:
             return
         logger.warning("rounds %d to %d were undone by the chain", number + 1, self._number)
+        self.roots.undo_from(number + 1)
         with self._lock:
             for undone in [each for each in self._rounds if each > number]:
                 del self._rounds[undone]
@@ -156,6 +164,7 @@ class RoundBooks:
         if known is not None:
             proposal, content = known.proposal, known.content
             self.rewards.publish(known.totals_wei)
+            self.roots.accept(content, known.totals_wei)
         elif kept is not None:  # executed again, after a reorganisation
             proposal, content = kept, RoundProposal.decode(kept.content)
         else:
@@ -167,6 +176,10 @@ class RoundBooks:
                 return
             proposal, content = found
         self._unknown.pop(number, None)
+        if known is None:
+            totals_wei = self.roots.judge(proposal, content)
+            if totals_wei is not None:
+                self.rewards.publish(dict(totals_wei))
         with self._lock:
             self._kept[digest] = proposal
             trim(self._kept, MAX_PUBLISHED)
@@ -223,6 +236,10 @@ class RoundBooks:
             return []
         keys = [self.membership.node_key_of(m.account) for m in members if m.role == "validator" and m.live]
         return [key for key in keys if key is not None and key != self.node.node_key]
+
+    def knows_rewards(self, state: RoundState) -> bool:
+        """Whether this validator knows on what the next round's rewards are added; else asks the others."""
+        return self.roots.correction(state) is not None or self.rewards.knows(state)
 
     # -- candidates ---------------------------------------------------------------------------------------------------
 
@@ -316,6 +333,10 @@ class RoundBooks:
             digests=[*verdicts, *commitments],
         )
 
+    def _evidence_of(self, state: RoundState, proposal: Proposal) -> RoundEvidence:
+        """What an executed proposal stood on. Raises RecordError where this validator does not find its records."""
+        return self.evidence(state, *self.look_up(proposal))
+
     def _job(self, job_id: bytes) -> Job:
         with self.audits.lock:
             return self.audits.books.job(job_id).job
@@ -338,6 +359,7 @@ class RoundBooks:
             standings={m.account: Standing(m.index, m.reputation, m.stake_wei) for m in members},
             totals_wei=self.rewards.totals_wei,
             frozen_from=state.frozen_from,
+            correction=self.roots.correction(state),
         )
 
 

@@ -81,6 +81,7 @@ class RoundDesk:
         self._votes = VoteDesk(self.books, self._signer, self.ballots, proposer_timeout_s)
         self._clock = ViewClock(proposer_timeout_s)
         self._poll_s = poll_s
+        self._remembered: tuple[int, bytes] | None = None
         self._synced: tuple[int, bytes, int] | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rounds", daemon=True)
@@ -130,6 +131,7 @@ class RoundDesk:
         self.books.follow(state)
         self._endorse(state)
         view = self._clock.at(state)
+        self.books.roots.freeze(state)
         if self.proofs.is_waiting:
             self.proofs.submit(self._chain.validators(self._network_id))
         if view is None:  # nothing can be executed before, by anybody
@@ -139,6 +141,7 @@ class RoundDesk:
         box = self.ballots.box(state)
         for proof in list(box.equivocators.values()):
             self._report(proof)
+        self._remember(state, order)
         if self._account in order:
             self._take_turn(state, view, order, box)
         return self._poll_s
@@ -149,6 +152,13 @@ class RoundDesk:
         live = [member.account for member in known if member.role == "validator" and member.live]
         if any(self._membership.node_key_of(account) is None for account in live if account != self._account):
             self._learn_validators()
+
+    def _remember(self, state: RoundState, order: list[bytes]) -> None:
+        """Keep what the chain says before a round, once for each: it is judged by that when it is executed."""
+        if self._remembered != (state.number, state.previous_hash) and self.books.knows_rewards(state):
+            context = self.books.context(state, 0, state.emitted_until_s, len(order))
+            self.books.roots.remember(state, context)
+            self._remembered = (state.number, state.previous_hash)
 
     def _endorse(self, state: RoundState) -> None:
         left_out = self.books.take_left_out()
@@ -163,7 +173,7 @@ class RoundDesk:
         if self._execute_for_others(view, order, box):
             return
         motion = self._votes.leading(state, box, view.number, order)
-        if motion is None and self._may_propose(view, order) and self.books.rewards.knows(state):
+        if motion is None and self._may_propose(view, order) and self.books.knows_rewards(state):
             motion = self._make(state, box, view.number, len(order))
         if motion is not None and (leads or motion.proposal.proposer == self._account):
             self._carry(state, view.number, order, box, motion)

@@ -63,6 +63,7 @@ class VoteDesk:
         self._patience_s = proposer_timeout_s
         self._lock = threading.Lock()
         self._opinions: dict[tuple[int, bytes, bytes, int], list[str]] = {}  # (round, previous, motion, view): why not
+        books.look_up = lambda proposal: self._look_up(proposal, self._sources(proposal, None))
         books.node.serve(self)
 
     @allow(roles=("validator",), max_body_bytes=MAX_RECORD_BYTES)
@@ -171,11 +172,15 @@ class VoteDesk:
             refused = self._opinions.get(self._key(box, motion, -1))
         if refused:
             return None, refused
-        known = self._books.membership.node_key_of(motion.proposal.proposer)
-        sources = [key for key in dict.fromkeys((known, caller)) if key not in (None, self._books.node.node_key)]
+        sources = self._sources(motion.proposal, caller)
         candidate, reasons = self._check(state, motion, view, len(order), sources)
         self._keep_opinion(box, motion, view, reasons)
         return candidate, reasons
+
+    def _sources(self, proposal: Proposal, caller: NodeKey | None) -> list[NodeKey]:
+        """Who may hold the records behind a proposal."""
+        known = self._books.membership.node_key_of(proposal.proposer)
+        return [key for key in dict.fromkeys((known, caller)) if key is not None and key != self._books.node.node_key]
 
     def _keep_opinion(self, box: BallotBox, motion: Motion, view: int, reasons: list[str]) -> None:
         with self._lock:
@@ -195,7 +200,7 @@ class VoteDesk:
         proposal = proposed_in(motion.proposal, content)
         if content.until_s > time.time() + CLOCK_SKEW_S or content.until_s < state.emitted_until_s:
             return None, [f"until_s {content.until_s} is in the future, or before the last round's"]
-        if not books.rewards.knows(state):
+        if not books.knows_rewards(state):
             return None, ["the rewards under the last root are not known here"]
         try:
             verdicts, commitments = self._look_up(proposal, sources)

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from smartnodes_core.ballots import Motion
-from smartnodes_core.chain.proposal import RoundProposal
+from smartnodes_core.chain.proposal import Parameters, RoundProposal
 from smartnodes_core.chain.signing import sign_digest
 from smartnodes_core.errors import AuthorityError, RecordError
 from smartnodes_core.journal import EquivocationError, Journal
@@ -20,6 +20,8 @@ from smartnodes_core.nodes.views import ViewClock
 from smartnodes_core.nodes.voting import Signer
 from smartnodes_core.records import Proposal, Vote
 from smartnodes_core.rounds import draw_proposers, evidence_root, in_view, propose
+
+from .conftest import FAST
 
 NETWORK = 1
 
@@ -442,3 +444,28 @@ def test_a_validator_that_waits_for_a_round_looks_at_the_chain_once(net, eventua
 def test_a_round_that_nobody_keeps_is_told_so(net):
     with pytest.raises(RecordError, match="no such round"):
         net.validators[0].node.call(net.validators[1].key, "executed_proposal", {"digest": bytes(32)})
+
+
+def test_parameters_change_when_a_quorum_wants_the_same(make_net, eventually):
+    wanted = Parameters(100, 20_000)
+    net = make_net(settings=replace(FAST, parameters=wanted))
+    net.make_validator(net.validators[0], FAST)  # this one wants nothing else than what is
+    net.start(rounds=True)
+    before = net.user.chain.parameters(NETWORK)
+    eventually(lambda: net.user.chain.parameters(NETWORK) == wanted)
+    executed = net.validators[1].role.rounds.executed
+    eventually(lambda: any(content.parameters for content in executed))
+    changed = [content for content in executed if content.parameters]
+    assert changed[0].parameters == (wanted,)
+    assert before != wanted
+    number = state_of(net).number
+    eventually(lambda: state_of(net).number >= number + 2)
+    assert sum(bool(content.parameters) for content in executed) == 1
+
+
+def test_parameters_that_one_validator_wants_alone_change_nothing(net, audited, eventually):
+    booth = Booth(net, eventually)
+    booth.proposer.role.rounds.books.wanted = Parameters(0, 0)
+    proposal, content = booth.proposal()
+    assert content.parameters == (Parameters(0, 0),)
+    assert "parameters: " in booth.vote(proposal).reasons[0]
