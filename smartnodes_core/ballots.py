@@ -3,7 +3,9 @@
 View 0 has one proposer. After each timeout the view rises and more may propose, while whatever already has votes goes
 first: a validator signs only the proposal with the most of them (ties: the lowest hash), or, where it cannot justify
 that one, another. Votes are only ever added, so that all who have seen the same votes agree, and a vote held back
-changes the order once. What a signature covers is in `chain/proposal.py`; `rounds.py` says what is justified.
+changes the order once. A proposal that has not found its quorum in PATIENCE_VIEWS is set aside: some validators justify
+it and others cannot, and a later one that all can justify must not wait behind it. What a signature covers is in
+`chain/proposal.py`; `rounds.py` says what is justified.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ MAX_PROPOSERS = 8
 #: Proposals of one round that are kept at most, of one proposer; views in which one validator's votes are kept.
 MAX_PROPOSALS_OF_ONE = 4
 MAX_VIEWS = 256
+#: Views in which a proposal is voted on, from the one in which it was made.
+PATIENCE_VIEWS = 4
 
 
 class Ballot(NamedTuple):
@@ -152,13 +156,20 @@ class BallotBox:
                 found[signer] = mine
         return found
 
-    def is_of_its_proposer(self, motion: Motion, order: Sequence[bytes], most_view: int) -> bool:
-        """Whether its proposer signed it in a view, up to `most_view`, in which it might propose."""
+    def made_in(self, motion: Motion, order: Sequence[bytes]) -> int | None:
+        """The first view in which its proposer signed it and might propose; None where it never did."""
         proposer = motion.proposal.proposer
-        return any(
-            view <= most_view and ballot.content == self.hash_of(motion, view) and proposer in proposers_in(order, view)
+        views = [
+            view
             for view, ballot in self._ballots.get(proposer, {}).items()
-        )
+            if ballot.content == self.hash_of(motion, view) and proposer in proposers_in(order, view)
+        ]
+        return min(views, default=None)
+
+    def is_open(self, motion: Motion, order: Sequence[bytes], view: int) -> bool:
+        """Whether it is voted on in a view: made by then (or in the next one: clocks differ), and not too long ago."""
+        made_in = self.made_in(motion, order)
+        return made_in is not None and view - PATIENCE_VIEWS < made_in <= view + 1
 
     def ranking(self, live: Collection[bytes]) -> list[Motion]:
         """Motions with at least one vote of `live` validators, those with most votes first, ties by the lowest id."""

@@ -100,11 +100,14 @@ class VoteDesk:
         box = self._ballots.box(state)
         motion, _ = self._ballots.take(box, proposal, content, signed)
         with self._ballots.lock:
-            good = box.is_of_its_proposer(motion, order, due.number + 1)
-            if not good:
+            made_in = box.made_in(motion, order)
+            if made_in is None:
                 box.drop_motion(motion)
-        if not good:
+            is_open = box.is_open(motion, order, due.number)
+        if made_in is None:
             return b"", [f"view {view} is not this proposer's, or its own vote is not among those shown"]
+        if not is_open:
+            return b"", [f"a proposal made in view {made_in} is not voted on in view {due.number}"]
         for other in self.ranking(box, order, due.number):
             if other.id == motion.id:
                 break
@@ -116,12 +119,10 @@ class VoteDesk:
         return self.sign(box, motion, view, candidate), []
 
     def ranking(self, box: BallotBox, order: list[bytes], due: int) -> list[Motion]:
-        """The proposals of a round with the votes of the validators in `order`, the leading one first; of those whose
-        proposers may have proposed by now.
-        """
+        """The proposals of a round with the votes of the validators in `order`, the leading one first."""
         with self._ballots.lock:
             found = box.ranking(frozenset(order))
-            return [motion for motion in found if box.is_of_its_proposer(motion, order, due + 1)]
+            return [motion for motion in found if box.is_open(motion, order, due)]
 
     def sign(self, box: BallotBox, motion: Motion, view: int, candidate: Candidate) -> bytes:
         """Sign a proposal that this validator justified, and tell everybody. Raises EquivocationError."""

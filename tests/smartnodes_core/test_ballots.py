@@ -146,10 +146,15 @@ def test_two_signatures_of_one_content_or_of_two_signers_prove_nothing(box: Ball
 def test_a_proposal_counts_that_its_proposer_signed_where_it_might_propose(box: BallotBox) -> None:
     motion = box.add_motion(record(content(100), VALIDATORS[1]), content(100))
     vote(box, motion, 0, VALIDATORS[1], VALIDATORS[0])
-    assert not box.is_of_its_proposer(motion, VALIDATORS, 5)  # view 0 is the first one's
+    assert box.made_in(motion, VALIDATORS) is None  # view 0 is the first one's
+    vote(box, motion, 2, VALIDATORS[1])
+    assert box.made_in(motion, VALIDATORS) is None  # and view 2 that of the third and the three behind it
     vote(box, motion, 1, VALIDATORS[1])
-    assert not box.is_of_its_proposer(motion, VALIDATORS, 0)  # not yet
-    assert box.is_of_its_proposer(motion, VALIDATORS, 1)
+    assert box.made_in(motion, VALIDATORS) == 1
+    assert box.is_open(motion, VALIDATORS, 0)  # whose clock is a little behind
+    assert [box.is_open(motion, VALIDATORS, view) for view in (4, 5)] == [True, False]
+    vote(box, motion, 9, *VALIDATORS)
+    assert not box.is_open(motion, VALIDATORS, 9)
 
 
 def test_strangers_and_bad_signatures_are_no_votes(box: BallotBox) -> None:

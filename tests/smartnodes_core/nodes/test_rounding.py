@@ -188,6 +188,20 @@ def test_split_votes_are_resolved_by_the_next_view(make_net, eventually):
     assert executed.digest == net.model.domain.digest(in_view(leading.content, executed.view))
 
 
+def test_validators_that_cannot_justify_the_same_come_to_terms(make_net, eventually):
+    """Half of them hold records that the others cannot check: what all can justify is executed in the end."""
+    net = make_net(settings=ValidatorSettings(list_interval_s=0.01, poll_s=0.05, proposer_timeout_s=0.3))
+    net.start()
+    job = net.open()
+    net.work(job, range(3))
+    eventually(lambda: net.everyone_has(12, job))
+    for validator in net.validators[2:]:
+        del validator.role.audits.jobs[job.id]  # as after a restart
+    for validator in net.validators:
+        validator.role.rounds.start()
+    eventually(lambda: state_of(net).number >= 2)
+
+
 def test_a_validator_that_has_seen_more_votes_for_another_proposal_says_so(net, audited, eventually):
     booth = Booth(net, eventually)
     proposal, _ = booth.proposal()
