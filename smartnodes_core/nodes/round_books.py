@@ -20,6 +20,7 @@ from smartnodes_core.jobs import Job
 from smartnodes_core.nodes.admitting import AdmissionDesk
 from smartnodes_core.nodes.auditing import AuditDesk
 from smartnodes_core.nodes.base import Node
+from smartnodes_core.nodes.job_news import JobNews
 from smartnodes_core.nodes.membership import Membership
 from smartnodes_core.nodes.params import digest_in
 from smartnodes_core.nodes.paying import Escrows
@@ -93,6 +94,7 @@ class RoundBooks:
         self.admissions = AdmissionDesk(node, chain, network_id, membership, announced)
         self.roots = RootChecks(chain, network_id, self._evidence_of)
         self.look_up: LookUp = lambda proposal: ({}, {})
+        self.news = JobNews(node, network_id, membership.role_of)
         self.escrows = Escrows(chain, network_id, membership)
         self.rewards = RewardBooks(node, chain, network_id, self.others, self._signed_totals)
         node.serve(self)
@@ -141,6 +143,7 @@ class RoundBooks:
             return
         logger.warning("rounds %d to %d were undone by the chain", number + 1, self._number)
         self.roots.undo_from(number + 1)
+        self.news.undo_from(number + 1)
         with self._lock:
             for undone in [each for each in self._rounds if each > number]:
                 del self._rounds[undone]
@@ -176,6 +179,7 @@ class RoundBooks:
                 return
             proposal, content = found
         self._unknown.pop(number, None)
+        self.news.note(content)
         if known is None:
             totals_wei = self.roots.judge(proposal, content)
             if totals_wei is not None:

@@ -127,7 +127,7 @@ class RoundDesk:
     def _tick(self) -> float:
         """Look at the chain once, do what is this validator's turn; the seconds until the next look."""
         state = self._chain.round_state(self._network_id)
-        self._meet()
+        self.meet()
         self.books.follow(state)
         self._endorse(state)
         view = self._clock.at(state)
@@ -146,7 +146,7 @@ class RoundDesk:
             self._take_turn(state, view, order, box)
         return self._poll_s
 
-    def _meet(self) -> None:
+    def meet(self) -> None:
         """Learn the node keys of validators that this one does not know yet: whom it asks, tells and follows."""
         known = self._membership.members(max_age_s=self._membership.max_age_s)
         live = [member.account for member in known if member.role == "validator" and member.live]
@@ -258,8 +258,11 @@ class RoundDesk:
     def _propose(self, state: RoundState, view: int, num_validators: int) -> Candidate:
         """What this validator's evidence justifies now."""
         verdicts, commitments = self.books.unsettled()
+        created, completed = self.books.news.propose()
         evidence = replace(
             self.books.evidence(state, verdicts, commitments),
+            jobs_created=created,
+            jobs_completed=completed,
             admissions=self.books.admissions.propose(),
             parameters=self.books.wanted,
         )

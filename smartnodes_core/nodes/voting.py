@@ -214,8 +214,15 @@ class VoteDesk:
             if digest not in verdicts
         ]
         reasons += books.admissions.unproven(content.admissions, sources)
+        reasons += books.news.unproven(content, sources)
         wanted = books.wanted if content.parameters else None
-        evidence = replace(evidence, admissions=content.admissions, parameters=wanted)
+        evidence = replace(
+            evidence,
+            admissions=content.admissions,
+            jobs_created=content.jobs_created,
+            jobs_completed=content.jobs_completed,
+            parameters=wanted,
+        )
         context = books.context(state, view, content.until_s, num_validators)
         recomputed, totals_wei = propose(context, evidence)
         reasons += justify(content, recomputed) or []

@@ -114,6 +114,50 @@ def test_a_round_carries_verdicts_and_settled_work_and_equal_work_earns_equal_pa
     assert all(rounds[:2] == executed[0][:2] for rounds in executed)
 
 
+def test_rounds_tell_of_each_job_that_began_ended_and_had_a_fraud_in_it_once(make_net, eventually):
+    net = make_net()
+    net.workers[0].handler.wrong = {1}
+    net.start(rounds=True)
+    quiet = net.open()
+    net.user.role.close_job(quiet)
+    eventually(lambda: all(worker.role.num_free_slots for worker in net.workers))
+    cheated = net.open()
+    net.work(cheated, range(2))
+    executed = net.validators[0].role.rounds.executed
+
+    def told(kind):
+        return [job_id for content in list(executed) for job_id in getattr(content, kind)]
+
+    eventually(lambda: set(told("jobs_created")) == {quiet.id, cheated.id})
+    eventually(lambda: told("jobs_completed") == [quiet.id])
+    eventually(lambda: cheated.id in told("jobs_disputed"))
+    number = state_of(net).number
+    eventually(lambda: executed[-1].round >= number + 2)
+    assert sorted(told("jobs_created")) == sorted([quiet.id, cheated.id])
+    assert told("jobs_completed") == [quiet.id]
+
+
+def test_what_is_told_of_jobs_is_shown_by_who_tells_it(net, eventually):
+    booth = Booth(net, eventually)
+    job = net.open()
+    proposer, voter = booth.proposer.role.rounds.books.news, booth.voter.role.rounds.books.news
+    _, content = booth.proposal()
+    assert content.jobs_created == (job.id,)
+    voter._papers.clear()  # the message with the job has not reached it
+    assert voter.unproven(content, []) != []
+    assert voter.unproven(content, [booth.proposer.key]) == []
+    ended = replace(content, jobs_completed=(job.id,))
+    assert "did not close it" in voter.unproven(ended, [booth.proposer.key])[0]
+    proposer._closings[job.id] = bytes(64)  # not the author's signature
+    assert voter.unproven(ended, [booth.proposer.key]) != []
+    unknown = replace(content, jobs_created=(bytes(32),))
+    assert "nobody shows its record" in voter.unproven(unknown, [booth.proposer.key])[0]
+    voter.note(content)
+    assert "was told before" in voter.unproven(content, [booth.proposer.key])[0]
+    voter.undo_from(content.round)
+    assert voter.unproven(content, []) == []
+
+
 def test_a_fraud_blacklists_the_worker_and_drops_its_connections(make_net, eventually):
     net = make_net()
     net.start(rounds=True)
