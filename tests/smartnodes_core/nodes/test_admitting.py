@@ -66,7 +66,8 @@ def test_the_class_that_a_worker_announces_is_written_on_chain_and_anew_when_it_
     net.start()
     desks = [validator.role.rounds.books.admissions for validator in net.validators]
     heard = {worker.key: announcement(worker, 0x0503)}
-    desks[0]._announced = heard.get  # the others have not heard of it: whoever proposes shows it
+    for desk in desks[1:]:  # the first has not heard of it: whoever proposes shows it
+        desk._announced = heard.get
     for validator in net.validators:
         for member in net.workers:
             member.node.reach(validator.key)
