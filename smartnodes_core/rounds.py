@@ -2,7 +2,8 @@
 
 A validator builds a proposal from its evidence with `propose`, and checks another's with `justify` against the one it
 builds itself: the same evidence gives the same bytes. `contracts/Rounds.sol` executes what a quorum signed. Neighbours:
-`reputation.py` (scores), `chain/merkle.py` (rewards root), `chain/base.py` (the chain that executes).
+`reputation.py` (scores), `payments.py` (what jobs pay), `ballots.py` (votes), `chain/merkle.py` (rewards root),
+`chain/base.py` (the chain that executes).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from smartnodes_core.chain.emission import WORKERS_PERCENT, fee_on, workers_cap_wei
+from smartnodes_core.chain.emission import WORKERS_PERCENT, workers_cap_wei
 from smartnodes_core.chain.merkle import RewardTree
 from smartnodes_core.chain.packing import pack_reputations, unpack_reputations
 from smartnodes_core.chain.proposal import (
@@ -24,11 +25,13 @@ from smartnodes_core.chain.proposal import (
     Slash,
 )
 from smartnodes_core.chain.signing import keccak, word
+from smartnodes_core.payments import JobWork, settle, share
 from smartnodes_core.reputation import BLACKLISTED, VerdictCounts, next_reputation
 
 __all__ = [
     "Admission",
     "Domain",
+    "JobWork",
     "Parameters",
     "RoundContext",
     "RoundEvidence",
@@ -83,18 +86,17 @@ class RoundContext:
 
 @dataclass(frozen=True)
 class RoundEvidence:
-    """What a validator collected in the round: the accounts' verdicts and work, and the digests of the records behind
-    them; who was verified to own its node key; what jobs pay, in SNO and, with the signers' part among the
-    payments, in coin.
+    """What a validator collected in the round: the accounts' verdicts and their work in each job, and the digests of
+    the records behind them; which jobs began, ended or had a fraud in them; who was verified to own its node key.
     """
 
     verdicts: Mapping[bytes, VerdictCounts] = field(default_factory=dict)
-    work_units: Mapping[bytes, int] = field(default_factory=dict)
+    work: Sequence[JobWork] = ()
     jobs_created: Sequence[bytes] = ()
     jobs_completed: Sequence[bytes] = ()
+    jobs_disputed: Sequence[bytes] = ()
     admissions: Sequence[Admission] = ()
-    settlements: Sequence[Settlement] = ()
-    coin_settlements: Sequence[Settlement] = ()
+    parameters: Parameters | None = None
     digests: Sequence[bytes] = ()
 
 
@@ -115,25 +117,26 @@ def draw_proposers(validators: Iterable[bytes], previous_hash: bytes, round_numb
 
 
 def allot(
-    work_units: Mapping[bytes, int], signers: Iterable[bytes], emission_wei: int, cap_wei: int | None = None
+    work: Sequence[tuple[Mapping[bytes, int], int | None]], signers: Iterable[bytes], emission_wei: int
 ) -> dict[bytes, int]:
     """Splits a round's emission: 85 % among workers by verified work, 15 % in equal parts among `signers`.
 
-    Equal work earns equal pay. Shares are rounded down and what remains is not minted, nor is a part that nobody
-    earned. `cap_wei` bounds the workers' part (the fees burned in the round times kappa), None leaves it unbounded.
+    `work` are jobs: units by account, and the most that their workers may get (None: no bound), which is what the job
+    burned times kappa. Equal work earns equal pay, in one job always, in different ones where no bound is reached.
+    Shares are rounded down and what remains is not minted, nor is a part that nobody earned.
     """
-    pool = emission_wei * WORKERS_PERCENT // 100
-    signers_pool = emission_wei - pool
-    if cap_wei is not None:
-        pool = min(pool, cap_wei)
+    pool_wei = emission_wei * WORKERS_PERCENT // 100
+    signers_wei = emission_wei - pool_wei
+    jobs = [({account: n for account, n in units.items() if n > 0}, cap_wei) for units, cap_wei in work]
     rewards: dict[bytes, int] = {}
-    total = sum(units for units in work_units.values() if units > 0)
-    for account, units in work_units.items():
-        if units > 0:
-            rewards[account] = pool * units // total
+    parts = share(pool_wei, [(sum(units.values()), cap_wei) for units, cap_wei in jobs])
+    for (units, _), part_wei in zip(jobs, parts, strict=True):
+        total = sum(units.values())
+        for account, n in units.items():
+            rewards[account] = rewards.get(account, 0) + part_wei * n // total
     distinct = sorted(set(signers))
     for account in distinct:
-        rewards[account] = rewards.get(account, 0) + signers_pool // len(distinct)
+        rewards[account] = rewards.get(account, 0) + signers_wei // len(distinct)
     return {account: wei for account, wei in sorted(rewards.items()) if wei > 0}
 
 
@@ -160,13 +163,14 @@ def propose(context: RoundContext, evidence: RoundEvidence) -> tuple[RoundPropos
             scores[standing.index] = score
         if counts.fraudulent and standing.stake_wei and context.num_validators >= MIN_VALIDATORS_TO_SLASH:
             slashes.append(Slash(index=standing.index, amount_wei=standing.stake_wei))
-    earned = {account: units for account, units in evidence.work_units.items() if _may_earn(context, evidence, account)}
-    fees_wei = sum(
-        fee_on(sum(payment.amount_wei for payment in settlement.payments), context.parameters)
-        for settlement in evidence.settlements
-    )
-    cap_wei = workers_cap_wei(context.parameters, fees_wei)
-    rewards = allot(earned, context.signers, context.emission_wei, cap_wei)
+    work = [_earning(context, evidence, job) for job in sorted(evidence.work, key=lambda job: job.job)]
+    paid = [settle(job, context.signers, context.parameters) for job in work]
+    earned = [
+        (job.units, workers_cap_wei(context.parameters, each.burned_wei))
+        for job, each in zip(work, paid, strict=True)
+        if not job.in_coin
+    ]
+    rewards = allot(earned, context.signers, context.emission_wei)
     totals = dict(context.totals_wei)
     for account, wei in rewards.items():
         totals[account] = totals.get(account, 0) + wei
@@ -182,16 +186,24 @@ def propose(context: RoundContext, evidence: RoundEvidence) -> tuple[RoundPropos
         allotment_wei=sum(rewards.values()),
         jobs_created=tuple(sorted(set(evidence.jobs_created))),
         jobs_completed=tuple(sorted(set(evidence.jobs_completed))),
+        jobs_disputed=tuple(sorted(set(evidence.jobs_disputed))),
         admissions=tuple(sorted(evidence.admissions, key=lambda admission: admission.index)),
         slashes=tuple(sorted(slashes, key=lambda slash: slash.index)),
         settlements=tuple(
-            sorted([*evidence.settlements, *evidence.coin_settlements], key=lambda settlement: settlement.escrow_id)
+            sorted((each.settlement for each in paid if each.settlement), key=lambda settlement: settlement.escrow_id)
         ),
         ruling=UPHOLD if context.frozen_from else NO_RULING,
         ruled_round=context.frozen_from,
+        parameters=() if evidence.parameters in (None, context.parameters) else (evidence.parameters,),
         evidence_root=evidence_root(evidence.digests),
     )
     return proposal, totals
+
+
+def _earning(context: RoundContext, evidence: RoundEvidence, job: JobWork) -> JobWork:
+    """The job's work without that of accounts that may not earn."""
+    units = {account: n for account, n in job.units.items() if n > 0 and _may_earn(context, evidence, account)}
+    return replace(job, units=units)
 
 
 def _may_earn(context: RoundContext, evidence: RoundEvidence, account: bytes) -> bool:

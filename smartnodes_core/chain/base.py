@@ -196,7 +196,12 @@ class Chain(Protocol):
     def deposit_coin(self, network_id: int, job: bytes, amount_wei: int, deadline_s: int) -> bytes:
         """The same in the chain's coin."""
 
-    def escrow_id(self, network_id: int, payer: bytes, job: bytes) -> bytes: ...
+    def escrow_id(self, network_id: int, payer: bytes, job: bytes) -> bytes:
+        """Under which a payer's deposit for a job lies, computed here."""
+
+    @property
+    def dispute_window_s(self) -> int:
+        """After an escrow's deadline: rounds can still settle, the payer cannot take back."""
 
     def escrow(self, escrow_id: bytes) -> EscrowAccount | None: ...
 

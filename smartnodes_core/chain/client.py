@@ -19,7 +19,7 @@ from smartnodes_core.chain.base import (
 from smartnodes_core.chain.gateway import Gateway
 from smartnodes_core.chain.proposal import Domain, Equivocation, Parameters, RoundProposal
 from smartnodes_core.chain.settings import Addresses
-from smartnodes_core.chain.signing import checksum
+from smartnodes_core.chain.signing import checksum, keccak, word
 from smartnodes_core.chain.votes import in_order
 from smartnodes_core.errors import WrongChainError
 from smartnodes_core.records import Role
@@ -47,6 +47,7 @@ class ChainClient:
         self._rounds = gateway.contract("Rounds", addresses.rounds)
         self.domain = Domain(gateway.chain_id, addresses.rounds)
         self.registry_address = addresses.registry
+        self._dispute_window_s: int | None = None
 
     def __repr__(self) -> str:
         return f"<ChainClient of {self._gateway!r}>"
@@ -166,7 +167,13 @@ class ChainClient:
         return self.escrow_id(network_id, self.account, job)
 
     def escrow_id(self, network_id: int, payer: bytes, job: bytes) -> bytes:
-        return bytes(self._read(self._escrow.escrowIdOf(network_id, checksum(payer), job)))
+        return keccak(word(network_id) + word(payer) + word(job))
+
+    @property
+    def dispute_window_s(self) -> int:
+        if self._dispute_window_s is None:
+            self._dispute_window_s = int(self._read(self._escrow.disputeWindow()))
+        return self._dispute_window_s
 
     def escrow(self, escrow_id: bytes) -> EscrowAccount | None:
         payer, *rest = self._read(self._escrow.accounts(escrow_id))

@@ -174,6 +174,10 @@ class MemoryChain:
     def escrow_id(self, network_id: int, payer: bytes, job: bytes) -> bytes:
         return keccak(word(network_id) + word(payer) + word(job))
 
+    @property
+    def dispute_window_s(self) -> int:
+        return self.model.settings.dispute_window_s
+
     def escrow(self, escrow_id: bytes) -> EscrowAccount | None:
         with self.model.lock:
             return self.model.escrows.get(escrow_id)

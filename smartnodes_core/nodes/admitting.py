@@ -56,8 +56,8 @@ class AdmissionDesk:
                 vouched.append(waiting[account])
         return [Admission(member.index) for member in vouched[:MAX_ADMISSIONS]]
 
-    def unproven(self, admissions: Sequence[Admission], proposer: NodeKey) -> list[str]:
-        """Why this validator cannot vouch for some of them, after asking the proposer for their bindings."""
+    def unproven(self, admissions: Sequence[Admission], sources: Sequence[NodeKey]) -> list[str]:
+        """Why this validator cannot vouch for some of them, after asking `sources` for their bindings."""
         if len(admissions) > MAX_ADMISSIONS:
             return [f"admissions: {len(admissions)} in one round, at most {MAX_ADMISSIONS}"]
         members: Mapping[int, Member] = {member.index: member for member in self._membership.members()}
@@ -66,8 +66,8 @@ class AdmissionDesk:
             member = members.get(admission.index)
             if member is None or admission.capability:
                 reasons.append(f"admissions: {admission} is not justified")
-            elif not self._is_known(member) and not self._ask(
-                member, proposer, "binding_of", {"account": member.account}
+            elif not self._is_known(member) and not any(
+                self._ask(member, source, "binding_of", {"account": member.account}) for source in sources
             ):
                 reasons.append(f"admissions: member {admission.index} is not known to own its node key")
         return reasons

@@ -70,7 +70,8 @@ class JobDesk:
     """Opens, replicates and closes jobs.
 
     `role_of` gives a member's role on chain (None: not registered, left or blacklisted), `idle_s` for how long no work
-    of a job has been heard of. `on_open` and `on_close` are told of each job once, or of each newer plan.
+    of a job has been heard of. `on_open` and `on_close` are told of each job once, or of each newer plan;
+    `check_payment` raises for a job that nothing was deposited for.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class JobDesk:
         self.entries: dict[bytes, JobEntry] = {}
         self.on_open: Callable[[Job], None] = lambda job: None
         self.on_close: Callable[[Job], None] = lambda job: None
+        self.check_payment: Callable[[Job], None] = lambda job: None
         self._node, self._network_id = node, network_id
         self._role_of, self._idle_s = role_of, idle_s
         self._ended: dict[bytes, None] = {}
@@ -134,6 +136,8 @@ class JobDesk:
             self._check_role(item.worker, "worker", f"the worker planned for stage {item.stage}")
         for validator in job.plan.validators:
             self._check_role(validator, "validator", f"validator {validator.hex()[:8]} of the plan")
+        if job.id not in self.entries:
+            self.check_payment(job)
 
     def _check_role(self, key: NodeKey, wanted: Role, who: str) -> None:
         """An author that could name keys of its own as validators would have nobody audit its workers."""

@@ -14,12 +14,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from smartnodes_core.chain.base import Chain, RoundState
+from smartnodes_core.chain.proposal import NO_HASH, Parameters
 from smartnodes_core.errors import ChainError, RecordError, SmartnodesError
+from smartnodes_core.jobs import Job
 from smartnodes_core.nodes.admitting import AdmissionDesk
 from smartnodes_core.nodes.auditing import AuditDesk
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.membership import Membership
 from smartnodes_core.nodes.params import digest_in
+from smartnodes_core.nodes.paying import Escrows
 from smartnodes_core.nodes.reward_books import MAX_PUBLISHED, RewardBooks, trim
 from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, NodeKey, Proposal, Verdict
 from smartnodes_core.reputation import VerdictCounts
@@ -38,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 #: Records one proposal names at most, of each kind; the rest waits for the next round.
 MAX_NAMED = 20_000
+#: Jobs whose work one proposal settles at most.
+MAX_JOBS = 100
 #: Rounds that a validator catches up with when it was away.
 MAX_MISSED = 8
 #: Digests of settled records that are remembered; older ones are refused by step (`AuditedJob.settled_step`).
@@ -58,19 +63,28 @@ class RoundBooks:
     """See the module. Thread-safe; asks the chain only where its methods say so."""
 
     def __init__(
-        self, node: Node, chain: Chain, network_id: int, account: bytes, audits: AuditDesk, membership: Membership
+        self,
+        node: Node,
+        chain: Chain,
+        network_id: int,
+        account: bytes,
+        audits: AuditDesk,
+        membership: Membership,
+        wanted: Parameters | None = None,
     ):
         self.node, self.chain, self.network_id, self.account = node, chain, network_id, account
-        self.audits, self.membership = audits, membership
+        self.audits, self.membership, self.wanted = audits, membership, wanted
         self.executed: deque[RoundProposal] = deque(maxlen=MAX_PUBLISHED)
         self._lock = threading.RLock()
         self._following = threading.Lock()
-        self._settled: dict[bytes, None] = {}
+        self._settled: dict[bytes, int] = {}  # and in which round
+        self._rounds: dict[int, bytes] = {}  # digests of the rounds that were followed
         self._candidates: dict[bytes, Candidate] = {}
         self._kept: dict[bytes, Proposal] = {}
         self._left_out: RoundProposal | None = None
         self._number = -1
         self.admissions = AdmissionDesk(node, chain, network_id, membership)
+        self.escrows = Escrows(chain, network_id, membership)
         self.rewards = RewardBooks(node, chain, network_id, self.others, self._signed_totals)
         node.serve(self)
 
@@ -82,12 +96,14 @@ class RoundBooks:
 
     def follow(self, state: RoundState) -> None:
         """Take note of rounds that were executed: their evidence is settled, their rewards are the base of the next.
+        Rounds that a reorganisation of the chain has undone are forgotten: what they settled is open again.
 
         Asks the chain once for each, and the other validators for those that were not signed here.
         """
         with self._following:
-            if state.number <= self._number:
+            if (state.number, state.previous_hash) == (self._number, self._rounds.get(self._number, NO_HASH)):
                 return
+            self._unwind(state)
             first = max(self._number + 1, state.number - MAX_MISSED + 1, 1)
             for number in range(first, state.number + 1):
                 executed = self.chain.executed_round(self.network_id, number)
@@ -95,10 +111,33 @@ class RoundBooks:
                     with self._lock:
                         signed = self._candidates.get(executed.digest)
                         self._left_out = signed.content if signed and self.account not in executed.signers else None
-                    self._note(executed.digest)
+                    self._note(number, executed.digest)
             with self._lock:
                 self._number = state.number
-                self._candidates.clear()
+                self._rounds.setdefault(0, NO_HASH)
+                old = [digest for digest, each in self._candidates.items() if each.content.round < state.number]
+                for digest in old:
+                    del self._candidates[digest]
+
+    def _unwind(self, state: RoundState) -> None:
+        """Forget rounds that are not on the chain any more."""
+        number = min(self._number, state.number)
+        while number > 0 and number in self._rounds:
+            on_chain = self.chain.executed_round(self.network_id, number)
+            if on_chain is not None and on_chain.digest == self._rounds[number]:
+                break
+            number -= 1
+        if number >= self._number:
+            return
+        logger.warning("rounds %d to %d were undone by the chain", number + 1, self._number)
+        with self._lock:
+            for undone in [each for each in self._rounds if each > number]:
+                del self._rounds[undone]
+            for digest in [digest for digest, settled_in in self._settled.items() if settled_in > number]:
+                del self._settled[digest]
+            while self.executed and self.executed[-1].round > number:
+                self.executed.pop()
+            self._number = number
 
     def take_left_out(self) -> RoundProposal | None:
         """The last executed round if this validator signed it and is not among its signers; once."""
@@ -106,14 +145,16 @@ class RoundBooks:
             found, self._left_out = self._left_out, None
         return found
 
-    def _note(self, digest: bytes) -> None:
+    def _note(self, number: int, digest: bytes) -> None:
         with self._lock:
-            known = self._candidates.get(digest)
-            if digest in self._kept:
-                return
+            self._rounds[number] = digest
+            trim(self._rounds, MAX_PUBLISHED)
+            known, kept = self._candidates.get(digest), self._kept.get(digest)
         if known is not None:
             proposal, content = known.proposal, known.content
             self.rewards.publish(known.totals_wei)
+        elif kept is not None:  # executed again, after a reorganisation
+            proposal, content = kept, RoundProposal.decode(kept.content)
         else:
             found = self._fetch_executed(digest)
             if found is None:
@@ -123,10 +164,11 @@ class RoundBooks:
         with self._lock:
             self._kept[digest] = proposal
             trim(self._kept, MAX_PUBLISHED)
-            self._settled.update(dict.fromkeys([*proposal.verdicts, *proposal.settled]))
+            self._settled.update(dict.fromkeys([*proposal.verdicts, *proposal.settled], number))
             trim(self._settled, MAX_SETTLED)
             self.executed.append(content)
-            self.audits.books.forget(self._settled.keys())
+            # those of the last round may have to be settled again
+            self.audits.books.forget({digest for digest, settled_in in self._settled.items() if settled_in < number})
 
     def _fetch_executed(self, digest: bytes) -> tuple[Proposal, RoundProposal] | None:
         for validator in self.others():
@@ -175,15 +217,6 @@ class RoundBooks:
         with self._lock:
             self._candidates[digest] = candidate
 
-    def own_candidate(self, state: RoundState, view: int) -> tuple[bytes, Candidate] | None:
-        """What this validator proposed before in this view: a second, different proposal would be equivocation."""
-        with self._lock:
-            for digest, candidate in self._candidates.items():
-                content, proposer = candidate.content, candidate.proposal.proposer
-                if (content.round, content.view, proposer) == (state.number + 1, view, self.account):
-                    return digest, candidate
-        return None
-
     def _signed_totals(self, root: bytes) -> dict[bytes, int] | None:
         """The rewards under a root that was signed here, and may just have been executed."""
         with self._lock:
@@ -205,6 +238,8 @@ class RoundBooks:
             verdicts = {digest: v for digest, v in sorted(self.verdicts().items()) if digest not in settled}
             payable = sorted(self.payable().items(), key=lambda item: (item[1].step, item[0]))
             commitments = {digest: c for digest, c in payable if digest not in settled}
+            jobs = list(dict.fromkeys(commitment.job for commitment in commitments.values()))[:MAX_JOBS]
+            commitments = {digest: c for digest, c in commitments.items() if c.job in jobs}
         return _first(verdicts), _first(commitments)
 
     def verdicts(self) -> dict[bytes, Verdict]:
@@ -240,8 +275,11 @@ class RoundBooks:
                 if audited.window_closed(commitment)
             }
 
-    def evidence(self, verdicts: Mapping[bytes, Verdict], commitments: Mapping[bytes, Commitment]) -> RoundEvidence:
-        """The records as the rules take them: by account. Asks the chain at most once, for a worker that is new."""
+    def evidence(
+        self, state: RoundState, verdicts: Mapping[bytes, Verdict], commitments: Mapping[bytes, Commitment]
+    ) -> RoundEvidence:
+        """The records as the rules take them: by account. Asks the chain for each job that is paid, and for a worker
+        that is new. Raises RecordError for a job that is forgotten already."""
         workers = {verdict.worker for verdict in verdicts.values()}
         workers |= {commitment.worker for commitment in commitments.values()}
         accounts = {worker: self.membership.account_of(worker) for worker in workers}
@@ -251,12 +289,22 @@ class RoundBooks:
             if account is not None:
                 before = counts.get(account, VerdictCounts())
                 counts[account] = replace(before, **{verdict.finding: getattr(before, verdict.finding) + 1})
-        work: dict[bytes, int] = {}
+        work: dict[bytes, dict[bytes, int]] = {}
         for commitment in commitments.values():
             account = accounts[commitment.worker]
             if account is not None:
-                work[account] = work.get(account, 0) + commitment.work_units
-        return RoundEvidence(verdicts=counts, work_units=work, digests=[*verdicts, *commitments])
+                units = work.setdefault(commitment.job, {})
+                units[account] = units.get(account, 0) + commitment.work_units
+        return RoundEvidence(
+            verdicts=counts,
+            work=[self.escrows.work(self._job(job), units, state) for job, units in work.items()],
+            jobs_disputed=sorted({v.job for v in verdicts.values() if v.finding == "fraudulent"}),
+            digests=[*verdicts, *commitments],
+        )
+
+    def _job(self, job_id: bytes) -> Job:
+        with self.audits.lock:
+            return self.audits.books.job(job_id).job
 
     def context(self, state: RoundState, view: int, until_s: int, num_validators: int) -> RoundContext:
         """What the rules take from the chain, which is asked four times."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from smartnodes_core.audit import Auditor, HashChain
+from smartnodes_core.chain.proposal import Parameters
 from smartnodes_core.identity import Identity
 from smartnodes_core.jobs import Job
 from smartnodes_core.journal import Journal
@@ -29,17 +31,20 @@ DRAIN_TIMEOUT_S = 20.0
 class ValidatorSettings:
     """Times of a validator: commitments are gathered `list_interval_s` into one list, which waits `reveal_timeout_s`
     for the other validators'; a worker has `challenge_timeout_s` to open; the chain is looked at every `poll_s`, and a
-    silent proposer is given up after `proposer_timeout_s`."""
+    silent proposer is given up after `proposer_timeout_s`. `parameters` are those of the network that this validator
+    wants (None: those in force): it proposes them, and signs no others."""
 
     list_interval_s: float = 0.25
     reveal_timeout_s: float = 30.0
     challenge_timeout_s: float = 60.0
     poll_s: float = 5.0
     proposer_timeout_s: float = 30.0
+    parameters: Parameters | None = None
 
 
 class ValidatorNode:
-    """Keeps jobs, audits workers, votes on rounds. `hash_chain`'s tip must be the one posted on chain."""
+    """Keeps jobs, audits workers, votes on rounds. `hash_chain`'s tip must be the one posted on chain, `proofs` is the
+    folder where proofs of equivocation are kept (None: in memory only)."""
 
     def __init__(
         self,
@@ -52,6 +57,7 @@ class ValidatorNode:
         journal: Journal,
         settings: ValidatorSettings,
         learn_validators: Callable[[], None] = lambda: None,
+        proofs: Path | None = None,
     ):
         self.node = node
         self.evidence = EvidenceDesk(node, auditor)
@@ -79,7 +85,10 @@ class ValidatorNode:
             learn_validators=learn_validators,
             poll_s=settings.poll_s,
             proposer_timeout_s=settings.proposer_timeout_s,
+            folder=proofs,
+            wanted=settings.parameters,
         )
+        self.jobs.check_payment = self.rounds.books.escrows.check
         self.jobs.on_open = self.audits.open
         self.jobs.on_close = self._close
 

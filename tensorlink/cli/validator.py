@@ -72,6 +72,7 @@ def _run(config: AuditorConfig, life: Life) -> None:
                 proposer_timeout_s=max(2.0, config.round_interval_s * PROPOSER_SHARE),
             ),
             station.learn_validators,
+            config.data_dir / "proofs",
         )
         station.join()
         station.announce(dict)

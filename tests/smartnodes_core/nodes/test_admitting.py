@@ -33,10 +33,10 @@ def test_a_validator_vouches_for_nobody_whose_binding_it_has_not_seen(net: Any) 
     first, second = net.validators[:2]
     desk = first.role.rounds.books.admissions
     index = second.chain.member(NETWORK, second.account).index
-    assert desk.unproven([Admission(index)], proposer=net.workers[0].key) == [
+    assert desk.unproven([Admission(index)], [net.workers[0].key]) == [
         f"admissions: member {index} is not known to own its node key"
     ]
-    assert desk.unproven([Admission(99)], proposer=second.key) == [
+    assert desk.unproven([Admission(99)], [second.key]) == [
         "admissions: Admission(index=99, capability=0) is not justified"
     ]
-    assert desk.unproven([Admission(index)] * 65, proposer=second.key)[0].startswith("admissions: 65 in one round")
+    assert desk.unproven([Admission(index)] * 65, [second.key])[0].startswith("admissions: 65 in one round")
