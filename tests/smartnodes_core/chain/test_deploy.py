@@ -29,7 +29,7 @@ class Interrupted(Exception):
 
 
 def interrupted_deploy(monkeypatch: pytest.MonkeyPatch, url: str, record: Path, after: int, sent: bool) -> None:
-    """A deployment that ends at its transaction number `after` (from 0): before it is sent, or when it is in a block."""
+    """A deployment that ends at its transaction `after` (from 0): before it is sent, or when it is in a block."""
     send, count = Gateway.send, iter(range(100))
 
     def failing(self: Gateway, *arguments: Any, **named: Any) -> Any:
