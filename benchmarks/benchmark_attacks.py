@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for kappa in (1, 2, 5, 10, 20):
         gained = attackers.wash_trader(rounds, kappa_bps=kappa * 10_000) / SNO / rounds
         print(f"  kappa {kappa:2}: {gained:+10.4f} SNO a round", flush=True)
-    print("how often a grinder that is one of four validators proposes, by the variants it tries:")
+    print("how often one of four validators would propose if the last digest drew, by the variants it tries:")
     for tries in (0, 1, 3, 10, 600):
         grinder = SeedGrinder(rounds, by_the_last_digest, tries)
         grinder.play()

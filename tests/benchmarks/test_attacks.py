@@ -12,13 +12,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from attacks import attackers
+from attacks.attackers import SeedGrinder, as_drawn, by_the_last_digest
 
 from smartnodes_core.chain.settings import SNO
 
 ROUNDS = 20
 
 
-@pytest.mark.parametrize("name", ["wash_trader", "key_squatter", "identity_splitter", "bond_griefer"])
+@pytest.mark.parametrize("name", ["wash_trader", "key_squatter", "identity_splitter", "seed_grinder", "bond_griefer"])
 def test_an_attacker_gains_nothing_and_would_without_the_defence(name: str) -> None:
     play = getattr(attackers, name)
     assert play(ROUNDS, defended=False) > SNO * ROUNDS
@@ -38,6 +39,17 @@ def test_a_higher_kappa_grants_a_subsidy_of_that_many_fees_less_one() -> None:
     fees_wei = ROUNDS * 5 * SNO  # 5 % of 100 SNO a round
     assert attackers.wash_trader(ROUNDS, kappa_bps=30_000) == 2 * fees_wei
     assert attackers.wash_trader(ROUNDS, kappa_bps=5_000) == -fees_wei // 2
+
+
+def test_a_proposer_cannot_choose_to_propose_again_however_many_variants_it_tries() -> None:
+    proposed = {tries: played(SeedGrinder(60, as_drawn, tries)) for tries in (0, 600)}
+    assert proposed[0] == proposed[600] <= 25
+    assert played(SeedGrinder(60, by_the_last_digest, 600)) > 50
+
+
+def played(grinder: SeedGrinder) -> int:
+    grinder.play()
+    return grinder.proposed
 
 
 def test_a_griefer_burns_a_bond_for_each_freeze() -> None:
