@@ -142,8 +142,8 @@ def signers_part_wei(rounds: int) -> int:
 
 
 def bond_griefer(rounds: int, defended: bool = True) -> int:
-    """Freezes every rewards root, and is paid by somebody as much as it stops, which nobody would. Without a bond that
-    would be a business.
+    """Freezes every rewards root while its funds last, and is paid by somebody as much as it stops, which nobody would.
+    Without a bond that would be a business.
     """
     economy = _economy(ChainSettings() if defended else ChainSettings(freeze_bond_wei=0), HONEST_WORKER)
     honest = economy.open_job(HONEST_USER, "honest", PRICE_WEI, 1_000_000 * SNO)
@@ -151,7 +151,8 @@ def bond_griefer(rounds: int, defended: bool = True) -> int:
     for _ in range(rounds):
         economy.round([economy.work(honest, {HONEST_WORKER: UNITS})])
         state = economy.chain.round_state(NETWORK)
-        if not state.frozen_from:
+        can_pay = economy.chain.balances(account(VALIDATOR)).sno_wei >= economy.model.settings.freeze_bond_wei
+        if can_pay and not state.frozen_from:
             economy.chains[VALIDATOR].freeze_root(NETWORK, state.number)
             stopped_wei += economy.model.peek(NETWORK).roots[state.number].allotment_wei
     return economy.wealth_wei([VALIDATOR]) - before - signers_part_wei(rounds) + stopped_wei
