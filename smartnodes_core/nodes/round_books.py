@@ -103,7 +103,7 @@ class RoundBooks:
 
     def proposers(self, state: RoundState) -> list[bytes]:
         """The validators in the order in which they may propose the next round. Asks the chain once."""
-        return draw_proposers(self.chain.validators(self.network_id), state.previous_hash, state.number + 1)
+        return draw_proposers(self.chain.validators(self.network_id), state.number + 1)
 
     def follow(self, state: RoundState) -> None:
         """Take note of rounds that were executed: their evidence is settled, their rewards are the base of the next.

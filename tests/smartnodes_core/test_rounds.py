@@ -107,11 +107,13 @@ def test_workers_share_85_percent_by_work_and_signers_15_in_equal_parts() -> Non
 
 
 def test_proposers_are_drawn_anew_each_round_and_everybody_draws_the_same() -> None:
-    order = draw_proposers(VALIDATORS, b"p" * 32, 7)
+    order = draw_proposers(VALIDATORS, 7)
     assert sorted(order) == sorted(VALIDATORS)
-    assert order == draw_proposers(reversed(VALIDATORS), b"p" * 32, 7)
-    firsts = [draw_proposers(VALIDATORS, b"p" * 32, number)[0] for number in range(400)]
+    assert order == draw_proposers(reversed(VALIDATORS), 7)
+    firsts = [draw_proposers(VALIDATORS, number)[0] for number in range(400)]
     assert all(firsts.count(validator) > 60 for validator in VALIDATORS)
+    without_one = [draw_proposers(VALIDATORS[1:], number)[0] for number in range(400)]
+    assert firsts != without_one
 
 
 def test_a_proposal_scores_slashes_and_pays_by_the_evidence() -> None:

@@ -41,7 +41,7 @@ class Booth:
         self.net = net
         eventually(lambda: state_of(net).chain_time_s >= state_of(net).earliest_at_s)
         self.state = state_of(net)
-        self.order = draw_proposers(net.user.chain.validators(NETWORK), self.state.previous_hash, self.state.number + 1)
+        self.order = draw_proposers(net.user.chain.validators(NETWORK), self.state.number + 1)
         by_account = {validator.account: validator for validator in net.validators}
         self.proposer, self.voter = by_account[self.order[view]], by_account[self.order[(view + 1) % 4]]
         for validator in net.validators:
@@ -177,7 +177,7 @@ def test_a_fraud_blacklists_the_worker_and_drops_its_connections(make_net, event
 def test_a_proposer_that_vanishes_is_passed_over(make_net, eventually):
     net = make_net(settings=ValidatorSettings(list_interval_s=0.01, poll_s=0.05, proposer_timeout_s=1.0))
     state = state_of(net)
-    first = draw_proposers(net.user.chain.validators(NETWORK), state.previous_hash, state.number + 1)[0]
+    first = draw_proposers(net.user.chain.validators(NETWORK), state.number + 1)[0]
     gone = next(validator for validator in net.validators if validator.account == first)
     gone.node.stop()
     net.start(rounds=True, only=[validator for validator in net.validators if validator is not gone])
