@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -12,16 +11,17 @@ from smartnodes_core.chain.base import RefusedError
 from smartnodes_core.chain.proposal import Parameters
 from smartnodes_core.chain.settings import SNO
 from smartnodes_core.errors import JobError, RecordError
+from smartnodes_core.nodes.paying import Offer, take_back
+from smartnodes_core.payments import Price
 
 from .conftest import NETWORK
 
-TERMS = {"price_wei": str(SNO), "price_per_units": 10}  # 1 SNO for one micro-batch of a stage
+PRICE = Price(SNO, 10)  # 1 SNO for one micro-batch of a stage
+TERMS = Offer(PRICE, 0, 0).terms()
 
 
-def pay(net: Any, record: Any, amount_wei: int, in_coin: bool = False, lasts_s: int = 3600) -> bytes:
-    chain = net.user.chain
-    deposit = chain.deposit_coin if in_coin else chain.deposit
-    return deposit(NETWORK, record.digest(), amount_wei, int(time.time()) + lasts_s)
+def pay(net: Any, record: Any, amount_wei: int, in_coin: bool = False) -> bytes:
+    return Offer(PRICE, amount_wei, 3600, in_coin).deposit(net.user.chain, NETWORK, record.digest())
 
 
 def credits_of(net: Any, citizen: Any, in_coin: bool = False) -> int:
@@ -60,10 +60,13 @@ def test_a_job_pays_for_each_step_as_it_is_verified_and_what_is_left_goes_back(c
     with pytest.raises(RefusedError, match="NotYetRefundable"):
         net.user.chain.refund(escrow_id)
     net.model.shift_s += 3600 + net.model.settings.dispute_window_s + 60
-    left_wei = net.user.chain.escrow(escrow_id).remaining_wei
-    net.user.chain.refund(escrow_id)
+    tokens_wei = net.model.tokens[net.user.account]
+    left_wei = take_back(net.user.chain, NETWORK, job.id)
     assert left_wei == 100 * SNO - 16 * SNO * 105 // 100
-    assert credits_of(net, net.user) == left_wei
+    assert net.model.tokens[net.user.account] == tokens_wei + left_wei
+    assert take_back(net.user.chain, NETWORK, job.id) == 0
+    with pytest.raises(JobError, match="has deposited nothing"):
+        take_back(net.workers[0].chain, NETWORK, job.id)
 
 
 def test_a_job_paid_in_coin_earns_no_emission_and_its_fee_is_the_signers(make_net: Any, eventually: Any) -> None:
