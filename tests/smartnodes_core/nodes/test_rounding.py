@@ -265,6 +265,17 @@ def test_a_validator_that_has_seen_more_votes_for_another_proposal_says_so(net, 
     assert "has more votes" in vote.reasons[0]
 
 
+def test_rounds_go_on_while_two_of_seven_are_gone(make_net, eventually):
+    settings = ValidatorSettings(list_interval_s=0.01, poll_s=0.05, proposer_timeout_s=0.5)
+    net = make_net(num_validators=7, num_workers=0, settings=settings)
+    for gone in net.validators[:2]:
+        gone.node.stop()
+    net.start(rounds=True, only=net.validators[2:])
+    eventually(lambda: state_of(net).number >= 3)
+    views = [net.user.chain.executed_round(NETWORK, number).view for number in range(1, 4)]
+    assert max(views) <= 4  # each view lets another lead, and more propose
+
+
 def test_rounds_go_on_with_nothing_to_carry(make_net, eventually):
     net = make_net()
     net.start(rounds=True)
