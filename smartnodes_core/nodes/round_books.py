@@ -9,14 +9,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from smartnodes_core.chain.base import Chain, RoundState
 from smartnodes_core.chain.proposal import NO_HASH, Parameters
 from smartnodes_core.errors import ChainError, RecordError, SmartnodesError
-from smartnodes_core.jobs import Job
 from smartnodes_core.nodes.admitting import AdmissionDesk
 from smartnodes_core.nodes.auditing import AuditDesk
 from smartnodes_core.nodes.base import Node
@@ -26,8 +25,8 @@ from smartnodes_core.nodes.params import digest_in
 from smartnodes_core.nodes.paying import Escrows
 from smartnodes_core.nodes.reward_books import MAX_PUBLISHED, RewardBooks, trim
 from smartnodes_core.nodes.root_checks import RootChecks
+from smartnodes_core.nodes.settleable import MAX_NAMED, Settleable
 from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, NodeKey, Proposal, Signed, Verdict
-from smartnodes_core.reputation import VerdictCounts
 from smartnodes_core.rounds import (
     RoundContext,
     RoundEvidence,
@@ -41,10 +40,6 @@ from smartnodes_core.transport.base import Peer
 
 logger = logging.getLogger(__name__)
 
-#: Records one proposal names at most, of each kind; the rest waits for the next round.
-MAX_NAMED = 20_000
-#: Jobs whose work one proposal settles at most.
-MAX_JOBS = 100
 #: Rounds that a validator catches up with when it was away.
 MAX_MISSED = 8
 #: Digests of settled records that are remembered; older ones are refused by step (`AuditedJob.settled_step`).
@@ -96,6 +91,7 @@ class RoundBooks:
         self.look_up: LookUp = lambda proposal: ({}, {})
         self.news = JobNews(node, network_id, membership.role_of)
         self.escrows = Escrows(chain, network_id, membership)
+        self.records = Settleable(audits, membership, self.escrows, self.is_settled)
         self.rewards = RewardBooks(node, chain, network_id, self.others, self._signed_totals)
         node.serve(self)
 
@@ -265,85 +261,9 @@ class RoundBooks:
         with self._lock:
             return [digest for digest in digests if digest in self._settled]
 
-    def unsettled(self) -> tuple[dict[bytes, Verdict], dict[bytes, Commitment]]:
-        """What the next proposal may name, capped: verdicts in the order of their digests, commitments in that of
-        their steps."""
-        with self._lock:
-            settled = self._settled
-            verdicts = {digest: v for digest, v in sorted(self.verdicts().items()) if digest not in settled}
-            payable = sorted(self.payable().items(), key=lambda item: (item[1].step, item[0]))
-            commitments = {digest: c for digest, c in payable if digest not in settled}
-            jobs = list(dict.fromkeys(commitment.job for commitment in commitments.values()))[:MAX_JOBS]
-            commitments = {digest: c for digest, c in commitments.items() if c.job in jobs}
-        return _first(verdicts), _first(commitments)
-
-    def verdicts(self) -> dict[bytes, Verdict]:
-        """Verdicts on units that the seeds select; of frauds, those that were found or re-run here."""
-        with self.audits.lock:
-            return {
-                digest: verdict
-                for audited in self.audits.jobs.values()
-                for digest, (verdict, _) in audited.verdicts.items()
-                if audited.is_selected(verdict) and (verdict.finding != "fraudulent" or digest in audited.confirmed)
-            }
-
-    def frauds_since(self, since_s: float) -> set[bytes]:
-        """Fraudulent verdicts, not settled, that were confirmed here before `since_s` (of `time.monotonic`)."""
-        with self.audits.lock:
-            found = {
-                digest
-                for audited in self.audits.jobs.values()
-                for digest, at_s in audited.confirmed.items()
-                if at_s < since_s
-                and audited.verdicts[digest][0].finding == "fraudulent"
-                and audited.is_selected(audited.verdicts[digest][0])
-            }
-        return found.difference(self.is_settled(found))
-
-    def payable(self) -> dict[bytes, Commitment]:
-        """Commitments whose audit window has closed, or whose job has."""
-        with self.audits.lock:
-            return {
-                digest: commitment
-                for audited in self.audits.jobs.values()
-                for digest, commitment in audited.commitments.items()
-                if audited.window_closed(commitment)
-            }
-
-    def evidence(
-        self, state: RoundState, verdicts: Mapping[bytes, Verdict], commitments: Mapping[bytes, Commitment]
-    ) -> RoundEvidence:
-        """The records as the rules take them: by account. Asks the chain for each job that is paid, and for a worker
-        that is new. Raises RecordError for a job that is forgotten already."""
-        workers = {verdict.worker for verdict in verdicts.values()}
-        workers |= {commitment.worker for commitment in commitments.values()}
-        accounts = {worker: self.membership.account_of(worker) for worker in workers}
-        counts: dict[bytes, VerdictCounts] = {}
-        for verdict in verdicts.values():
-            account = accounts[verdict.worker]
-            if account is not None:
-                before = counts.get(account, VerdictCounts())
-                counts[account] = replace(before, **{verdict.finding: getattr(before, verdict.finding) + 1})
-        work: dict[bytes, dict[bytes, int]] = {}
-        for commitment in commitments.values():
-            account = accounts[commitment.worker]
-            if account is not None:
-                units = work.setdefault(commitment.job, {})
-                units[account] = units.get(account, 0) + commitment.work_units
-        return RoundEvidence(
-            verdicts=counts,
-            work=[self.escrows.work(self._job(job), units, state) for job, units in work.items()],
-            jobs_disputed=sorted({v.job for v in verdicts.values() if v.finding == "fraudulent"}),
-            digests=[*verdicts, *commitments],
-        )
-
     def _evidence_of(self, state: RoundState, proposal: Proposal) -> RoundEvidence:
         """What an executed proposal stood on. Raises RecordError where this validator does not find its records."""
-        return self.evidence(state, *self.look_up(proposal))
-
-    def _job(self, job_id: bytes) -> Job:
-        with self.audits.lock:
-            return self.audits.books.job(job_id).job
+        return self.records.evidence(state, *self.look_up(proposal))
 
     def context(self, state: RoundState, view: int, until_s: int, num_validators: int) -> RoundContext:
         """What the rules take from the chain, which is asked four times."""
@@ -365,7 +285,3 @@ class RoundBooks:
             frozen_from=state.frozen_from,
             correction=self.roots.correction(state),
         )
-
-
-def _first(records: Mapping[bytes, Any]) -> dict[bytes, Any]:
-    return dict(list(records.items())[:MAX_NAMED])

@@ -16,27 +16,23 @@ from pathlib import Path
 from smartnodes_core.ballots import BallotBox, Motion, proposers_in
 from smartnodes_core.chain.base import Chain, RefusedError, RoundState
 from smartnodes_core.chain.proposal import Equivocation, Parameters
-from smartnodes_core.chain.signing import address_of, recover
+from smartnodes_core.chain.signing import address_of
 from smartnodes_core.errors import ChainError, SmartnodesError
 from smartnodes_core.journal import EquivocationError, Journal
 from smartnodes_core.nodes.auditing import AuditDesk
-from smartnodes_core.nodes.balloting import SYNC_TIMEOUT_S, BallotDesk
+from smartnodes_core.nodes.balloting import BallotDesk
 from smartnodes_core.nodes.base import Node
+from smartnodes_core.nodes.collecting import Collector
 from smartnodes_core.nodes.equivocations import EquivocationDesk
 from smartnodes_core.nodes.membership import Membership
-from smartnodes_core.nodes.polling import ask_all
 from smartnodes_core.nodes.round_books import Candidate, RoundBooks
 from smartnodes_core.nodes.views import View, ViewClock
-from smartnodes_core.nodes.voting import Signer, VoteDesk, proposed_in
-from smartnodes_core.records import NodeKey, Proposal, Signed, Vote
+from smartnodes_core.nodes.voting import Signer, VoteDesk
+from smartnodes_core.records import NodeKey, Proposal, Signed
 from smartnodes_core.rounds import RoundProposal, in_view, propose, quorum
 
 logger = logging.getLogger(__name__)
 
-VOTE_TIMEOUT_S = 20.0
-MAX_VOTE_BYTES = 1 << 20
-#: How long a proposer with a quorum waits for those who have not signed yet: every signer is paid.
-LATE_VOTE_S = 1.0
 #: The longest that the chain is not looked at while no round can be due.
 MAX_SLEEP_S = 60.0
 #: What the contract says where another has executed the round, or the epoch has changed meanwhile: not the proposal's
@@ -79,10 +75,10 @@ class RoundDesk:
         self.ballots = BallotDesk(node, chain.domain, network_id, self._validators, others, self._report)
         self._signer = Signer(account_key, journal)
         self._votes = VoteDesk(self.books, self._signer, self.ballots, proposer_timeout_s)
+        self._collector = Collector(node, self._account, membership, self.ballots)
         self._clock = ViewClock(proposer_timeout_s)
         self._poll_s = poll_s
         self._remembered: tuple[int, bytes] | None = None
-        self._synced: tuple[int, bytes, int] | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rounds", daemon=True)
 
@@ -169,7 +165,7 @@ class RoundDesk:
     def _take_turn(self, state: RoundState, view: View, order: list[bytes], box: BallotBox) -> None:
         """Execute what has its quorum, carry on what leads, or propose."""
         leads = order[view.number % len(order)] == self._account
-        self._catch_up(box, view.number, order, leads)
+        self._collector.catch_up(box, view.number, order, leads)
         if self._execute_for_others(view, order, box):
             return
         motion = self._votes.leading(state, box, view.number, order)
@@ -182,29 +178,6 @@ class RoundDesk:
         """The leader at once, the others that a view lets propose one after the other: one proposal is enough."""
         window = proposers_in(order, view.number)
         return self._account in window and view.passed * len(window) >= window.index(self._account)
-
-    def _catch_up(self, box: BallotBox, view: int, order: list[bytes], leads: bool) -> None:
-        """Ask the others for votes that did not come by themselves: after a start, and to lead a later view."""
-        place = (box.number, box.previous_hash, view)
-        if self._synced == place or (self._synced is not None and not (leads and view)):
-            return
-        self._synced = place
-
-        def fetch(account: bytes) -> bool:
-            validator = self._membership.node_key_of(account)
-            try:
-                if validator is not None:
-                    self.ballots.fetch(box, validator)
-                return validator is not None
-            except SmartnodesError as error:
-                logger.info("round %d: no votes from 0x%s: %s", box.number, account.hex()[:8], error)
-            except Exception:
-                logger.exception("round %d: votes from 0x%s", box.number, account.hex()[:8])
-            return False
-
-        others = [account for account in order if account != self._account]
-        enough = quorum(len(order)) - 1
-        ask_all(others, fetch, lambda found: sum(found.values()) >= enough, SYNC_TIMEOUT_S, LATE_VOTE_S)
 
     # -- executing ----------------------------------------------------------------------------------------------------
 
@@ -257,10 +230,10 @@ class RoundDesk:
 
     def _propose(self, state: RoundState, view: int, num_validators: int) -> Candidate:
         """What this validator's evidence justifies now."""
-        verdicts, commitments = self.books.unsettled()
+        verdicts, commitments = self.books.records.unsettled()
         created, completed = self.books.news.propose()
         evidence = replace(
-            self.books.evidence(state, verdicts, commitments),
+            self.books.records.evidence(state, verdicts, commitments),
             jobs_created=created,
             jobs_completed=completed,
             admissions=self.books.admissions.propose(),
@@ -292,69 +265,8 @@ class RoundDesk:
                 logger.info("this view's vote is given: %s", error)
                 return
         needed = quorum(len(order))
-        signatures = self._collect(motion, view, order, box, needed)
+        signatures = self._collector.collect(motion, view, order, box, needed)
         if len(signatures) < needed:
             logger.warning("round %s, view %d: %d of %d signatures", box.number, view, len(signatures), needed)
             return
         self._execute(box, motion, in_view(motion.content, view), signatures)
-
-    def _collect(
-        self, motion: Motion, view: int, order: list[bytes], box: BallotBox, needed: int
-    ) -> dict[bytes, bytes]:
-        """The signatures of live validators, this one's included. Those that have not signed are asked at once; returns
-        when all have answered, or soon after `needed` signatures are there.
-        """
-        live = set(order)
-
-        def signed() -> dict[bytes, bytes]:
-            with self.ballots.lock:
-                found = box.signatures(motion, view)
-            return {account: signature for account, signature in found.items() if account in live}
-
-        content = in_view(motion.content, view)
-        proposal = proposed_in(motion.proposal, content)
-        digest = self._chain.proposal_digest(content)
-        ballots = self.ballots.packed(box, motion)
-        others = [account for account in order if account not in signed()]
-        ask_all(
-            others,
-            lambda account: self._ask(account, proposal, digest, ballots, box, motion),
-            lambda _: len(signed()) >= needed,
-            VOTE_TIMEOUT_S,
-            LATE_VOTE_S,
-        )
-        return signed()
-
-    def _ask(
-        self,
-        account: bytes,
-        proposal: Proposal,
-        digest: bytes,
-        ballots: list[bytes],
-        box: BallotBox,
-        motion: Motion,
-    ) -> None:
-        """Get one validator's signature into the box, if it signs."""
-        validator = self._membership.node_key_of(account)
-        if validator is None:
-            logger.info("round %s: validator 0x%s was never met", proposal.round, account.hex()[:8])
-            return
-        name = validator.hex()[:8]
-        try:
-            reply = self._node.call(
-                validator,
-                "propose",
-                {"ballots": ballots},
-                [proposal.encode()],
-                timeout_s=VOTE_TIMEOUT_S,
-                max_body_bytes=MAX_VOTE_BYTES,
-            )
-            vote = Vote.decode(reply.body)
-            if vote.signature and recover(digest, vote.signature) == account:
-                self.ballots.add_signature(box, motion, proposal.view, vote.signature)
-                return
-            logger.info("round %s: %s does not sign: %s", proposal.round, name, "; ".join(vote.reasons))
-        except SmartnodesError as error:
-            logger.info("round %s: no vote of %s: %s", proposal.round, name, error)
-        except Exception:
-            logger.exception("round %s: the vote of %s", proposal.round, name)

@@ -205,12 +205,12 @@ class VoteDesk:
             return None, ["the rewards under the last root are not known here"]
         try:
             verdicts, commitments = self._look_up(proposal, sources)
-            evidence = books.evidence(state, verdicts, commitments)
+            evidence = books.records.evidence(state, verdicts, commitments)
         except RecordError as error:
             return None, [str(error)]
         reasons = [
             f"the fraudulent verdict {digest.hex()[:16]} is left out"
-            for digest in books.frauds_since(time.monotonic() - self._patience_s)
+            for digest in books.records.frauds_since(time.monotonic() - self._patience_s)
             if digest not in verdicts
         ]
         reasons += books.admissions.unproven(content.admissions, sources)
@@ -258,7 +258,7 @@ class VoteDesk:
         self, proposal: Proposal
     ) -> tuple[dict[bytes, Verdict], dict[bytes, Commitment], list[bytes], list[bytes]]:
         """Verdicts and commitments that may be settled, and those of the proposal that are not among them."""
-        verdicts, payable = self._books.verdicts(), self._books.payable()
+        verdicts, payable = self._books.records.verdicts(), self._books.records.payable()
         unknown = [digest for digest in proposal.verdicts if digest not in verdicts]
         missing = [digest for digest in proposal.settled if digest not in payable]
         return verdicts, payable, unknown, missing

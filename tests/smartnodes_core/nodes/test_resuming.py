@@ -36,11 +36,13 @@ def test_a_validator_that_restarts_justifies_rounds_of_jobs_that_were_open(net: 
     eventually(lambda: net.everyone_has(12, job))
     other, chain = net.validators[0].role.rounds.books, net.user.chain
     books = again.role.rounds.books
-    eventually(lambda: books.unsettled() == other.unsettled())
-    assert len(books.unsettled()[0]) == 12
+    eventually(lambda: books.records.unsettled() == other.records.unsettled())
+    assert len(books.records.unsettled()[0]) == 12
     eventually(lambda: chain.round_state(NETWORK).chain_time_s >= chain.round_state(NETWORK).earliest_at_s)
     state = chain.round_state(NETWORK)
-    assert books.evidence(state, *books.unsettled()) == other.evidence(state, *other.unsettled())
+    assert books.records.evidence(state, *books.records.unsettled()) == other.records.evidence(
+        state, *other.records.unsettled()
+    )
     net.work(job, range(3, 5))  # and goes on auditing
     eventually(lambda: net.everyone_has(20, job))
     assert all(not audited.void for audited in again.role.audits.jobs.values())

@@ -287,17 +287,18 @@ def test_a_validator_that_missed_a_round_learns_what_it_settled(net, audited, ev
     away = booth.voter
     others = [v for v in net.validators if v is not away]
     desk = booth.proposer.role.rounds
-    asked = desk._ask
-    desk._ask = lambda account, *rest: None if account == away.account else asked(account, *rest)
+    collector = desk._collector
+    asked = collector._ask
+    collector._ask = lambda account, *rest: None if account == away.account else asked(account, *rest)
     booth.carry()
     after = state_of(net)
     assert after.number == 1
     for validator in (booth.proposer, *(v for v in others if v is not booth.proposer)):
         validator.role.rounds.books.follow(after)
-    before = len(away.role.rounds.books.unsettled()[0])
+    before = len(away.role.rounds.books.records.unsettled()[0])
     away.role.rounds.books.follow(after)
     assert before == 12
-    assert away.role.rounds.books.unsettled() == ({}, {})
+    assert away.role.rounds.books.records.unsettled() == ({}, {})
     assert away.role.rounds.books.rewards.knows(after)
 
 
@@ -341,7 +342,9 @@ def test_a_second_proposal_in_one_view_is_not_signed(net, audited, eventually):
     own = booth.proposer.role.rounds.books
     later = replace(booth.state, chain_time_s=booth.state.chain_time_s + 1)
     eventually(lambda: time.time() > later.chain_time_s)
-    other, _ = propose(own.context(booth.state, 0, later.chain_time_s, 4), own.evidence(booth.state, *own.unsettled()))
+    other, _ = propose(
+        own.context(booth.state, 0, later.chain_time_s, 4), own.records.evidence(booth.state, *own.records.unsettled())
+    )
     assert other != content
     assert not booth.vote(proposal, other).signature
     assert booth.proposer.account in booth.voter.role.rounds.proofs.accused
