@@ -26,5 +26,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--validator-kills",
         type=int,
         default=0,
-        help="how often two of four validators are killed in the middle of a round, and then the chain (the long mode: 5)",
+        help="how often two of four validators, and then the chain, are killed at a random instant (the long mode: 5)",
     )

@@ -182,6 +182,13 @@ def test_of_seven_validators_three_that_do_wrong_neither_stop_the_rounds_nor_gai
     state = town_.chain.round_state(NETWORK)
     most_wei = 9375 * SNO // 10 * (state.emitted_until_s - state.executed_at_s + INTERVAL_S * (2 * last + 2)) // 600
     assert 0 < state.unclaimed_wei <= most_wei * 15 // 100
+    # One of the five that are needed is killed in the middle of a round: it takes up its place again.
+    town_.kill(0)
+    stopped = town_.round + 1  # what is under way may end
+    town_.restart(0)
+    town_.until(lambda: 0 in town_.signers_since(stopped + 1))
+    assert town_.live() == {0, 1, 2, 3, silent, lazy}
+    assert town_.stake_wei(0) == 1_000_000 * SNO
 
 
 def test_validators_survive_their_own_death_and_the_chains_in_the_middle_of_a_round(
