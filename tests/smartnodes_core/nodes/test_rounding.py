@@ -10,9 +10,10 @@ import msgspec
 import pytest
 
 from smartnodes_core.ballots import Motion
+from smartnodes_core.chain.memory import MemoryChain
 from smartnodes_core.chain.proposal import Parameters, RoundProposal
 from smartnodes_core.chain.signing import sign_digest
-from smartnodes_core.errors import AuthorityError, RecordError
+from smartnodes_core.errors import AuthorityError, ChainUnreachableError, RecordError
 from smartnodes_core.journal import EquivocationError, Journal
 from smartnodes_core.nodes.rewards import claim
 from smartnodes_core.nodes.validator import ValidatorSettings
@@ -263,6 +264,30 @@ def test_a_validator_that_has_seen_more_votes_for_another_proposal_says_so(net, 
     ]
     vote = booth.vote(named, ballots=signed, voter=voter)
     assert "has more votes" in vote.reasons[0]
+
+
+def test_rounds_go_on_when_a_chain_that_was_away_comes_back(make_net, eventually, monkeypatch):
+    net = make_net()
+    net.start(rounds=True)
+    eventually(lambda: state_of(net).number >= 1)
+    asked, is_away = [], [True]
+
+    def away(real):
+        def method(self, *args):
+            if is_away[0]:
+                asked.append(self)
+                raise ChainUnreachableError("away")
+            return real(self, *args)
+
+        return method
+
+    for name in ("round_state", "members", "validators", "execute_round", "executed_round", "endorse_round"):
+        monkeypatch.setattr(MemoryChain, name, away(getattr(MemoryChain, name)))
+    eventually(lambda: all(asked.count(validator.chain) > 5 for validator in net.validators))
+    is_away[0] = False
+    number = state_of(net).number
+    eventually(lambda: state_of(net).number >= number + 2)
+    assert all(validator.role.rounds.proofs.accused == set() for validator in net.validators)
 
 
 def test_rounds_go_on_while_two_of_seven_are_gone(make_net, eventually):
