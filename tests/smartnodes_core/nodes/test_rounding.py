@@ -449,6 +449,20 @@ def test_content_that_is_no_proposal_is_a_record_error(net, audited, eventually)
             booth.proposer.node.call(booth.voter.key, "propose", {"ballots": []}, [bad.encode()])
 
 
+def test_other_records_named_for_the_same_content_do_not_spoil_it(net, audited, eventually):
+    booth = Booth(net, eventually)
+    proposal, content = booth.proposal()
+    assert proposal.verdicts
+    swapped = msgspec.structs.replace(proposal, verdicts=[], settled=sorted([*proposal.verdicts, *proposal.settled]))
+    stranger = next(v for v in net.validators if v not in (booth.proposer, booth.voter))
+    shown = {"ballots": booth.sign(content)}  # the proposer's own vote, which whoever has it can pass on
+    spoilt = Vote.decode(stranger.node.call(booth.voter.key, "propose", shown, [swapped.encode()]).body)
+    assert not spoilt.signature
+    assert booth.vote(proposal).signature
+    box = booth.voter.role.rounds.ballots.box(booth.state)
+    assert box.motions[0].proposal.verdicts == proposal.verdicts
+
+
 def test_records_are_settled_once(net, audited, eventually):
     booth = Booth(net, eventually)
     first, _ = booth.proposal()
