@@ -26,7 +26,7 @@ from smartnodes_core.identity import Identity
 from smartnodes_core.nodes.membership import Membership
 
 NETWORK = 1
-INTERVAL_S, TIMEOUT_S = 2, 2.0
+INTERVAL_S, TIMEOUT_S = 1, 1.5
 CHILD = Path(__file__).with_name("validator_child.py")
 
 
@@ -177,17 +177,12 @@ def test_of_seven_validators_three_that_do_wrong_neither_stop_the_rounds_nor_gai
     town_.until(lambda: greedy not in town_.live())
     assert town_.live() == {0, 1, 2, 3, silent, lazy}  # six count now, five of them are a quorum
     convicted_in = town_.round
-    town_.until(lambda: town_.round >= convicted_in + 2)
-    assert town_.stake_wei(greedy) == 0
+    town_.until(lambda: town_.round >= convicted_in + 1 and town_.stake_wei(greedy) == 0)
     assert all(town_.stake_wei(number) == 1_000_000 * SNO for number in town_.live())
     last = town_.round
     carried = [town_.signers(number) for number in range(1, last + 1)]
     assert all(silent not in signers for signers in carried)
-    assert all(greedy not in signers for signers in carried[convicted_in + 1 :])
-    # nobody worked: of what is emitted, in two intervals at most, each round allotted the signers' 15 % only
-    allotted = town_.allotments_wei()
-    assert len(allotted) >= last
-    assert 0 < max(allotted) <= 9375 * SNO // 10 * 2 * INTERVAL_S // 600 * 15 // 100
+    assert all(greedy not in signers for signers in carried[convicted_in:])
     # One of the five that are needed is killed in the middle of a round: it takes up its place again.
     town_.kill(0)
     stopped = town_.round + 1  # what is under way may end
@@ -195,6 +190,10 @@ def test_of_seven_validators_three_that_do_wrong_neither_stop_the_rounds_nor_gai
     town_.until(lambda: 0 in town_.signers_since(stopped + 1))
     assert town_.live() == {0, 1, 2, 3, silent, lazy}
     assert town_.stake_wei(0) == 1_000_000 * SNO
+    # nobody worked: of what is emitted, in two intervals at most, each round allotted the signers' 15 % only
+    allotted = town_.allotments_wei()
+    assert len(allotted) >= stopped
+    assert 0 < max(allotted) <= 9375 * SNO // 10 * 2 * INTERVAL_S // 600 * 15 // 100
 
 
 def test_validators_survive_their_own_death_and_the_chains_in_the_middle_of_a_round(
