@@ -3,17 +3,20 @@
 View 0 has one proposer. After each timeout the view rises and more may propose, while whatever already has votes goes
 first: a validator signs only the proposal with the most of them (ties: the lowest hash), or, where it cannot justify
 that one, another. Votes are only ever added, so that all who have seen the same votes agree, and a vote held back
-changes the order once. What a signature covers is in `chain/proposal.py`; `rounds.py` says what is justified.
+changes the order once. A proposal that has not found its quorum in PATIENCE_VIEWS is set aside: some validators justify
+it and others cannot, and a later one that all can justify must not wait behind it. What a signature covers is in
+`chain/proposal.py`; `rounds.py` says what is justified.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 from smartnodes_core.chain.proposal import Domain, Equivocation, Place, RoundProposal
-from smartnodes_core.chain.signing import keccak, recover
+from smartnodes_core.chain.signing import keccak, recover, word
 from smartnodes_core.errors import RecordError
 from smartnodes_core.records import Proposal
 from smartnodes_core.rounds import in_view
@@ -23,6 +26,10 @@ MAX_PROPOSERS = 8
 #: Proposals of one round that are kept at most, of one proposer; views in which one validator's votes are kept.
 MAX_PROPOSALS_OF_ONE = 4
 MAX_VIEWS = 256
+#: Views in which a proposal is voted on, from the one in which it was made.
+PATIENCE_VIEWS = 4
+#: Where a proposal's encoding holds the view: behind the offset of the struct, network and round.
+_VIEW_AT = 96
 
 
 class Ballot(NamedTuple):
@@ -43,7 +50,18 @@ class Motion:
 
     @classmethod
     def of(cls, proposal: Proposal, content: RoundProposal) -> Motion:
-        return cls(_content_hash(in_view(content, 0)), proposal, content)
+        return cls(keccak(in_view(content, 0).encode()), proposal, content)
+
+    @cached_property
+    def encoded(self) -> bytes:
+        """The content in view 0."""
+        return in_view(self.content, 0).encode()
+
+    def hash_in(self, view: int) -> bytes:
+        """The hash of the content in a view. Cheap, as whoever votes chooses views: only its word of the encoding
+        differs.
+        """
+        return keccak(self.encoded[:_VIEW_AT] + word(view) + self.encoded[_VIEW_AT + 32 :])
 
 
 @dataclass
@@ -55,7 +73,7 @@ class _Votes:
 
     def hash_in(self, view: int) -> bytes:
         if view not in self.hashes:
-            self.hashes[view] = _content_hash(in_view(self.motion.content, view))
+            self.hashes[view] = self.motion.hash_in(view)
         return self.hashes[view]
 
 
@@ -94,7 +112,7 @@ class BallotBox:
     def hash_of(self, motion: Motion, view: int) -> bytes:
         """The hash of the motion's content in a view."""
         known = self._motions.get(motion.id)
-        return known.hash_in(view) if known else _content_hash(in_view(motion.content, view))
+        return known.hash_in(view) if known else motion.hash_in(view)
 
     def add_motion(self, proposal: Proposal, content: RoundProposal) -> Motion:
         """Keep a proposal; over MAX_PROPOSALS_OF_ONE, the one of its proposer with the fewest votes goes.
@@ -152,13 +170,25 @@ class BallotBox:
                 found[signer] = mine
         return found
 
-    def is_of_its_proposer(self, motion: Motion, order: Sequence[bytes], most_view: int) -> bool:
-        """Whether its proposer signed it in a view, up to `most_view`, in which it might propose."""
+    def is_signed_by(self, motion: Motion, signer: bytes) -> bool:
+        """Whether this validator has signed it, in whatever view."""
+        kept = self._ballots.get(signer, {})
+        return any(ballot.content == self.hash_of(motion, view) for view, ballot in kept.items())
+
+    def made_in(self, motion: Motion, order: Sequence[bytes]) -> int | None:
+        """The first view in which its proposer signed it and might propose; None where it never did."""
         proposer = motion.proposal.proposer
-        return any(
-            view <= most_view and ballot.content == self.hash_of(motion, view) and proposer in proposers_in(order, view)
+        views = [
+            view
             for view, ballot in self._ballots.get(proposer, {}).items()
-        )
+            if ballot.content == self.hash_of(motion, view) and proposer in proposers_in(order, view)
+        ]
+        return min(views, default=None)
+
+    def is_open(self, motion: Motion, order: Sequence[bytes], view: int) -> bool:
+        """Whether it is voted on in a view: made by then (or in the next one: clocks differ), and not too long ago."""
+        made_in = self.made_in(motion, order)
+        return made_in is not None and view - PATIENCE_VIEWS < made_in <= view + 1
 
     def ranking(self, live: Collection[bytes]) -> list[Motion]:
         """Motions with at least one vote of `live` validators, those with most votes first, ties by the lowest id."""
@@ -187,7 +217,3 @@ class BallotBox:
             for ballot in ballots
             if ballot.view == view
         }
-
-
-def _content_hash(content: RoundProposal) -> bytes:
-    return keccak(content.encode())

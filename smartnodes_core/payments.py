@@ -63,20 +63,13 @@ class JobWork:
     available_wei: int = 0
 
 
-@dataclass(frozen=True)
-class Paid:
-    """What a job pays in a round: its settlement, if any, and the fee that it burns."""
+def settle(work: JobWork, signers: Sequence[bytes], parameters: Parameters) -> Settlement | None:
+    """What a job's escrow pays for this work: its price, or what there is, in proportion; None for nothing.
 
-    settlement: Settlement | None = None
-    burned_wei: int = 0
-
-
-def settle(work: JobWork, signers: Sequence[bytes], parameters: Parameters) -> Paid:
-    """What a job's escrow pays for this work: its price, or what there is, in proportion. Rounded down for each
-    account; what is left stays in the escrow.
+    Rounded down for each account; what is left stays in the escrow.
     """
     if work.price is None or not work.available_wei:
-        return Paid()
+        return None
     wanted = {account: work.price.wei * units // work.price.per_units for account, units in sorted(work.units.items())}
     total_wei = sum(wanted.values())
     if total_wei + fee_on(total_wei, parameters) > work.available_wei:
@@ -84,14 +77,13 @@ def settle(work: JobWork, signers: Sequence[bytes], parameters: Parameters) -> P
         wanted = {account: wei * most_wei // total_wei for account, wei in wanted.items()}
     paid_wei = sum(wanted.values())
     if not paid_wei:
-        return Paid()
-    fee_wei = fee_on(paid_wei, parameters)
+        return None
     if work.in_coin:
-        distinct = sorted(set(signers))
+        fee_wei, distinct = fee_on(paid_wei, parameters), sorted(set(signers))
         for account in distinct:
             wanted[account] = wanted.get(account, 0) + fee_wei // len(distinct)
     payments = tuple(Payment(account, wei) for account, wei in sorted(wanted.items()) if wei)
-    return Paid(Settlement(work.escrow_id, 0, payments), 0 if work.in_coin else fee_wei)
+    return Settlement(work.escrow_id, 0, payments)
 
 
 def share(pool_wei: int, weights: Sequence[tuple[int, int | None]]) -> list[int]:

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from smartnodes_core.chain.emission import WORKERS_PERCENT, workers_cap_wei
+from smartnodes_core.chain.emission import WORKERS_PERCENT, fee_on, workers_cap_wei
 from smartnodes_core.chain.merkle import RewardTree
 from smartnodes_core.chain.packing import pack_reputations, unpack_reputations
 from smartnodes_core.chain.proposal import (
+    CORRECT,
     NO_RULING,
     UPHOLD,
     Admission,
@@ -30,6 +31,7 @@ from smartnodes_core.reputation import BLACKLISTED, VerdictCounts, next_reputati
 
 __all__ = [
     "Admission",
+    "Correction",
     "Domain",
     "JobWork",
     "Parameters",
@@ -45,6 +47,7 @@ __all__ = [
     "justify",
     "propose",
     "quorum",
+    "rewards_of",
 ]
 
 #: Below this many validators a verdict costs reputation only: too few to take somebody's stake.
@@ -61,12 +64,39 @@ class Standing:
 
 
 @dataclass(frozen=True)
+class Correction:
+    """What a validator finds of roots that are frozen and wrong: the cumulative rewards before the first of them, what
+    accounts did earn in the rounds since, and how much those rounds had allotted, which a correction may allot anew.
+    """
+
+    before_wei: Mapping[bytes, int]
+    earned_wei: Mapping[bytes, int]
+    released_wei: int
+
+    @property
+    def totals_wei(self) -> dict[bytes, int]:
+        """The cumulative rewards as they should be; in proportion where less was allotted than was earned."""
+        earned_wei, totals = sum(self.earned_wei.values()), dict(self.before_wei)
+        for account, wei in sorted(self.earned_wei.items()):
+            if earned_wei > self.released_wei:
+                wei = wei * self.released_wei // earned_wei
+            totals[account] = totals.get(account, 0) + wei
+        return totals
+
+    @property
+    def allotment_wei(self) -> int:
+        """What of `released_wei` is allotted anew."""
+        return sum(self.totals_wei.values()) - sum(self.before_wei.values())
+
+
+@dataclass(frozen=True)
 class RoundContext:
     """What the chain says before a round; equal for every validator that proposes or checks it.
 
     `totals_wei` are the cumulative rewards under the last executed root, `signers` those whose signatures carried the
     round before, `emission_wei` what may be emitted up to `until_s`, `parameters` those of this round,
-    `frozen_from` the round whose root a validator has frozen (0: none).
+    `frozen_from` the round whose root a validator has frozen (0: none), `correction` what this validator finds
+    instead, if it finds it wrong.
     """
 
     domain: Domain
@@ -82,6 +112,7 @@ class RoundContext:
     standings: Mapping[bytes, Standing]
     totals_wei: Mapping[bytes, int]
     frozen_from: int = 0
+    correction: Correction | None = None
 
 
 @dataclass(frozen=True)
@@ -150,8 +181,8 @@ def evidence_root(digests: Iterable[bytes]) -> bytes:
 def propose(context: RoundContext, evidence: RoundEvidence) -> tuple[RoundProposal, dict[bytes, int]]:
     """The proposal that this evidence justifies, and the cumulative rewards under its root.
 
-    A frozen root is upheld: a quorum that recomputed it signed it. To correct one, validators have to agree by hand.
-    Work of an account with a fraudulent verdict, or that is blacklisted or unknown, earns nothing.
+    A frozen root is upheld, unless this validator finds it wrong: then it is corrected. Work of an account with a
+    fraudulent verdict, or that is blacklisted or unknown, earns nothing.
     """
     scores: dict[int, int] = {}
     slashes: list[Slash] = []
@@ -166,15 +197,13 @@ def propose(context: RoundContext, evidence: RoundEvidence) -> tuple[RoundPropos
             slashes.append(Slash(index=standing.index, amount_wei=standing.stake_wei))
     work = [_earning(context, evidence, job) for job in sorted(evidence.work, key=lambda job: job.job)]
     paid = [settle(job, context.signers, context.parameters) for job in work]
-    earned = [
-        (job.units, workers_cap_wei(context.parameters, each.burned_wei))
-        for job, each in zip(work, paid, strict=True)
-        if not job.in_coin
-    ]
-    rewards = allot(earned, context.signers, context.emission_wei)
-    totals = dict(context.totals_wei)
+    settlements = sorted((each for each in paid if each), key=lambda settlement: settlement.escrow_id)
+    rewards = rewards_of(context, evidence, settlements)
+    correction = context.correction if context.frozen_from else None
+    totals = dict(correction.totals_wei if correction else context.totals_wei)
     for account, wei in rewards.items():
         totals[account] = totals.get(account, 0) + wei
+    ruling = NO_RULING if not context.frozen_from else CORRECT if correction else UPHOLD
     domain = context.domain
     proposal = RoundProposal(
         network_id=context.network_id,
@@ -184,21 +213,30 @@ def propose(context: RoundContext, evidence: RoundEvidence) -> tuple[RoundPropos
         until_s=context.until_s,
         reputations=pack_reputations(scores),
         rewards_root=RewardTree(domain.chain_id, domain.contract, context.network_id, totals).root,
-        allotment_wei=sum(rewards.values()),
+        allotment_wei=sum(rewards.values()) + (correction.allotment_wei if correction else 0),
         jobs_created=tuple(sorted(set(evidence.jobs_created))),
         jobs_completed=tuple(sorted(set(evidence.jobs_completed))),
         jobs_disputed=tuple(sorted(set(evidence.jobs_disputed))),
         admissions=tuple(sorted(evidence.admissions, key=lambda admission: admission.index)),
         slashes=tuple(sorted(slashes, key=lambda slash: slash.index)),
-        settlements=tuple(
-            sorted((each.settlement for each in paid if each.settlement), key=lambda settlement: settlement.escrow_id)
-        ),
-        ruling=UPHOLD if context.frozen_from else NO_RULING,
+        settlements=tuple(settlements),
+        ruling=ruling,
         ruled_round=context.frozen_from,
         parameters=() if evidence.parameters in (None, context.parameters) else (evidence.parameters,),
         evidence_root=evidence_root(evidence.digests),
     )
     return proposal, totals
+
+
+def rewards_of(context: RoundContext, evidence: RoundEvidence, settlements: Iterable[Settlement]) -> dict[bytes, int]:
+    """What accounts earn of the emission in a round that settles this: each job's workers up to what it burned."""
+    paid_wei = {each.escrow_id: sum(payment.amount_wei for payment in each.payments) for each in settlements}
+    earned = [
+        (job.units, workers_cap_wei(context.parameters, fee_on(paid_wei.get(job.escrow_id, 0), context.parameters)))
+        for job in (_earning(context, evidence, job) for job in evidence.work)
+        if not job.in_coin
+    ]
+    return allot(earned, context.signers, context.emission_wei)
 
 
 def _earning(context: RoundContext, evidence: RoundEvidence, job: JobWork) -> JobWork:

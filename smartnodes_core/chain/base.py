@@ -160,6 +160,9 @@ class Chain(Protocol):
     def emission_wei(self, network_id: int, until_s: int) -> int:
         """The most that the next round may allot if it accounts emission up to `until_s`."""
 
+    def emission_between_wei(self, network_id: int, from_s: int, until_s: int) -> int:
+        """What a round might allot that accounted emission from `from_s` to `until_s`, whenever that was."""
+
     def proposal_digest(self, proposal: RoundProposal) -> bytes:
         """The hash to sign, computed here."""
 

@@ -48,6 +48,7 @@ class ChainClient:
         self.domain = Domain(gateway.chain_id, addresses.rounds)
         self.registry_address = addresses.registry
         self._dispute_window_s: int | None = None
+        self._shares_bps: dict[int, int] = {}
 
     def __repr__(self) -> str:
         return f"<ChainClient of {self._gateway!r}>"
@@ -115,6 +116,17 @@ class ChainClient:
 
     def emission_wei(self, network_id: int, until_s: int) -> int:
         return int(self._read(self._rounds.functions.emission(network_id, until_s)))
+
+    def emission_between_wei(self, network_id: int, from_s: int, until_s: int) -> int:
+        if network_id not in self._shares_bps:
+            opened = self._gateway.events(
+                self._rounds.events.NetworkOpened(), self.addresses.from_block, networkId=network_id
+            )
+            self._shares_bps[network_id] = int(opened[0]["args"]["shareBps"]) if opened else 0
+        start = max(from_s, until_s - 2 * self.round_state(network_id).interval_s)
+        if until_s <= start:
+            return 0
+        return int(self._read(self._sno.mintableBetween(start, until_s))) * self._shares_bps[network_id] // 10_000
 
     def proposal_digest(self, proposal: RoundProposal) -> bytes:
         return self.domain.digest(proposal)

@@ -200,4 +200,7 @@ class BallotDesk:
             raise RecordError(f"not a page of proposals and votes: {error}") from None
         for encoded, signed in page[:MAX_SYNC_MOTIONS]:
             proposal = Proposal.decode(encoded)
-            self.take(box, proposal, RoundProposal.decode(proposal.content), signed)
+            motion, _ = self.take(box, proposal, RoundProposal.decode(proposal.content), signed)
+            with self.lock:
+                if not box.is_signed_by(motion, proposal.proposer):
+                    box.drop_motion(motion)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from smartnodes_core.chain.base import Chain, RefusedError
+from smartnodes_core.chain.base import Chain, NoFundsError, RefusedError
 from smartnodes_core.chain.proposal import Equivocation
 from smartnodes_core.errors import ChainError, LocalError, SmartnodesError
 from smartnodes_core.nodes.base import Node
@@ -96,7 +96,7 @@ class EquivocationDesk:
 
     def submit(self, validators: list[bytes]) -> None:
         """Bring what is open before the contract; `validators` are those of the epoch. Raises ChainError when the chain
-        is away: it is tried again.
+        is away; what it refuses, or what cannot be paid for, is told and tried again.
         """
         with self._lock:
             waiting = dict(self._open)
@@ -107,9 +107,13 @@ class EquivocationDesk:
             try:
                 self._chain.prove_equivocation(proof)
                 logger.warning("0x%s was taken out of the epoch: it signed twice", account.hex())
+            except NoFundsError as error:
+                logger.error("the proof against 0x%s waits: %s", account.hex(), error)
+                continue
             except RefusedError as error:
                 if error.reason not in SETTLED:
-                    raise
+                    logger.error("the proof against 0x%s: %s", account.hex(), error)
+                    continue
             self._settle(account)
 
     def _settle(self, account: bytes) -> None:

@@ -1,4 +1,5 @@
-"""Escrows of jobs as validators see them: what a round may take from each, and which jobs are paid for at all.
+"""Escrows of jobs: filled by their authors, and as validators see them: what a round may take from each, and which jobs
+are paid for at all.
 
 The rules are pure and live in `smartnodes_core/payments.py`.
 """
@@ -6,18 +7,58 @@ The rules are pure and live in `smartnodes_core/payments.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from smartnodes_core.chain.base import Chain, EscrowAccount, RoundState
 from smartnodes_core.errors import JobError
 from smartnodes_core.jobs import Job
 from smartnodes_core.nodes.membership import Membership
-from smartnodes_core.payments import JobWork, Price
+from smartnodes_core.payments import PRICE, UNITS, JobWork, Price
 
 #: Without a round for this long payers may take back what is left (`Escrow.SILENCE`).
 SILENCE_S = 7 * 24 * 3600
 #: Rounds before a payer may take back in which nothing is settled any more: what it takes back in between would make
 #: the whole round fail.
 MARGIN_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What an author pays for a job: the price in its terms, and the deposit (wei of SNO, or of the chain's coin) from
+    which it is paid. What is left can be taken back when `lasts_s` and then the dispute window have passed.
+    """
+
+    price: Price
+    deposit_wei: int
+    lasts_s: int
+    in_coin: bool = False
+
+    def terms(self) -> dict[str, int | str]:
+        """What the job record's terms say of it."""
+        return {PRICE: str(self.price.wei), UNITS: self.price.per_units}
+
+    def deposit(self, chain: Chain, network_id: int, job_id: bytes) -> bytes:
+        """Fill the job's escrow, before it is opened; returns its id. Raises NoFundsError, ChainError."""
+        deposit = chain.deposit_coin if self.in_coin else chain.deposit
+        deadline_s = chain.round_state(network_id).chain_time_s + self.lasts_s
+        return deposit(network_id, job_id, self.deposit_wei, deadline_s)
+
+
+def take_back(chain: Chain, network_id: int, job_id: bytes) -> int:
+    """What is left of this account's deposit for a job, paid out to it; returns the wei. Raises JobError where nothing
+    was deposited, RefusedError (NotYetRefundable, with the time) before the deadline and the dispute window are over.
+    """
+    escrow_id = chain.escrow_id(network_id, chain.account, job_id)
+    escrow = chain.escrow(escrow_id)
+    if escrow is None:
+        raise JobError(f"account 0x{chain.account.hex()} has deposited nothing for job {job_id.hex()}")
+    if escrow.remaining_wei:
+        chain.refund(escrow_id)
+        if escrow.in_coin:
+            chain.withdraw_coin_credit(chain.account)
+        else:
+            chain.withdraw_credit(chain.account)
+    return escrow.remaining_wei
 
 
 class Escrows:

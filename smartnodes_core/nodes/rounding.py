@@ -16,27 +16,23 @@ from pathlib import Path
 from smartnodes_core.ballots import BallotBox, Motion, proposers_in
 from smartnodes_core.chain.base import Chain, RefusedError, RoundState
 from smartnodes_core.chain.proposal import Equivocation, Parameters
-from smartnodes_core.chain.signing import address_of, recover
+from smartnodes_core.chain.signing import address_of
 from smartnodes_core.errors import ChainError, SmartnodesError
 from smartnodes_core.journal import EquivocationError, Journal
 from smartnodes_core.nodes.auditing import AuditDesk
-from smartnodes_core.nodes.balloting import SYNC_TIMEOUT_S, BallotDesk
+from smartnodes_core.nodes.balloting import BallotDesk
 from smartnodes_core.nodes.base import Node
+from smartnodes_core.nodes.collecting import Collector
 from smartnodes_core.nodes.equivocations import EquivocationDesk
 from smartnodes_core.nodes.membership import Membership
-from smartnodes_core.nodes.polling import ask_all
 from smartnodes_core.nodes.round_books import Candidate, RoundBooks
 from smartnodes_core.nodes.views import View, ViewClock
-from smartnodes_core.nodes.voting import Signer, VoteDesk, proposed_in
-from smartnodes_core.records import Proposal, Vote
+from smartnodes_core.nodes.voting import Signer, VoteDesk
+from smartnodes_core.records import NodeKey, Proposal, Signed
 from smartnodes_core.rounds import RoundProposal, in_view, propose, quorum
 
 logger = logging.getLogger(__name__)
 
-VOTE_TIMEOUT_S = 20.0
-MAX_VOTE_BYTES = 1 << 20
-#: How long a proposer with a quorum waits for those who have not signed yet: every signer is paid.
-LATE_VOTE_S = 1.0
 #: The longest that the chain is not looked at while no round can be due.
 MAX_SLEEP_S = 60.0
 #: What the contract says where another has executed the round, or the epoch has changed meanwhile: not the proposal's
@@ -49,7 +45,8 @@ class RoundDesk:
 
     `poll_s` is how often the chain is looked at while a round is due, `proposer_timeout_s` after how long the view
     rises: the next in the draw leads, more may propose. `folder` keeps proofs of equivocation (None: in memory only).
-    `wanted` are parameters of the network that this validator proposes and signs for (None: those in force).
+    `wanted` are parameters of the network that this validator proposes and signs for (None: those in force);
+    `announced` gives what a node announced last, where its class is read.
     """
 
     def __init__(
@@ -66,20 +63,22 @@ class RoundDesk:
         proposer_timeout_s: float = 10.0,
         folder: Path | None = None,
         wanted: Parameters | None = None,
+        announced: Callable[[NodeKey], Signed | None] = lambda node_key: None,
     ):
         self._node, self._chain, self._network_id = node, chain, network_id
         self._account = address_of(account_key)
         self._membership, self._learn_validators = membership, learn_validators
-        self.books = RoundBooks(node, chain, network_id, self._account, audits, membership, wanted)
+        self.books = RoundBooks(node, chain, network_id, self._account, audits, membership, wanted, announced)
         self.executed = self.books.executed
         others = self.books.others
         self.proofs = EquivocationDesk(node, chain, network_id, self._account, folder, others, poll_s)
         self.ballots = BallotDesk(node, chain.domain, network_id, self._validators, others, self._report)
         self._signer = Signer(account_key, journal)
         self._votes = VoteDesk(self.books, self._signer, self.ballots, proposer_timeout_s)
+        self._collector = Collector(node, self._account, membership, self.ballots)
         self._clock = ViewClock(proposer_timeout_s)
         self._poll_s = poll_s
-        self._synced: tuple[int, bytes, int] | None = None
+        self._remembered: tuple[int, bytes] | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rounds", daemon=True)
 
@@ -111,7 +110,7 @@ class RoundDesk:
     # -- taking turns -------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        wait_s = self._poll_s
+        wait_s = 0.0
         while not self._stopping.wait(wait_s):
             wait_s = self._poll_s
             try:
@@ -124,9 +123,11 @@ class RoundDesk:
     def _tick(self) -> float:
         """Look at the chain once, do what is this validator's turn; the seconds until the next look."""
         state = self._chain.round_state(self._network_id)
+        self.meet()
         self.books.follow(state)
         self._endorse(state)
         view = self._clock.at(state)
+        self.books.roots.freeze(state)
         if self.proofs.is_waiting:
             self.proofs.submit(self._chain.validators(self._network_id))
         if view is None:  # nothing can be executed before, by anybody
@@ -136,9 +137,24 @@ class RoundDesk:
         box = self.ballots.box(state)
         for proof in list(box.equivocators.values()):
             self._report(proof)
+        self._remember(state, order)
         if self._account in order:
             self._take_turn(state, view, order, box)
         return self._poll_s
+
+    def meet(self) -> None:
+        """Learn the node keys of validators that this one does not know yet: whom it asks, tells and follows."""
+        known = self._membership.members(max_age_s=self._membership.max_age_s)
+        live = [member.account for member in known if member.role == "validator" and member.live]
+        if any(self._membership.node_key_of(account) is None for account in live if account != self._account):
+            self._learn_validators()
+
+    def _remember(self, state: RoundState, order: list[bytes]) -> None:
+        """Keep what the chain says before a round, once for each: it is judged by that when it is executed."""
+        if self._remembered != (state.number, state.previous_hash) and self.books.knows_rewards(state):
+            context = self.books.context(state, 0, state.emitted_until_s, len(order))
+            self.books.roots.remember(state, context)
+            self._remembered = (state.number, state.previous_hash)
 
     def _endorse(self, state: RoundState) -> None:
         left_out = self.books.take_left_out()
@@ -149,11 +165,11 @@ class RoundDesk:
     def _take_turn(self, state: RoundState, view: View, order: list[bytes], box: BallotBox) -> None:
         """Execute what has its quorum, carry on what leads, or propose."""
         leads = order[view.number % len(order)] == self._account
-        self._catch_up(box, view.number, order, leads)
+        self._collector.catch_up(box, view.number, order, leads)
         if self._execute_for_others(view, order, box):
             return
         motion = self._votes.leading(state, box, view.number, order)
-        if motion is None and self._may_propose(view, order) and self.books.rewards.knows(state):
+        if motion is None and self._may_propose(view, order) and self.books.knows_rewards(state):
             motion = self._make(state, box, view.number, len(order))
         if motion is not None and (leads or motion.proposal.proposer == self._account):
             self._carry(state, view.number, order, box, motion)
@@ -162,31 +178,6 @@ class RoundDesk:
         """The leader at once, the others that a view lets propose one after the other: one proposal is enough."""
         window = proposers_in(order, view.number)
         return self._account in window and view.passed * len(window) >= window.index(self._account)
-
-    def _catch_up(self, box: BallotBox, view: int, order: list[bytes], leads: bool) -> None:
-        """Ask the others for votes that did not come by themselves: after a start, and to lead a later view."""
-        place = (box.number, box.previous_hash, view)
-        if self._synced == place or (self._synced is not None and not (leads and view)):
-            return
-        self._synced = place
-        if any(self._membership.node_key_of(account) is None for account in order):
-            self._learn_validators()
-
-        def fetch(account: bytes) -> bool:
-            validator = self._membership.node_key_of(account)
-            try:
-                if validator is not None:
-                    self.ballots.fetch(box, validator)
-                return validator is not None
-            except SmartnodesError as error:
-                logger.info("round %d: no votes from 0x%s: %s", box.number, account.hex()[:8], error)
-            except Exception:
-                logger.exception("round %d: votes from 0x%s", box.number, account.hex()[:8])
-            return False
-
-        others = [account for account in order if account != self._account]
-        enough = quorum(len(order)) - 1
-        ask_all(others, fetch, lambda found: sum(found.values()) >= enough, SYNC_TIMEOUT_S, LATE_VOTE_S)
 
     # -- executing ----------------------------------------------------------------------------------------------------
 
@@ -239,9 +230,12 @@ class RoundDesk:
 
     def _propose(self, state: RoundState, view: int, num_validators: int) -> Candidate:
         """What this validator's evidence justifies now."""
-        verdicts, commitments = self.books.unsettled()
+        verdicts, commitments = self.books.records.unsettled()
+        created, completed = self.books.news.propose()
         evidence = replace(
-            self.books.evidence(state, verdicts, commitments),
+            self.books.records.evidence(state, verdicts, commitments),
+            jobs_created=created,
+            jobs_completed=completed,
             admissions=self.books.admissions.propose(),
             parameters=self.books.wanted,
         )
@@ -271,69 +265,8 @@ class RoundDesk:
                 logger.info("this view's vote is given: %s", error)
                 return
         needed = quorum(len(order))
-        signatures = self._collect(motion, view, order, box, needed)
+        signatures = self._collector.collect(motion, view, order, box, needed)
         if len(signatures) < needed:
             logger.warning("round %s, view %d: %d of %d signatures", box.number, view, len(signatures), needed)
             return
         self._execute(box, motion, in_view(motion.content, view), signatures)
-
-    def _collect(
-        self, motion: Motion, view: int, order: list[bytes], box: BallotBox, needed: int
-    ) -> dict[bytes, bytes]:
-        """The signatures of live validators, this one's included. Those that have not signed are asked at once; returns
-        when all have answered, or soon after `needed` signatures are there.
-        """
-        live = set(order)
-
-        def signed() -> dict[bytes, bytes]:
-            with self.ballots.lock:
-                found = box.signatures(motion, view)
-            return {account: signature for account, signature in found.items() if account in live}
-
-        content = in_view(motion.content, view)
-        proposal = proposed_in(motion.proposal, content)
-        digest = self._chain.proposal_digest(content)
-        ballots = self.ballots.packed(box, motion)
-        others = [account for account in order if account not in signed()]
-        ask_all(
-            others,
-            lambda account: self._ask(account, proposal, digest, ballots, box, motion),
-            lambda _: len(signed()) >= needed,
-            VOTE_TIMEOUT_S,
-            LATE_VOTE_S,
-        )
-        return signed()
-
-    def _ask(
-        self,
-        account: bytes,
-        proposal: Proposal,
-        digest: bytes,
-        ballots: list[bytes],
-        box: BallotBox,
-        motion: Motion,
-    ) -> None:
-        """Get one validator's signature into the box, if it signs."""
-        validator = self._membership.node_key_of(account)
-        if validator is None:
-            logger.info("round %s: validator 0x%s was never met", proposal.round, account.hex()[:8])
-            return
-        name = validator.hex()[:8]
-        try:
-            reply = self._node.call(
-                validator,
-                "propose",
-                {"ballots": ballots},
-                [proposal.encode()],
-                timeout_s=VOTE_TIMEOUT_S,
-                max_body_bytes=MAX_VOTE_BYTES,
-            )
-            vote = Vote.decode(reply.body)
-            if vote.signature and recover(digest, vote.signature) == account:
-                self.ballots.add_signature(box, motion, proposal.view, vote.signature)
-                return
-            logger.info("round %s: %s does not sign: %s", proposal.round, name, "; ".join(vote.reasons))
-        except SmartnodesError as error:
-            logger.info("round %s: no vote of %s: %s", proposal.round, name, error)
-        except Exception:
-            logger.exception("round %s: the vote of %s", proposal.round, name)

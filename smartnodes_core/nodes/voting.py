@@ -63,6 +63,7 @@ class VoteDesk:
         self._patience_s = proposer_timeout_s
         self._lock = threading.Lock()
         self._opinions: dict[tuple[int, bytes, bytes, int], list[str]] = {}  # (round, previous, motion, view): why not
+        books.look_up = lambda proposal: self._look_up(proposal, self._sources(proposal, None))
         books.node.serve(self)
 
     @allow(roles=("validator",), max_body_bytes=MAX_RECORD_BYTES)
@@ -99,11 +100,14 @@ class VoteDesk:
         box = self._ballots.box(state)
         motion, _ = self._ballots.take(box, proposal, content, signed)
         with self._ballots.lock:
-            good = box.is_of_its_proposer(motion, order, due.number + 1)
-            if not good:
+            made_in = box.made_in(motion, order)
+            if made_in is None:
                 box.drop_motion(motion)
-        if not good:
+            is_open = box.is_open(motion, order, due.number)
+        if made_in is None:
             return b"", [f"view {view} is not this proposer's, or its own vote is not among those shown"]
+        if not is_open:
+            return b"", [f"a proposal made in view {made_in} is not voted on in view {due.number}"]
         for other in self.ranking(box, order, due.number):
             if other.id == motion.id:
                 break
@@ -115,12 +119,10 @@ class VoteDesk:
         return self.sign(box, motion, view, candidate), []
 
     def ranking(self, box: BallotBox, order: list[bytes], due: int) -> list[Motion]:
-        """The proposals of a round with the votes of the validators in `order`, the leading one first; of those whose
-        proposers may have proposed by now.
-        """
+        """The proposals of a round with the votes of the validators in `order`, the leading one first."""
         with self._ballots.lock:
             found = box.ranking(frozenset(order))
-            return [motion for motion in found if box.is_of_its_proposer(motion, order, due + 1)]
+            return [motion for motion in found if box.is_open(motion, order, due)]
 
     def sign(self, box: BallotBox, motion: Motion, view: int, candidate: Candidate) -> bytes:
         """Sign a proposal that this validator justified, and tell everybody. Raises EquivocationError."""
@@ -171,11 +173,15 @@ class VoteDesk:
             refused = self._opinions.get(self._key(box, motion, -1))
         if refused:
             return None, refused
-        known = self._books.membership.node_key_of(motion.proposal.proposer)
-        sources = [key for key in dict.fromkeys((known, caller)) if key not in (None, self._books.node.node_key)]
+        sources = self._sources(motion.proposal, caller)
         candidate, reasons = self._check(state, motion, view, len(order), sources)
         self._keep_opinion(box, motion, view, reasons)
         return candidate, reasons
+
+    def _sources(self, proposal: Proposal, caller: NodeKey | None) -> list[NodeKey]:
+        """Who may hold the records behind a proposal."""
+        known = self._books.membership.node_key_of(proposal.proposer)
+        return [key for key in dict.fromkeys((known, caller)) if key is not None and key != self._books.node.node_key]
 
     def _keep_opinion(self, box: BallotBox, motion: Motion, view: int, reasons: list[str]) -> None:
         with self._lock:
@@ -195,21 +201,28 @@ class VoteDesk:
         proposal = proposed_in(motion.proposal, content)
         if content.until_s > time.time() + CLOCK_SKEW_S or content.until_s < state.emitted_until_s:
             return None, [f"until_s {content.until_s} is in the future, or before the last round's"]
-        if not books.rewards.knows(state):
+        if not books.knows_rewards(state):
             return None, ["the rewards under the last root are not known here"]
         try:
             verdicts, commitments = self._look_up(proposal, sources)
-            evidence = books.evidence(state, verdicts, commitments)
+            evidence = books.records.evidence(state, verdicts, commitments)
         except RecordError as error:
             return None, [str(error)]
         reasons = [
             f"the fraudulent verdict {digest.hex()[:16]} is left out"
-            for digest in books.frauds_since(time.monotonic() - self._patience_s)
+            for digest in books.records.frauds_since(time.monotonic() - self._patience_s)
             if digest not in verdicts
         ]
         reasons += books.admissions.unproven(content.admissions, sources)
+        reasons += books.news.unproven(content, sources)
         wanted = books.wanted if content.parameters else None
-        evidence = replace(evidence, admissions=content.admissions, parameters=wanted)
+        evidence = replace(
+            evidence,
+            admissions=content.admissions,
+            jobs_created=content.jobs_created,
+            jobs_completed=content.jobs_completed,
+            parameters=wanted,
+        )
         context = books.context(state, view, content.until_s, num_validators)
         recomputed, totals_wei = propose(context, evidence)
         reasons += justify(content, recomputed) or []
@@ -245,7 +258,7 @@ class VoteDesk:
         self, proposal: Proposal
     ) -> tuple[dict[bytes, Verdict], dict[bytes, Commitment], list[bytes], list[bytes]]:
         """Verdicts and commitments that may be settled, and those of the proposal that are not among them."""
-        verdicts, payable = self._books.verdicts(), self._books.payable()
+        verdicts, payable = self._books.records.verdicts(), self._books.records.payable()
         unknown = [digest for digest in proposal.verdicts if digest not in verdicts]
         missing = [digest for digest in proposal.settled if digest not in payable]
         return verdicts, payable, unknown, missing

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from smartnodes_core.ballots import MAX_PROPOSALS_OF_ONE, MAX_PROPOSERS, Ballot, BallotBox, Motion, proposers_in
 from smartnodes_core.chain.proposal import Domain, Equivocation, RoundProposal
-from smartnodes_core.chain.signing import address_of, sign_digest
+from smartnodes_core.chain.signing import address_of, keccak, sign_digest
 from smartnodes_core.errors import RecordError, SignatureError
 from smartnodes_core.records import Proposal
 from smartnodes_core.rounds import in_view, quorum
@@ -72,6 +72,13 @@ def test_the_proposal_with_most_votes_leads_whatever_view_they_were_given_in(box
     vote(box, first, 1, *VALIDATORS[3:5])
     assert [motion.id for motion in box.ranking(VALIDATORS)] == [first.id, second.id]
     assert box.add_motion(record(content(100, 3)), content(100, 3)).id == first.id
+
+
+def test_the_hash_in_a_view_is_that_of_the_content_in_it() -> None:
+    changed = replace(content(100), reputations=bytes(39), jobs_created=(bytes(32),))
+    motion = Motion.of(record(changed), changed)
+    for view in (0, 1, 77, (1 << 32) - 1):
+        assert motion.hash_in(view) == keccak(in_view(changed, view).encode())
 
 
 def test_of_as_many_votes_the_lowest_hash_leads(box: BallotBox) -> None:
@@ -146,10 +153,15 @@ def test_two_signatures_of_one_content_or_of_two_signers_prove_nothing(box: Ball
 def test_a_proposal_counts_that_its_proposer_signed_where_it_might_propose(box: BallotBox) -> None:
     motion = box.add_motion(record(content(100), VALIDATORS[1]), content(100))
     vote(box, motion, 0, VALIDATORS[1], VALIDATORS[0])
-    assert not box.is_of_its_proposer(motion, VALIDATORS, 5)  # view 0 is the first one's
+    assert box.made_in(motion, VALIDATORS) is None  # view 0 is the first one's
+    vote(box, motion, 2, VALIDATORS[1])
+    assert box.made_in(motion, VALIDATORS) is None  # and view 2 that of the third and the three behind it
     vote(box, motion, 1, VALIDATORS[1])
-    assert not box.is_of_its_proposer(motion, VALIDATORS, 0)  # not yet
-    assert box.is_of_its_proposer(motion, VALIDATORS, 1)
+    assert box.made_in(motion, VALIDATORS) == 1
+    assert box.is_open(motion, VALIDATORS, 0)  # whose clock is a little behind
+    assert [box.is_open(motion, VALIDATORS, view) for view in (4, 5)] == [True, False]
+    vote(box, motion, 9, *VALIDATORS)
+    assert not box.is_open(motion, VALIDATORS, 9)
 
 
 def test_strangers_and_bad_signatures_are_no_votes(box: BallotBox) -> None:

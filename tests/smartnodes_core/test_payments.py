@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smartnodes_core.chain.emission import fee_on
-from smartnodes_core.chain.proposal import Parameters, Payment
+from smartnodes_core.chain.proposal import Parameters, Payment, Settlement
 from smartnodes_core.errors import RecordError
 from smartnodes_core.payments import JobWork, Price, settle, share
 
@@ -44,16 +44,17 @@ def test_what_is_no_price_is_refused(terms: dict[str, int | str]) -> None:
 
 
 def test_work_is_paid_at_its_price_and_the_fee_comes_on_top() -> None:
-    paid = settle(job({WORKERS[0]: 30, WORKERS[1]: 10}, Price(1000, 4), 1 << 60), SIGNERS, PARAMETERS)
-    assert paid.settlement is not None
-    assert paid.settlement.payments == (Payment(WORKERS[0], 7500), Payment(WORKERS[1], 2500))
-    assert paid.settlement.refund_wei == 0
-    assert paid.burned_wei == 500
+    work = {WORKERS[0]: 30, WORKERS[1]: 10}
+    expected = Settlement(ESCROW, 0, (Payment(WORKERS[0], 7500), Payment(WORKERS[1], 2500)))
+    assert settle(job(work, Price(1000, 4), 10_500), SIGNERS, PARAMETERS) == expected
+    short = settle(job(work, Price(1000, 4), 10_499), SIGNERS, PARAMETERS)
+    assert short is not None
+    assert [payment.amount_wei for payment in short.payments] == [7499, 2499]
 
 
 def test_without_price_or_escrow_nothing_is_paid() -> None:
     for work in (JobWork(b"j" * 32, {WORKERS[0]: 1}), job({WORKERS[0]: 1}, Price(1, 1), 0), job({}, Price(1, 1), 9)):
-        assert settle(work, SIGNERS, PARAMETERS).settlement is None
+        assert settle(work, SIGNERS, PARAMETERS) is None
 
 
 units = st.dictionaries(st.sampled_from([*WORKERS, *SIGNERS]), st.integers(0, 10**18), max_size=5)
@@ -66,11 +67,10 @@ def test_no_more_is_paid_than_the_escrow_holds_and_nobody_gets_more_than_the_pri
 ) -> None:
     parameters = Parameters(fee_bps, 10_000)
     paid = settle(job(work, Price(wei, per_units), available_wei, in_coin), SIGNERS, parameters)
-    amounts = {} if paid.settlement is None else {each.to: each.amount_wei for each in paid.settlement.payments}
+    amounts = {} if paid is None else {each.to: each.amount_wei for each in paid.payments}
     total_wei = sum(amounts.values())
     fee_wei = 0 if in_coin else fee_on(total_wei, parameters)
     assert total_wei + fee_wei <= available_wei
-    assert paid.burned_wei == fee_wei
     for account in WORKERS:
         assert amounts.get(account, 0) <= wei * work.get(account, 0) // per_units
 

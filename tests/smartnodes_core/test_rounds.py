@@ -7,11 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smartnodes_core.chain.packing import pack_reputations, unpack_reputations
-from smartnodes_core.chain.proposal import UNCAPPED, UPHOLD, Admission, Parameters, Payment
+from smartnodes_core.chain.proposal import CORRECT, NO_RULING, UNCAPPED, UPHOLD, Admission, Parameters, Payment
 from smartnodes_core.errors import RecordError
 from smartnodes_core.payments import Price
 from smartnodes_core.reputation import VerdictCounts
 from smartnodes_core.rounds import (
+    Correction,
     Domain,
     JobWork,
     RoundContext,
@@ -215,6 +216,24 @@ def paid_job(name: bytes, units: dict[bytes, int], **changes: object) -> JobWork
 
 
 CAPPED = replace(CONTEXT, parameters=Parameters(500, 10_000), totals_wei={})
+
+
+def test_a_root_found_wrong_is_corrected_and_what_it_allotted_is_allotted_anew() -> None:
+    before, earned = {WORKERS[0]: 7}, {WORKERS[0]: 30, WORKERS[2]: 10}
+    wrong = {WORKERS[3]: 10**30}
+    for released_wei, corrected in ((100, {WORKERS[0]: 37, WORKERS[2]: 10}), (20, {WORKERS[0]: 22, WORKERS[2]: 5})):
+        correction = Correction(before, earned, released_wei)
+        assert correction.totals_wei == corrected
+        assert correction.allotment_wei == min(40, released_wei)
+        context = replace(CONTEXT, frozen_from=4, correction=correction, totals_wei=wrong)
+        proposal, totals = propose(context, replace(EVIDENCE, work=(), verdicts={}))
+        assert (proposal.ruling, proposal.ruled_round) == (CORRECT, 4)
+        assert {account: wei for account, wei in totals.items() if account in WORKERS} == corrected
+        signers_wei = sum(totals.values()) - sum(corrected.values())
+        assert proposal.allotment_wei == signers_wei + correction.allotment_wei
+        thawed, totals = propose(replace(context, frozen_from=0), replace(EVIDENCE, work=(), verdicts={}))
+        assert thawed.ruling == NO_RULING
+        assert totals[WORKERS[3]] == 10**30
 
 
 def test_workers_share_no_more_than_what_their_own_job_burned() -> None:

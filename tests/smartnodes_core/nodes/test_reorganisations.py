@@ -42,7 +42,7 @@ def test_a_round_that_was_undone_is_executed_again_and_pays_once(make_net: Any, 
     first = chain.executed_round(NETWORK, 1)
     books = [validator.role.rounds.books for validator in net.validators]
     eventually(lambda: all(each._number >= 1 for each in books))
-    assert all(each.unsettled()[0] == {} for each in books)
+    assert all(each.records.unsettled()[0] == {} for each in books)
     before.restore()
     eventually(lambda: chain.round_state(NETWORK).number >= 1)
     eventually(
@@ -70,7 +70,7 @@ def test_what_an_undone_round_settled_is_open_again(net: Any, eventually: Any) -
     chain = net.user.chain
     state = chain.round_state(NETWORK)
     before = Snapshot(net)
-    verdicts, commitments = books.unsettled()
+    verdicts, commitments = books.records.unsettled()
     assert len(verdicts) == 12
     desk = net.validators[0].role.rounds
     eventually(lambda: chain.round_state(NETWORK).chain_time_s >= state.earliest_at_s)
@@ -80,10 +80,10 @@ def test_what_an_undone_round_settled_is_open_again(net: Any, eventually: Any) -
     books.remember(digest, candidate)
     chain.execute_round(candidate.content, [sign_digest(each.account_key, digest) for each in net.validators])
     books.follow(chain.round_state(NETWORK))
-    assert books.unsettled() == ({}, {})
+    assert books.records.unsettled() == ({}, {})
     assert books.is_settled(verdicts) == list(verdicts)
     before.restore()
     books.follow(chain.round_state(NETWORK))
-    assert books.unsettled() == (verdicts, commitments)
+    assert books.records.unsettled() == (verdicts, commitments)
     assert list(books.executed) == []
     assert books.rewards.knows(chain.round_state(NETWORK))

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from smartnodes_core.ballots import Motion
-from smartnodes_core.chain.proposal import RoundProposal
+from smartnodes_core.chain.proposal import Parameters, RoundProposal
 from smartnodes_core.chain.signing import sign_digest
 from smartnodes_core.errors import AuthorityError, RecordError
 from smartnodes_core.journal import EquivocationError, Journal
@@ -20,6 +20,8 @@ from smartnodes_core.nodes.views import ViewClock
 from smartnodes_core.nodes.voting import Signer
 from smartnodes_core.records import Proposal, Vote
 from smartnodes_core.rounds import draw_proposers, evidence_root, in_view, propose
+
+from .conftest import FAST
 
 NETWORK = 1
 
@@ -112,6 +114,50 @@ def test_a_round_carries_verdicts_and_settled_work_and_equal_work_earns_equal_pa
     assert all(rounds[:2] == executed[0][:2] for rounds in executed)
 
 
+def test_rounds_tell_of_each_job_that_began_ended_and_had_a_fraud_in_it_once(make_net, eventually):
+    net = make_net()
+    net.workers[0].handler.wrong = {1}
+    net.start(rounds=True)
+    quiet = net.open()
+    net.user.role.close_job(quiet)
+    eventually(lambda: all(worker.role.num_free_slots for worker in net.workers))
+    cheated = net.open()
+    net.work(cheated, range(2))
+    executed = net.validators[0].role.rounds.executed
+
+    def told(kind):
+        return [job_id for content in list(executed) for job_id in getattr(content, kind)]
+
+    eventually(lambda: set(told("jobs_created")) == {quiet.id, cheated.id})
+    eventually(lambda: told("jobs_completed") == [quiet.id])
+    eventually(lambda: cheated.id in told("jobs_disputed"))
+    number = state_of(net).number
+    eventually(lambda: executed[-1].round >= number + 2)
+    assert sorted(told("jobs_created")) == sorted([quiet.id, cheated.id])
+    assert told("jobs_completed") == [quiet.id]
+
+
+def test_what_is_told_of_jobs_is_shown_by_who_tells_it(net, eventually):
+    booth = Booth(net, eventually)
+    job = net.open()
+    proposer, voter = booth.proposer.role.rounds.books.news, booth.voter.role.rounds.books.news
+    _, content = booth.proposal()
+    assert content.jobs_created == (job.id,)
+    voter._papers.clear()  # the message with the job has not reached it
+    assert voter.unproven(content, []) != []
+    assert voter.unproven(content, [booth.proposer.key]) == []
+    ended = replace(content, jobs_completed=(job.id,))
+    assert "did not close it" in voter.unproven(ended, [booth.proposer.key])[0]
+    proposer._closings[job.id] = bytes(64)  # not the author's signature
+    assert voter.unproven(ended, [booth.proposer.key]) != []
+    unknown = replace(content, jobs_created=(bytes(32),))
+    assert "nobody shows its record" in voter.unproven(unknown, [booth.proposer.key])[0]
+    voter.note(content)
+    assert "was told before" in voter.unproven(content, [booth.proposer.key])[0]
+    voter.undo_from(content.round)
+    assert voter.unproven(content, []) == []
+
+
 def test_a_fraud_blacklists_the_worker_and_drops_its_connections(make_net, eventually):
     net = make_net()
     net.start(rounds=True)
@@ -186,6 +232,20 @@ def test_split_votes_are_resolved_by_the_next_view(make_net, eventually):
     assert executed.digest == net.model.domain.digest(in_view(leading.content, executed.view))
 
 
+def test_validators_that_cannot_justify_the_same_come_to_terms(make_net, eventually):
+    """Half of them hold records that the others cannot check: what all can justify is executed in the end."""
+    net = make_net(settings=ValidatorSettings(list_interval_s=0.01, poll_s=0.05, proposer_timeout_s=0.3))
+    net.start()
+    job = net.open()
+    net.work(job, range(3))
+    eventually(lambda: net.everyone_has(12, job))
+    for validator in net.validators[2:]:
+        del validator.role.audits.jobs[job.id]  # as after a restart
+    for validator in net.validators:
+        validator.role.rounds.start()
+    eventually(lambda: state_of(net).number >= 2)
+
+
 def test_a_validator_that_has_seen_more_votes_for_another_proposal_says_so(net, audited, eventually):
     booth = Booth(net, eventually)
     proposal, _ = booth.proposal()
@@ -205,6 +265,17 @@ def test_a_validator_that_has_seen_more_votes_for_another_proposal_says_so(net, 
     assert "has more votes" in vote.reasons[0]
 
 
+def test_rounds_go_on_while_two_of_seven_are_gone(make_net, eventually):
+    settings = ValidatorSettings(list_interval_s=0.01, poll_s=0.05, proposer_timeout_s=0.5)
+    net = make_net(num_validators=7, num_workers=0, settings=settings)
+    for gone in net.validators[:2]:
+        gone.node.stop()
+    net.start(rounds=True, only=net.validators[2:])
+    eventually(lambda: state_of(net).number >= 3)
+    views = [net.user.chain.executed_round(NETWORK, number).view for number in range(1, 4)]
+    assert max(views) <= 4  # each view lets another lead, and more propose
+
+
 def test_rounds_go_on_with_nothing_to_carry(make_net, eventually):
     net = make_net()
     net.start(rounds=True)
@@ -216,17 +287,18 @@ def test_a_validator_that_missed_a_round_learns_what_it_settled(net, audited, ev
     away = booth.voter
     others = [v for v in net.validators if v is not away]
     desk = booth.proposer.role.rounds
-    asked = desk._ask
-    desk._ask = lambda account, *rest: None if account == away.account else asked(account, *rest)
+    collector = desk._collector
+    asked = collector._ask
+    collector._ask = lambda account, *rest: None if account == away.account else asked(account, *rest)
     booth.carry()
     after = state_of(net)
     assert after.number == 1
     for validator in (booth.proposer, *(v for v in others if v is not booth.proposer)):
         validator.role.rounds.books.follow(after)
-    before = len(away.role.rounds.books.unsettled()[0])
+    before = len(away.role.rounds.books.records.unsettled()[0])
     away.role.rounds.books.follow(after)
     assert before == 12
-    assert away.role.rounds.books.unsettled() == ({}, {})
+    assert away.role.rounds.books.records.unsettled() == ({}, {})
     assert away.role.rounds.books.rewards.knows(after)
 
 
@@ -270,7 +342,9 @@ def test_a_second_proposal_in_one_view_is_not_signed(net, audited, eventually):
     own = booth.proposer.role.rounds.books
     later = replace(booth.state, chain_time_s=booth.state.chain_time_s + 1)
     eventually(lambda: time.time() > later.chain_time_s)
-    other, _ = propose(own.context(booth.state, 0, later.chain_time_s, 4), own.evidence(booth.state, *own.unsettled()))
+    other, _ = propose(
+        own.context(booth.state, 0, later.chain_time_s, 4), own.records.evidence(booth.state, *own.records.unsettled())
+    )
     assert other != content
     assert not booth.vote(proposal, other).signature
     assert booth.proposer.account in booth.voter.role.rounds.proofs.accused
@@ -442,3 +516,28 @@ def test_a_validator_that_waits_for_a_round_looks_at_the_chain_once(net, eventua
 def test_a_round_that_nobody_keeps_is_told_so(net):
     with pytest.raises(RecordError, match="no such round"):
         net.validators[0].node.call(net.validators[1].key, "executed_proposal", {"digest": bytes(32)})
+
+
+def test_parameters_change_when_a_quorum_wants_the_same(make_net, eventually):
+    wanted = Parameters(100, 20_000)
+    net = make_net(settings=replace(FAST, parameters=wanted))
+    net.make_validator(net.validators[0], FAST)  # this one wants nothing else than what is
+    net.start(rounds=True)
+    before = net.user.chain.parameters(NETWORK)
+    eventually(lambda: net.user.chain.parameters(NETWORK) == wanted)
+    executed = net.validators[1].role.rounds.executed
+    eventually(lambda: any(content.parameters for content in executed))
+    changed = [content for content in executed if content.parameters]
+    assert changed[0].parameters == (wanted,)
+    assert before != wanted
+    number = state_of(net).number
+    eventually(lambda: state_of(net).number >= number + 2)
+    assert sum(bool(content.parameters) for content in executed) == 1
+
+
+def test_parameters_that_one_validator_wants_alone_change_nothing(net, audited, eventually):
+    booth = Booth(net, eventually)
+    booth.proposer.role.rounds.books.wanted = Parameters(0, 0)
+    proposal, content = booth.proposal()
+    assert content.parameters == (Parameters(0, 0),)
+    assert "parameters: " in booth.vote(proposal).reasons[0]

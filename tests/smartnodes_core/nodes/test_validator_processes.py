@@ -41,11 +41,8 @@ class Town:
         try:
             self._deploy()
             self.endpoints: dict[int, str] = {}
-            self.start(0)
-            for number in range(1, len(conducts)):
-                self._launch(number)
-            for number in range(1, len(conducts)):
-                self._wait(number)
+            self.restart(0)
+            self.restart(*range(1, len(conducts)))
         except BaseException:
             self.stop()
             raise
@@ -68,9 +65,11 @@ class Town:
             save_account_key(home / "account.json", key)
             Membership(ChainClient(self.devnet.url, addresses, key), NETWORK).join("validator", identity.node_key)
 
-    def start(self, number: int) -> None:
-        self._launch(number)
-        self._wait(number)
+    def restart(self, *numbers: int) -> None:
+        for number in numbers:
+            self._launch(number)
+        for number in numbers:
+            self._wait(number)
 
     def _launch(self, number: int) -> None:
         home = self.folder / str(number)
@@ -130,6 +129,9 @@ class Town:
         assert executed is not None
         return {self.accounts.index(account) for account in executed.signers}
 
+    def signers_since(self, number: int) -> set[int]:
+        return set().union(*(self.signers(each) for each in range(number, self.round + 1)))
+
     def until(self, condition: Callable[[], Any], timeout_s: float = 90.0) -> None:
         deadline, pause = time.monotonic() + timeout_s, threading.Event()
         while not condition():
@@ -179,3 +181,23 @@ def test_of_seven_validators_three_that_do_wrong_neither_stop_the_rounds_nor_gai
     state = town_.chain.round_state(NETWORK)
     most_wei = 9375 * SNO // 10 * (state.emitted_until_s - state.executed_at_s + INTERVAL_S * (2 * last + 2)) // 600
     assert 0 < state.unclaimed_wei <= most_wei * 15 // 100
+
+
+def test_validators_survive_their_own_death_and_the_chains_in_the_middle_of_a_round(town: Callable[..., Town]) -> None:
+    town_ = town("honest", "honest", "honest", "honest")
+    town_.until(lambda: town_.round >= 1)
+    # Two die at once, somewhere in the middle of a round: two of four are no quorum.
+    for number in (1, 2):
+        town_.kill(number)
+    stopped = town_.round + 1  # what is under way may end
+    town_.restart(1, 2)
+    town_.until(lambda: {1, 2} <= town_.signers_since(stopped + 1))  # they sign again
+    # The chain dies too, and comes back where it was.
+    port, before = int(town_.devnet.url.rsplit(":", 1)[1]), town_.round
+    town_.devnet.process.kill()
+    town_.devnet.process.wait()
+    town_.devnet = DevnetProcess(port, town_.folder / "chain.journal")
+    assert town_.round >= before
+    town_.until(lambda: town_.round >= before + 2)
+    assert town_.live() == {0, 1, 2, 3}  # nobody has signed twice
+    assert all(town_.stake_wei(number) == 1_000_000 * SNO for number in range(4))

@@ -95,7 +95,7 @@ def _grab(rounds: Any, state: Any, view: int, order: list[bytes], box: Any) -> N
         motion = box.add_motion(motion.proposal, content)
     signature = rounds._signer.sign(content, context.domain.digest(content))
     rounds.ballots.cast(box, motion, view, signature)
-    signatures = rounds._collect(motion, view, order, box, len(order))
+    signatures = rounds._collector.collect(motion, view, order, box, len(order))
     if len(signatures) >= 2 * len(order) // 3 + 1:
         rounds._execute(box, motion, content, signatures)
 
