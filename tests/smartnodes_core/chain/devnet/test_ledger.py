@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import shutil
 import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -210,10 +212,38 @@ def test_a_checkpoint_that_cannot_be_written_costs_nothing_but_time(
     again.close()
 
 
-@pytest.mark.parametrize("content", [b"no archive", b"SQLite format 3\0" + bytes(80)])
+@pytest.mark.parametrize("content", [b"no archive", b"SQLite format 3\0" + bytes(80)], ids=["text", "half"])
 def test_a_file_that_is_no_archive_is_named_and_left_alone(path: Path, content: bytes) -> None:
     archive = path.with_name("a.journal.checkpoint")
     archive.write_bytes(content)
     with pytest.raises(ConfigError, match=r"a\.journal\.checkpoint cannot be used .*delete it"):
         opened(path)
     assert archive.read_bytes() == content
+
+
+def test_readers_see_one_history_while_checkpoints_are_made(tmp_path: Path) -> None:
+    ledger = opened(tmp_path / "a.journal", checkpoint_entries=2)
+    ledger.send(creation(0))
+    methods, ended = Methods(ledger), threading.Event()
+
+    def read() -> int:
+        looks = 0
+        while not ended.is_set():
+            known = len(ledger.history)
+            found = methods.call("eth_getLogs", [{"fromBlock": "0x0", "address": "0x" + CONTRACT.hex()}])
+            assert [int(each["topics"][0], 16) for each in found[: known - 2]] == list(range(1, known - 1))
+            block = methods.call("eth_getBlockByNumber", [hex(known - 1), True])
+            receipt = methods.call("eth_getTransactionReceipt", [block["transactions"][0]["hash"]])
+            assert (receipt["blockHash"], receipt["status"]) == (block["hash"], "0x1")
+            looks += 1
+        return looks
+
+    with ThreadPoolExecutor(3) as pool:
+        readers = [pool.submit(read) for _ in range(3)]
+        try:
+            for nonce in range(1, 60):
+                ledger.send(storing(nonce, CONTRACT, nonce, 1))
+        finally:
+            ended.set()
+    assert all(reader.result() > 0 for reader in readers)
+    ledger.close()
