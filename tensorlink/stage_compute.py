@@ -21,6 +21,7 @@ from smartnodes_core.jobs import StageOfJob, WorkerPort
 from smartnodes_core.records import NodeKey
 from smartnodes_core.remote_errors import from_wire
 from smartnodes_core.sandbox import Limits, Sandbox
+from tensorlink import allocator
 from tensorlink.footprint import limit_of
 from tensorlink.inflight import ARENA_TIMEOUT_S, LEAST_LIMIT_BYTES, Inflight, Reserved
 from tensorlink.ordered import Ordered
@@ -80,6 +81,7 @@ class StageCompute:
             on_event=self._on_event,
             on_exit=self._on_exit,
             scratch=scratch,
+            environment=allocator.environment(),
         )
 
     def start(self) -> None:

@@ -9,7 +9,7 @@ several labels travels once: later items name the first by its index.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,9 @@ from torch import Tensor
 from smartnodes_core.errors import AuditError
 from smartnodes_core.records import canonical
 from tensorlink.program.values import DTYPE_NAMES
+from tensorlink.steplog.digests import tensor_view
 from tensorlink.steplog.log import StepRecord, UnitRecord
+from tensorlink.steplog.shelf import Shelved
 from tensorlink.steplog.snapshots import Snapshot
 
 MAX_ITEMS = 65000
@@ -27,16 +29,17 @@ MAX_ITEMS = 65000
 
 @dataclass
 class Opened:
-    """`items` as in `OpeningItem` (label, meta, num_bytes), and the tensors that make the body, in order."""
+    """`items` as in `OpeningItem` (label, meta, num_bytes), and the tensors that make the body, in order: those on the
+    shelf are read from it when the body is written."""
 
     items: list[dict[str, Any]] = field(default_factory=list)
-    tensors: list[Tensor] = field(default_factory=list)
+    tensors: list[Tensor | Shelved] = field(default_factory=list)
     _first: dict[int, int] = field(default_factory=dict)
 
-    def add(self, label: str, tensor: Tensor) -> None:
+    def add(self, label: str, tensor: Tensor | Shelved) -> None:
         """One labelled tensor."""
         meta: dict[str, Any] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
-        num_bytes = tensor.numel() * tensor.element_size()
+        num_bytes = tensor.nbytes
         if id(tensor) in self._first:
             meta, num_bytes = {"same_as": self._first[id(tensor)]}, 0
         else:
@@ -44,7 +47,7 @@ class Opened:
             self.tensors.append(tensor)
         self.items.append({"label": label, "meta": canonical(meta), "num_bytes": num_bytes})
 
-    def add_all(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+    def add_all(self, prefix: str, tensors: Mapping[str, Any]) -> None:
         """Each under `prefix/NAME`."""
         for name, tensor in tensors.items():
             self.add(f"{prefix}/{name}", tensor)
@@ -54,18 +57,14 @@ class Opened:
         """Length of the body."""
         return sum(item["num_bytes"] for item in self.items)
 
-    def body(self) -> Iterator[Tensor]:
-        """The pieces of the body as flat byte tensors."""
-        for tensor in self.tensors:
-            if tensor.numel():
-                yield tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-
     def write(self, view: memoryview) -> None:
         """Writes the body into `view`, which has exactly its length."""
-        at = 0
-        for piece in self.body():
-            torch.frombuffer(view[at : at + piece.numel()], dtype=torch.uint8).copy_(piece)
-            at += piece.numel()
+        for tensor in self.tensors:
+            piece, view = view[: tensor.nbytes], view[tensor.nbytes :]
+            if isinstance(tensor, Shelved):
+                tensor.shelf.read_into(tensor, piece)
+            else:
+                piece[:] = tensor_view(tensor.cpu().contiguous())
 
 
 def opening(

@@ -62,13 +62,17 @@ class Shelf:
     def read(self, shelved: Shelved) -> Tensor:
         """The tensor again, in memory of its own. Raises TensorError where the file is shorter than it was."""
         tensor = torch.empty(shelved.shape, dtype=shelved.dtype)
-        view, offset = tensor_view(tensor), shelved.offset
+        self.read_into(shelved, tensor_view(tensor))
+        return tensor
+
+    def read_into(self, shelved: Shelved, view: memoryview) -> None:
+        """As `read`, into memory of exactly the tensor's size."""
+        offset = shelved.offset
         while view:
             count = os.preadv(self._fd, [view], offset)
             if not count:
                 raise TensorError(f"the shelf ends at {offset}, {len(view)} bytes before the end of a tensor")
             offset, view = offset + count, view[count:]
-        return tensor
 
     def give_back(self, shelved: Shelved) -> None:
         """The tensor is not needed any more."""
@@ -87,6 +91,11 @@ class Shelved:
     offset: int
     dtype: torch.dtype
     shape: torch.Size
+
+    @property
+    def nbytes(self) -> int:
+        """As of a tensor."""
+        return self.shape.numel() * self.dtype.itemsize
 
 
 def onto(shelf: Shelf) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tensorlink.errors import TensorError
 from tensorlink.steplog import snapshots
 from tensorlink.steplog.log import ForwardRecord, StepLog, UnitRecord
-from tensorlink.steplog.shelf import Shelf, Shelved
+from tensorlink.steplog.shelf import Shelf, Shelved, from_shelf
 
 
 @pytest.fixture
@@ -89,14 +89,14 @@ def test_older_steps_are_on_the_shelf_and_come_back_whole(file):
     records = [committed(log, step) for step in range(5)]
     assert log.steps() == [2, 3, 4]
     assert log.committed(4).before.weights["w"] is records[4].before.weights["w"]
-    found = log.committed(2)
+    found = log.committed(2).mapped(from_shelf)
     assert torch.equal(found.before.weights["w"], torch.full((32,), 2.0))
     assert torch.equal(found.before.optimizer["w/m"], torch.full((32,), -2.0))
     assert torch.equal(found.gradient["w"], torch.full((32,), 12.0))
     (one,) = found.all_units()
     assert torch.equal(one.forward.x["0"], torch.full((64,), 2.0))
     assert torch.equal(one.gx["0"], torch.full((64,), 4.0))
-    assert torch.equal(log.state_after(2).weights["w"], torch.full((32,), 3.0))
+    assert torch.equal(log.state_after(2).mapped(from_shelf).weights["w"], torch.full((32,), 3.0))
     assert torch.equal(log.state_after(3).weights["w"], torch.full((32,), 4.0))
     assert log.state_after(4) is None
 
@@ -116,7 +116,7 @@ def test_where_the_shelf_is_full_nothing_is_lost_and_no_memory_is_lent(file):
     for step in range(4):
         committed(log, step)
     for step in (1, 2, 3):
-        found = log.committed(step)
+        found = log.committed(step).mapped(from_shelf)
         assert torch.equal(found.before.weights["w"], torch.full((32,), float(step)))
         assert torch.equal(found.before.optimizer["w/m"], torch.full((32,), -float(step)))
     assert not isinstance(log.committed(3).gradient["w"], Shelved)
@@ -132,7 +132,7 @@ def test_a_shelved_step_lends_its_gradient_but_for_sums_that_others_were_sent(fi
     assert list(lent) == ["w"]
     assert lent["w"] is gradient
     lent["w"].zero_()
-    assert torch.equal(log.committed(0).gradient["w"], torch.full((32,), 10.0))
+    assert torch.equal(log.committed(0).mapped(from_shelf).gradient["w"], torch.full((32,), 10.0))
     assert log.shelve(0) == {}
 
 
@@ -147,7 +147,7 @@ def test_a_copy_of_a_state_takes_room_until_it_is_given_up_or_its_step_is_droppe
     assert shelf.free_bytes == free
     log.open.before = log.copy({"w": torch.ones(32)}, {})
     log.commit(1)
-    assert torch.equal(log.committed(0).before.weights["w"], torch.ones(32))
+    assert torch.equal(log.committed(0).mapped(from_shelf).before.weights["w"], torch.ones(32))
     log.close()
     assert shelf.free_bytes == free
 
