@@ -42,6 +42,7 @@ from tensorlink.program.limits import check
 from tensorlink.program.values import DTYPES
 from tensorlink.program.weights import dump
 from tensorlink.stage_loading import Loading
+from tensorlink.steplog.digests import root
 from tensorlink.steplog.shelf import Shelf
 
 if TYPE_CHECKING:
@@ -251,7 +252,9 @@ class Stages:
         optimizer = one.stage.optimizer.state_tensors() if one.stage.optimizer else {}
 
         def hash_and_tell() -> None:
-            content = commitments.build(record, one.roots, one.stage.parameters, optimizer, one.work_units)
+            gradient = root(record.gradient)
+            one.stage.put_gradient_away(record)  # before the next step's first gradients come
+            content = commitments.build(record, gradient, one.roots, one.stage.parameters, optimizer, one.work_units)
             one.committed.add(step)
             self._channel.event("commitment", {"key": one.key, **content})
             one.stage.put_away(record)

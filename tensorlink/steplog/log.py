@@ -155,25 +155,30 @@ class StepLog:
         spare, self._spare = self._spare, None
         return spare
 
-    def shelve(self, step: int) -> dict[str, Tensor]:
-        """Puts a committed step on the shelf, if there is one; returns what its gradient stood in and does no more.
-
-        It may run beside the next step's work, but for what reads or drops committed steps.
-        """
-        record = self._committed.get(step)
-        if self._shelf is None or record is None:
-            return {}
-        shelved = self._committed[step] = record.mapped(onto(self._shelf))
-        self._shelved.add(step)
+    def put_gradient_away(self, record: StepRecord) -> dict[str, Tensor]:
+        """The gradient of a committed step is hashed: it leaves memory where there is a shelf. Returns what it stood in
+        and does no more. As `put_away`."""
+        gradient = dict(record.gradient)
+        self.put_away(record, [record.gradient])
         exchanged = [*record.sent_sums.values(), *record.received_sums.values()]  # these stay, and may be the total
         kept = {tensor.data_ptr() for sums in exchanged for tensor in sums.values()}
         return {
             name: tensor
-            for name, tensor in record.gradient.items()
-            if isinstance(shelved.gradient[name], Shelved)
+            for name, tensor in gradient.items()
+            if isinstance(record.gradient[name], Shelved)
             and isinstance(tensor, Tensor)
             and tensor.data_ptr() not in kept
         }
+
+    def shelve(self, step: int) -> None:
+        """Puts what is left of a committed step on the shelf, if there is one.
+
+        It may run beside the next step's work, but for what reads or drops committed steps.
+        """
+        record = self._committed.get(step)
+        if self._shelf is not None and record is not None:
+            self._committed[step] = record.mapped(onto(self._shelf))
+            self._shelved.add(step)
 
     def copy(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> Snapshot | None:
         """A state on the shelf, without its buffers; None where there is no shelf or it is full."""

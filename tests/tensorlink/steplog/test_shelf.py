@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tensorlink.audit.opening import opening
 from tensorlink.errors import TensorError
 from tensorlink.steplog import snapshots
 from tensorlink.steplog.log import ForwardRecord, StepLog, UnitRecord
@@ -128,12 +129,12 @@ def test_a_shelved_step_lends_its_gradient_but_for_sums_that_others_were_sent(fi
     record.gradient["tied"] = torch.ones(8)
     record.sent_sums = {1: {"tied": record.gradient["tied"]}}
     gradient = record.gradient["w"]
-    lent = log.shelve(0)
+    lent = log.put_gradient_away(record)
     assert list(lent) == ["w"]
     assert lent["w"] is gradient
     lent["w"].zero_()
     assert torch.equal(log.committed(0).mapped(from_shelf).gradient["w"], torch.full((32,), 10.0))
-    assert log.shelve(0) == {}
+    assert log.put_gradient_away(record) == {}
 
 
 def test_a_copy_of_a_state_takes_room_until_it_is_given_up_or_its_step_is_dropped(file):
@@ -156,3 +157,30 @@ def test_where_a_copy_does_not_fit_none_is_made_and_no_room_is_lost(file):
     shelf = Shelf(file.fileno(), 256)
     assert StepLog(3, 1 << 30, shelf).copy({"a": torch.ones(32), "b": torch.ones(64)}, {}) is None
     assert shelf.free_bytes == 256
+
+
+def test_hashed_tensors_of_the_open_step_leave_memory_and_are_opened_from_the_shelf(file):
+    log = StepLog(2, 1 << 30, Shelf(file.fileno(), 1 << 20))
+    forward = ForwardRecord(0, 0, True, "forward", {"0": torch.arange(8.0)}, {"0": torch.arange(4.0)}, {})
+    log.open.forwards[(0, 0)] = forward
+    log.put_away(log.open, [forward.x, forward.y])
+    assert isinstance(forward.x["0"], Shelved)
+    log.open.before = snapshots.take({"w": torch.ones(3)}, {}, {})
+    opened = opening(log.commit(1), 1, 0, {}, {})
+    body = bytearray(opened.num_bytes)
+    opened.write(memoryview(body))
+    found = torch.frombuffer(body, dtype=torch.float32, count=15)
+    assert found.tolist() == [1.0] * 3 + list(map(float, range(8))) + list(map(float, range(4)))
+
+
+def test_a_step_dropped_before_its_tensors_are_hashed_takes_no_room(file):
+    shelf = Shelf(file.fileno(), 1 << 20)
+    log, free = StepLog(2, 1 << 30, shelf), shelf.free_bytes
+    record, early, late = log.open, {"0": torch.ones(64)}, {"0": torch.ones(64)}
+    record.forwards[(0, 0)] = ForwardRecord(0, 0, True, "forward", early, late, {})
+    log.put_away(record, [early])
+    assert shelf.free_bytes < free
+    log.begin(0)
+    log.put_away(record, [late])
+    assert shelf.free_bytes == free
+    assert torch.equal(late["0"], torch.ones(64))
