@@ -29,12 +29,16 @@ MAX_ITEMS = 65000
 
 @dataclass
 class Opened:
-    """`items` as in `OpeningItem` (label, meta, num_bytes), and the tensors that make the body, in order: those on the
-    shelf are read from it when the body is written."""
+    """`items` as in `OpeningItem` (label, meta, num_bytes), and the tensors that make the body, in order.
+
+    The body is written part by part, while training goes on: between `hold` and `let_go` it does not change. What lies
+    on the shelf is read from it part by part, so that a body is never in memory as a whole.
+    """
 
     items: list[dict[str, Any]] = field(default_factory=list)
     tensors: list[Tensor | Shelved] = field(default_factory=list)
     _first: dict[int, int] = field(default_factory=dict)
+    _held: list[Shelved] = field(default_factory=list)
 
     def add(self, label: str, tensor: Tensor | Shelved) -> None:
         """One labelled tensor."""
@@ -57,14 +61,34 @@ class Opened:
         """Length of the body."""
         return sum(item["num_bytes"] for item in self.items)
 
-    def write(self, view: memoryview) -> None:
-        """Writes the body into `view`, which has exactly its length."""
+    def hold(self) -> None:
+        """Keeps the body as it is: tensors in memory are copied."""
+        self.tensors = [one if isinstance(one, Shelved) else one.detach().cpu().clone() for one in self.tensors]
+        for one in self.tensors:
+            if isinstance(one, Shelved):
+                one.shelf.hold(one)
+                self._held.append(one)
+
+    def let_go(self) -> None:
+        """Nothing more will be written."""
+        while self._held:
+            one = self._held.pop()
+            one.shelf.let_go(one)
+
+    def write(self, view: memoryview, at: int = 0) -> None:
+        """Fills `view` with the bytes of the body from `at` on, of which there are as many."""
+        begin = 0
         for tensor in self.tensors:
-            piece, view = view[: tensor.nbytes], view[tensor.nbytes :]
-            if isinstance(tensor, Shelved):
-                tensor.shelf.read_into(tensor, piece)
-            else:
-                piece[:] = tensor_view(tensor.cpu().contiguous())
+            skip = max(at - begin, 0)
+            if skip < tensor.nbytes:
+                piece, view = view[: tensor.nbytes - skip], view[tensor.nbytes - skip :]
+                if isinstance(tensor, Shelved):
+                    tensor.shelf.read_into(tensor, piece, skip)
+                else:
+                    piece[:] = tensor_view(tensor.cpu().contiguous())[skip : skip + len(piece)]
+            begin += tensor.nbytes
+            if not view:
+                return
 
 
 def opening(

@@ -108,8 +108,9 @@ class StageState(ABC):
         return snapshots.take(self.parameters, {}, self._optimizer_state(), spare)
 
     def state_after(self, record: StepRecord) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """Weights and optimizer state as a committed step left them; not to be written to."""
-        kept = record.after or self.log.state_after(record.step)
+        """Weights and optimizer state as a committed step left them, those on the shelf as `Shelved`; not to be written
+        to."""
+        kept = record.after or self.log.state_after(record.step) or self._copy
         if kept is not None:
             return kept.weights, kept.optimizer
         return self.parameters, self._optimizer_state()
