@@ -34,6 +34,7 @@ setup(
         "blake3>=1.0",
         "safetensors>=0.6",
         "tqdm>=4.66",
+        "tbb>=2022; sys_platform == 'linux' and platform_machine == 'x86_64'",
         "matplotlib>=3.9",
     ],
     extras_require={

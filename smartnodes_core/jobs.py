@@ -181,5 +181,5 @@ class OpenedUnit:
     """What a worker opens: items, their bytes one after the other, and the author's signed order for the step."""
 
     items: list[OpeningItem]
-    body: bytes
+    body: bytes | memoryview
     order: bytes

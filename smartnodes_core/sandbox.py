@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import asdict, dataclass
@@ -97,9 +97,11 @@ class Sandbox:
         on_event: Callable[[str, dict[str, Any]], None],
         on_exit: Callable[[str], None],
         scratch: Path | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.limits = limits
         self._scratch = scratch
+        self._environment = dict(environment or {})
         self._command = list(command)
         self._arena_bytes = (inbound_bytes, outbound_bytes)
         self._on_event = on_event
@@ -133,7 +135,13 @@ class Sandbox:
             if self._child is not None and self._child.reason is None:
                 raise SandboxError(f"a computing process is running already: {self._child}")
             self._child = _Child(
-                self._command, self.limits, self._arena_bytes, self._on_event, self._on_exit, self._scratch
+                self._command,
+                self.limits,
+                self._arena_bytes,
+                self._on_event,
+                self._on_exit,
+                self._scratch,
+                self._environment,
             )
             self._child.start()
 
@@ -184,9 +192,10 @@ class _Child:
         on_event: Callable[[str, dict[str, Any]], None],
         on_exit: Callable[[str], None],
         scratch: Path | None,
+        environment: Mapping[str, str],
     ) -> None:
         self.process: subprocess.Popen[bytes]
-        self._scratch = scratch
+        self._scratch, self._environment = scratch, environment
         self.inbound = Arena.create(arena_bytes[0], "inbound")
         self.outbound = Arena.create(arena_bytes[1], "outbound")
         self.reason: str | None = None
@@ -286,7 +295,7 @@ class _Child:
         }
         return subprocess.Popen(
             self._command,
-            env={**_environment(self._limits), SETUP_VARIABLE: json.dumps(setup)},
+            env={**_environment(self._limits), **self._environment, SETUP_VARIABLE: json.dumps(setup)},
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -377,8 +386,6 @@ def _environment(limits: Limits) -> dict[str, str]:
         "OPENBLAS_NUM_THREADS": threads,
         # threads that spin while they wait can make two processes on one machine several times slower
         "OMP_WAIT_POLICY": "PASSIVE",
-        # glibc asks the kernel for huge pages: 2 to 4 % of a training step of the yardstick (others ignore it)
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         "PYTHONUNBUFFERED": "1",
     }
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from smartnodes_core.sandbox_child import ChildChannel
-from tensorlink.audit.opening import Opened
 from tensorlink.pipeline.backward import Norm
 from tensorlink.pipeline.executor import CallState, Timeline
 from tensorlink.pipeline.headers import SHARED
@@ -93,10 +92,3 @@ def put(channel: ChildChannel, data: bytes, timeout_s: float) -> dict[str, Any]:
     piece = channel.outbound.allocate(len(data), timeout_s)
     piece.view[:] = data
     return {"offset": piece.offset, "num_bytes": len(data)}
-
-
-def put_opened(channel: ChildChannel, opened: Opened, timeout_s: float) -> dict[str, Any]:
-    """Writes an opening's body into the outbound arena."""
-    piece = channel.outbound.allocate(opened.num_bytes, timeout_s)
-    opened.write(piece.view)
-    return {"offset": piece.offset, "num_bytes": opened.num_bytes}

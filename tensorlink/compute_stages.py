@@ -27,8 +27,9 @@ from smartnodes_core.sandbox_child import ChildChannel
 from tensorlink.allocator import give_back_freed_memory
 from tensorlink.audit import commitments
 from tensorlink.audit.opening import opening
+from tensorlink.audit.openings import Openings
 from tensorlink.compute_errors import translated
-from tensorlink.compute_port import ChannelPort, put, put_opened
+from tensorlink.compute_port import ChannelPort, put
 from tensorlink.errors import TensorError
 from tensorlink.later import Later
 from tensorlink.pipeline.executor import Ready
@@ -42,6 +43,7 @@ from tensorlink.program.limits import check
 from tensorlink.program.values import DTYPES
 from tensorlink.program.weights import dump
 from tensorlink.stage_loading import Loading
+from tensorlink.steplog.digests import root
 from tensorlink.steplog.shelf import Shelf
 
 if TYPE_CHECKING:
@@ -105,6 +107,7 @@ class Stages:
         #: The ranks of a rig of several devices; `compute.py` puts them here.
         self.ranks: Ranks | None = None
         self._loading = Loading()
+        self._openings = Openings()
         self._turn = 0
         self.methods: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "load": self._load,
@@ -123,6 +126,7 @@ class Stages:
             "set_state": self._set_state,
             "set_optimizer_state": self._set_optimizer_state,
             "open": self._open,
+            "open_part": self._open_part,
             "unload": self._unload,
             "shards": self._shards,
         }
@@ -251,7 +255,9 @@ class Stages:
         optimizer = one.stage.optimizer.state_tensors() if one.stage.optimizer else {}
 
         def hash_and_tell() -> None:
-            content = commitments.build(record, one.roots, one.stage.parameters, optimizer, one.work_units)
+            gradient = root(record.gradient)
+            one.stage.put_gradient_away(record)  # before the next step's first gradients come
+            content = commitments.build(record, gradient, one.roots, one.stage.parameters, optimizer, one.work_units)
             one.committed.add(step)
             self._channel.event("commitment", {"key": one.key, **content})
             one.stage.put_away(record)
@@ -358,6 +364,7 @@ class Stages:
 
     def _unload(self, params: dict[str, Any]) -> dict[str, Any]:
         self._loading.drop(str(params["key"]))
+        self._openings.drop(str(params["key"]))
         one = self._hosted.pop(str(params["key"]), None)
         if one is not None:
             one.pool.shutdown(wait=True)  # the last step's commitment goes out
@@ -480,8 +487,8 @@ class Stages:
         return {}
 
     def _open(self, params: dict[str, Any]) -> dict[str, Any]:
-        """The data behind a committed step: `items` lie one after the other at `offset`. Raises AuditError if it is
-        gone."""
+        """The data behind a committed step: `items` lie one after the other in `num_bytes`, which `open_part` gives.
+        Raises AuditError if it is gone."""
         one, step = self._of(params), int(params["step"])
         one.wait_for_hashing()
         record = one.stage.log.committed(step)
@@ -489,7 +496,11 @@ class Stages:
             held = one.stage.log.steps()
             raise AuditError(f"step {step} is not held (any more): the window holds {held[:1]} to {held[-1:]}")
         opened = opening(record, int(params["tier"]), int(params["unit"]), *one.stage.state_after(record))
-        return {"items": opened.items, **put_opened(self._channel, opened, OPEN_TIMEOUT_S)}
+        return {"items": opened.items, "opening": self._openings.begin(one.key, opened), "num_bytes": opened.num_bytes}
+
+    def _open_part(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Bytes `at` and following of what `open` named. Raises AuditError if it was given up."""
+        return self._openings.part(self._channel, int(params["opening"]), int(params["at"]), int(params["num_bytes"]))
 
     def _of(self, params: dict[str, Any]) -> Hosted:
         one = self._hosted.get(str(params["key"]))

@@ -21,6 +21,7 @@ from smartnodes_core.jobs import StageOfJob, WorkerPort
 from smartnodes_core.records import NodeKey
 from smartnodes_core.remote_errors import from_wire
 from smartnodes_core.sandbox import Limits, Sandbox
+from tensorlink import allocator
 from tensorlink.footprint import limit_of
 from tensorlink.inflight import ARENA_TIMEOUT_S, LEAST_LIMIT_BYTES, Inflight, Reserved
 from tensorlink.ordered import Ordered
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 COMPUTE = (sys.executable, "-m", "tensorlink.compute")
 ARENA_BYTES = 16 << 30
+#: Of what a commitment's opening holds: it is copied between two actions of training.
+OPENED_AT_ONCE_BYTES = 8 << 20
 #: The scratch file takes at most this share of what is free on the disk when the rig starts.
 DISK_SHARE = 2
 CALL_TIMEOUT_S = 600.0
@@ -80,6 +83,7 @@ class StageCompute:
             on_event=self._on_event,
             on_exit=self._on_exit,
             scratch=scratch,
+            environment=allocator.environment(),
         )
 
     def start(self) -> None:
@@ -163,6 +167,24 @@ class StageCompute:
         finally:
             view.release()
             self._sandbox.post("sent", {"offset": reply["offset"]})
+
+    def take_opening(self, stage: StageOfJob, reply: dict[str, Any], room: int = 0) -> bytearray:
+        """The body of what `open` answered with, with `room` more bytes behind it. Raises AuditError where the
+        computing process gave it up meanwhile."""
+        num_bytes = int(reply["num_bytes"])
+        if not 0 <= num_bytes <= ARENA_BYTES:
+            raise SandboxError(f"an opening of {num_bytes} bytes, at most {ARENA_BYTES} can be sent")
+        body = bytearray(num_bytes + room)
+        for at in range(0, num_bytes, OPENED_AT_ONCE_BYTES):
+            asked = {"opening": reply["opening"], "at": at, "num_bytes": min(OPENED_AT_ONCE_BYTES, num_bytes - at)}
+            part = self.call(stage, "open_part", asked)
+            view = self._sandbox.outbound.view(part["offset"], part["num_bytes"])
+            try:
+                body[at : at + len(view)] = view
+            finally:
+                view.release()
+                self._sandbox.post("sent", {"offset": part["offset"]})
+        return body
 
     # -- events -------------------------------------------------------------------------------------------------------
 

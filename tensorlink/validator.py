@@ -18,6 +18,7 @@ from smartnodes_core.errors import PeerFault, SmartnodesError
 from smartnodes_core.identity import verify
 from smartnodes_core.records import Finding, Opening, Signed
 from smartnodes_core.sandbox import Limits, Sandbox
+from tensorlink import allocator
 from tensorlink.footprint import limit_of
 from tensorlink.records import StepOrder
 
@@ -46,6 +47,7 @@ class ReplayAuditor:
             outbound_bytes=1 << 20,
             on_event=self._on_event,
             on_exit=self._on_exit,
+            environment=allocator.environment(),
         )
 
     def stop(self) -> None:

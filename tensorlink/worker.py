@@ -176,7 +176,9 @@ class StageHandler:
         reply = self._compute.call(stage, "open", {"step": commitment.step, "unit": unit, "tier": tier})
         items = [OpeningItem(**item) for item in reply["items"]]
         items.append(OpeningItem(label="loss_program", meta=b"", num_bytes=len(loss)))
-        return OpenedUnit(items, self._compute.take(reply) + loss, order)
+        body = self._compute.take_opening(stage, reply, len(loss))
+        body[len(body) - len(loss) :] = loss
+        return OpenedUnit(items, memoryview(body), order)
 
     # -- calls of the author ------------------------------------------------------------------------------------------
 

@@ -64,7 +64,7 @@ class OpeningDesk:
     @allow(roles=("validator",), max_body_bytes=0)
     def rpc_challenge(
         self, caller: Peer, params: dict[str, Any], body: memoryview
-    ) -> tuple[dict[str, Any], list[bytes]]:
+    ) -> tuple[dict[str, Any], list[bytes | memoryview]]:
         """Open a committed unit, provided that the seed selects it; otherwise AuditError, without penalty."""
         signed = Signed.decode(bytes_in(params, "challenge"))
         lists, reveals = (bytes_list_in(params, name, MAX_PREIMAGES) for name in ("lists", "reveals"))

@@ -83,12 +83,18 @@ class Roots:
 
 
 def build(
-    record: StepRecord, roots: Roots, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], work_units: int
+    record: StepRecord,
+    gradient: bytes,
+    roots: Roots,
+    weights: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    work_units: int,
 ) -> dict[str, Any]:
     """The content of a step's commitment; `weights` and `optimizer` are the state after it, not to be written
     meanwhile.
 
-    `work_units` is what one micro-batch, forwards and backwards, is worth.
+    `gradient` is the root of the record's, which may have left memory since; `work_units` is what one micro-batch,
+    forwards and backwards, is worth.
     """
     if record.before is None:
         raise ValueError(f"step {record.step} is not committed")
@@ -108,7 +114,7 @@ def build(
             "optimizer_before": roots.before("optimizer", record.before.optimizer),
             "buffers_before": roots.buffers(record.before.buffers),
             "buffers_after": roots.buffers(record.buffers_after),
-            "gradient": root(record.gradient),
+            "gradient": gradient,
             "weights_after": roots.after("weights", weights),
             "optimizer_after": roots.after("optimizer", optimizer),
         },

@@ -9,7 +9,7 @@ several labels travels once: later items name the first by its index.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,9 @@ from torch import Tensor
 from smartnodes_core.errors import AuditError
 from smartnodes_core.records import canonical
 from tensorlink.program.values import DTYPE_NAMES
+from tensorlink.steplog.digests import tensor_view
 from tensorlink.steplog.log import StepRecord, UnitRecord
+from tensorlink.steplog.shelf import Shelved
 from tensorlink.steplog.snapshots import Snapshot
 
 MAX_ITEMS = 65000
@@ -27,16 +29,21 @@ MAX_ITEMS = 65000
 
 @dataclass
 class Opened:
-    """`items` as in `OpeningItem` (label, meta, num_bytes), and the tensors that make the body, in order."""
+    """`items` as in `OpeningItem` (label, meta, num_bytes), and the tensors that make the body, in order.
+
+    The body is written part by part, while training goes on: between `hold` and `let_go` it does not change. What lies
+    on the shelf is read from it part by part, so that a body is never in memory as a whole.
+    """
 
     items: list[dict[str, Any]] = field(default_factory=list)
-    tensors: list[Tensor] = field(default_factory=list)
+    tensors: list[Tensor | Shelved] = field(default_factory=list)
     _first: dict[int, int] = field(default_factory=dict)
+    _held: list[Shelved] = field(default_factory=list)
 
-    def add(self, label: str, tensor: Tensor) -> None:
+    def add(self, label: str, tensor: Tensor | Shelved) -> None:
         """One labelled tensor."""
         meta: dict[str, Any] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
-        num_bytes = tensor.numel() * tensor.element_size()
+        num_bytes = tensor.nbytes
         if id(tensor) in self._first:
             meta, num_bytes = {"same_as": self._first[id(tensor)]}, 0
         else:
@@ -44,7 +51,7 @@ class Opened:
             self.tensors.append(tensor)
         self.items.append({"label": label, "meta": canonical(meta), "num_bytes": num_bytes})
 
-    def add_all(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+    def add_all(self, prefix: str, tensors: Mapping[str, Any]) -> None:
         """Each under `prefix/NAME`."""
         for name, tensor in tensors.items():
             self.add(f"{prefix}/{name}", tensor)
@@ -54,18 +61,34 @@ class Opened:
         """Length of the body."""
         return sum(item["num_bytes"] for item in self.items)
 
-    def body(self) -> Iterator[Tensor]:
-        """The pieces of the body as flat byte tensors."""
-        for tensor in self.tensors:
-            if tensor.numel():
-                yield tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    def hold(self) -> None:
+        """Keeps the body as it is: tensors in memory are copied."""
+        self.tensors = [one if isinstance(one, Shelved) else one.detach().cpu().clone() for one in self.tensors]
+        for one in self.tensors:
+            if isinstance(one, Shelved):
+                one.shelf.hold(one)
+                self._held.append(one)
 
-    def write(self, view: memoryview) -> None:
-        """Writes the body into `view`, which has exactly its length."""
-        at = 0
-        for piece in self.body():
-            torch.frombuffer(view[at : at + piece.numel()], dtype=torch.uint8).copy_(piece)
-            at += piece.numel()
+    def let_go(self) -> None:
+        """Nothing more will be written."""
+        while self._held:
+            one = self._held.pop()
+            one.shelf.let_go(one)
+
+    def write(self, view: memoryview, at: int = 0) -> None:
+        """Fills `view` with the bytes of the body from `at` on, of which there are as many."""
+        begin = 0
+        for tensor in self.tensors:
+            skip = max(at - begin, 0)
+            if skip < tensor.nbytes:
+                piece, view = view[: tensor.nbytes - skip], view[tensor.nbytes - skip :]
+                if isinstance(tensor, Shelved):
+                    tensor.shelf.read_into(tensor, piece, skip)
+                else:
+                    piece[:] = tensor_view(tensor.cpu().contiguous())[skip : skip + len(piece)]
+            begin += tensor.nbytes
+            if not view:
+                return
 
 
 def opening(

@@ -31,7 +31,7 @@ from tensorlink.program.interpreter import Interpreter
 from tensorlink.program.loss import constants_of
 from tensorlink.records import Slot
 from tensorlink.steplog.digests import digests, slots
-from tensorlink.steplog.log import ForwardRecord, UnitRecord
+from tensorlink.steplog.log import Digests, ForwardRecord, StepRecord, UnitRecord
 from tensorlink.steplog.shelf import Shelf
 
 
@@ -338,18 +338,19 @@ class Stage(StageState):
     def _log_forward(self, delivery: Delivery, record: ForwardRecord) -> None:
         self.log.open.forwards[(record.call, record.micro_batch)] = record
         groups = {"x": record.x, "y": record.y, "target": record.target, "loss": record.loss}
-        record.digests = self._pool.submit(_group_digests, {name: dict(group) for name, group in groups.items()})
+        record.digests = self._pool.submit(self._hashed, self.log.open, groups)
         self._inbox.remember(delivery, "x", record.digests)
         if record.target:
             self._inbox.remember(delivery._replace(type="target"), "target", record.digests)
 
     def _log_unit(self, delivery: Delivery, unit: UnitRecord) -> None:
         self.log.open.units.append(unit)
-        unit.digests = self._pool.submit(_group_digests, {"gy": dict(unit.gy), "gx": dict(unit.gx)})
+        unit.digests = self._pool.submit(self._hashed, self.log.open, {"gy": unit.gy, "gx": unit.gx})
         if unit.gy:
             self._inbox.remember(delivery, "gy", unit.digests)
         self.log.settle(unit)
 
-
-def _group_digests(groups: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, bytes]]:
-    return {name: digests(group) for name, group in groups.items()}
+    def _hashed(self, record: StepRecord, groups: dict[str, dict[str, Tensor]]) -> Digests:
+        found = {name: digests(group) for name, group in groups.items()}
+        self.log.put_away(record, groups.values())
+        return found

@@ -108,8 +108,9 @@ class StageState(ABC):
         return snapshots.take(self.parameters, {}, self._optimizer_state(), spare)
 
     def state_after(self, record: StepRecord) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """Weights and optimizer state as a committed step left them; not to be written to."""
-        kept = record.after or self.log.state_after(record.step)
+        """Weights and optimizer state as a committed step left them, those on the shelf as `Shelved`; not to be written
+        to."""
+        kept = record.after or self.log.state_after(record.step) or self._copy
         if kept is not None:
             return kept.weights, kept.optimizer
         return self.parameters, self._optimizer_state()
@@ -202,11 +203,16 @@ class StageState(ABC):
         if self.optimizer is not None:
             self.optimizer.step(clipped(record.gradient, record.clip_coefficient), options)
 
+    def put_gradient_away(self, record: StepRecord) -> None:
+        """The gradient of a committed step is hashed: where there is a shelf, the next one may stand in its memory. May
+        run beside the next step's work."""
+        self.gradients.lend(self.log.put_gradient_away(record))
+
     def put_away(self, record: StepRecord) -> None:
         """A committed step is hashed: where there is a shelf, it leaves memory. The state is copied for the next step's
         sake, onto the shelf or else in memory. May run beside the next step's work, in which nobody writes to that
         state."""
-        self.gradients.lend(self.log.shelve(record.step))
+        self.log.shelve(record.step)
         self._copy = self.log.copy(self.parameters, self._optimizer_state()) or self._state_copied()
 
     def close(self) -> None:

@@ -9,15 +9,16 @@ reads it.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from tensorlink.steplog.shelf import Shelf, Shelved, from_shelf, given_back, onto
+from tensorlink.steplog.shelf import Shelf, Shelved, given_back, onto
 from tensorlink.steplog.snapshots import Snapshot
 
 Digests = dict[str, dict[str, bytes]]
@@ -69,6 +70,7 @@ class StepRecord:
     clip_coefficient: float = 1.0
     order: bytes = b""
     options: list[dict[str, Any]] = field(default_factory=list)
+    dropped: bool = False  # nothing of it goes on the shelf any more
 
     def mapped(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> StepRecord:
         """The same with every map of tensors changed, but for those of buffers: they are shared with the stage."""
@@ -110,12 +112,34 @@ class StepLog:
         self._shelf = shelf
         self._shelved: set[int] = set()
         self._spare: Snapshot | None = None
+        self._lock = threading.Lock()
         self.open = StepRecord(0)
 
     def begin(self, step: int) -> None:
         """Drops what the open step gathered and opens `step`."""
+        self._drop(self.open)
+        self._open(step)
+
+    def _open(self, step: int) -> None:
         self.open = StepRecord(step)
         self._count()
+
+    def put_away(self, record: StepRecord, groups: Iterable[dict[str, Any]]) -> None:
+        """Tensors of an open step's record that are hashed, by slot: they leave memory where there is a shelf.
+
+        Any thread may call it. Among activations, which come and go, what stays would besides keep the memory between
+        from being used again.
+        """
+        if self._shelf is None:
+            return
+        put = onto(self._shelf)
+        for group in groups:
+            shelved = put(dict(group))
+            with self._lock:
+                if not record.dropped:
+                    group.update(shelved)
+                    continue
+            given_back()(shelved)
 
     def make_room(self) -> Snapshot | None:
         """Drops what a further committed step pushes out of the window, and shelves the newest; a snapshot whose
@@ -131,25 +155,30 @@ class StepLog:
         spare, self._spare = self._spare, None
         return spare
 
-    def shelve(self, step: int) -> dict[str, Tensor]:
-        """Puts a committed step on the shelf, if there is one; returns what its gradient stood in and does no more.
-
-        It may run beside the next step's work, but for what reads or drops committed steps.
-        """
-        record = self._committed.get(step)
-        if self._shelf is None or record is None:
-            return {}
-        shelved = self._committed[step] = record.mapped(onto(self._shelf))
-        self._shelved.add(step)
+    def put_gradient_away(self, record: StepRecord) -> dict[str, Tensor]:
+        """The gradient of a committed step is hashed: it leaves memory where there is a shelf. Returns what it stood in
+        and does no more. As `put_away`."""
+        gradient = dict(record.gradient)
+        self.put_away(record, [record.gradient])
         exchanged = [*record.sent_sums.values(), *record.received_sums.values()]  # these stay, and may be the total
         kept = {tensor.data_ptr() for sums in exchanged for tensor in sums.values()}
         return {
             name: tensor
-            for name, tensor in record.gradient.items()
-            if isinstance(shelved.gradient[name], Shelved)
+            for name, tensor in gradient.items()
+            if isinstance(record.gradient[name], Shelved)
             and isinstance(tensor, Tensor)
             and tensor.data_ptr() not in kept
         }
+
+    def shelve(self, step: int) -> None:
+        """Puts what is left of a committed step on the shelf, if there is one.
+
+        It may run beside the next step's work, but for what reads or drops committed steps.
+        """
+        record = self._committed.get(step)
+        if self._shelf is not None and record is not None:
+            self._committed[step] = record.mapped(onto(self._shelf))
+            self._shelved.add(step)
 
     def copy(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> Snapshot | None:
         """A state on the shelf, without its buffers; None where there is no shelf or it is full."""
@@ -167,10 +196,13 @@ class StepLog:
 
     def close(self) -> None:
         """Drops all steps."""
+        self.begin(self.open.step)
         while self._committed:
             self._drop(self._committed.popitem()[1])
 
     def _drop(self, record: StepRecord) -> None:
+        with self._lock:
+            record.dropped = True
         self._shelved.discard(record.step)
         record.mapped(given_back())
 
@@ -178,25 +210,22 @@ class StepLog:
         """Closes the open step, keeps it, and opens the next."""
         record = self.open
         self._committed[record.step] = record
-        self.begin(next_step)
+        self._open(next_step)
         return record
 
     def committed(self, step: int) -> StepRecord | None:
-        """A step within the window, or None; what lay on the shelf is in memory for as long as the caller keeps it."""
-        record = self._committed.get(step)
-        return record.mapped(from_shelf) if record is not None and self._shelf is not None else record
+        """A step within the window, or None; in the place of tensors that lie on the shelf it has `Shelved` ones."""
+        return self._committed.get(step)
 
     def last(self) -> StepRecord | None:
         """The newest committed step, or None."""
         return next(reversed(self._committed.values()), None)
 
     def state_after(self, step: int) -> Snapshot | None:
-        """The state that the next committed step began with, or None where there is no later one."""
+        """The state that the next committed step began with, as `committed` has it, or None where there is no later
+        one."""
         later = next((number for number in self._committed if number > step), None)
-        if later is None:
-            return None
-        before = self._committed[later].before
-        return before.mapped(from_shelf) if before is not None and self._shelf is not None else before
+        return None if later is None else self._committed[later].before
 
     def steps(self) -> list[int]:
         """The committed steps held, oldest first."""
@@ -206,18 +235,23 @@ class StepLog:
         """A unit is computed: leaves its tensors where they are, or copies them out of shared memory when that runs
         short."""
         groups = (unit.forward.x, unit.forward.target, unit.gy)
-        self._held_bytes += sum(t.numel() * t.element_size() for group in groups for t in group.values())
-        if self._held_bytes > self._shared_bytes:
-            for group in groups:
-                for name, tensor in group.items():
-                    group[name] = tensor.clone()
+        with self._lock:
+            self._held_bytes += sum(_held(tensor) for group in groups for tensor in group.values())
+            if self._held_bytes > self._shared_bytes:
+                for group in groups:
+                    group.update({name: tensor.clone() for name, tensor in group.items() if _held(tensor)})
 
     def _count(self) -> None:
         self._held_bytes = sum(
-            tensor.numel() * tensor.element_size()
+            _held(tensor)
             for step, record in list(self._committed.items())
             if step not in self._shelved
             for unit in record.units
             for group in (unit.forward.x, unit.forward.target, unit.gy)
             for tensor in group.values()
         )
+
+
+def _held(tensor: Tensor | Shelved) -> int:
+    """The bytes that a tensor of the log takes in memory."""
+    return 0 if isinstance(tensor, Shelved) else tensor.numel() * tensor.element_size()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,8 @@ class Shelf:
     def __init__(self, fd: int, num_bytes: int) -> None:
         self._fd = fd
         self._pieces = FirstFit(num_bytes)
+        self._readers: Counter[int] = Counter()  # of a piece, by its offset
+        self._unwanted: set[int] = set()  # given back while it has readers
         self._lock = threading.Lock()
 
     @property
@@ -62,13 +65,17 @@ class Shelf:
     def read(self, shelved: Shelved) -> Tensor:
         """The tensor again, in memory of its own. Raises TensorError where the file is shorter than it was."""
         tensor = torch.empty(shelved.shape, dtype=shelved.dtype)
-        view, offset = tensor_view(tensor), shelved.offset
+        self.read_into(shelved, tensor_view(tensor))
+        return tensor
+
+    def read_into(self, shelved: Shelved, view: memoryview, skip: int = 0) -> None:
+        """As `read`, as many bytes as there is room for, from the byte `skip` on."""
+        offset = shelved.offset + skip
         while view:
             count = os.preadv(self._fd, [view], offset)
             if not count:
                 raise TensorError(f"the shelf ends at {offset}, {len(view)} bytes before the end of a tensor")
             offset, view = offset + count, view[count:]
-        return tensor
 
     def give_back(self, shelved: Shelved) -> None:
         """The tensor is not needed any more."""
@@ -76,7 +83,26 @@ class Shelf:
 
     def _give_back(self, offset: int) -> None:
         with self._lock:
-            self._pieces.give_back(offset)
+            if self._readers[offset]:
+                self._unwanted.add(offset)
+            else:
+                self._pieces.give_back(offset)
+
+    def hold(self, shelved: Shelved) -> None:
+        """The tensor stays as it is until `let_go`, whoever gives it back meanwhile."""
+        with self._lock:
+            self._readers[shelved.offset] += 1
+
+    def let_go(self, shelved: Shelved) -> None:
+        """The end of one `hold`."""
+        with self._lock:
+            self._readers[shelved.offset] -= 1
+            if self._readers[shelved.offset]:
+                return
+            del self._readers[shelved.offset]
+            if shelved.offset in self._unwanted:
+                self._unwanted.discard(shelved.offset)
+                self._pieces.give_back(shelved.offset)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +113,11 @@ class Shelved:
     offset: int
     dtype: torch.dtype
     shape: torch.Size
+
+    @property
+    def nbytes(self) -> int:
+        """As of a tensor."""
+        return self.shape.numel() * self.dtype.itemsize
 
 
 def onto(shelf: Shelf) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -18,6 +18,7 @@ from tensorlink.pipeline.stage import Stage
 from tensorlink.program.loss import trace_loss
 from tensorlink.records import StepOrder
 from tensorlink.stage_optimizer import encode_options
+from tensorlink.steplog.digests import root
 
 _spec = importlib.util.spec_from_file_location("cheating_compute", Path(__file__).with_name("cheating_compute.py"))
 cheating = importlib.util.module_from_spec(_spec)
@@ -80,7 +81,9 @@ class Training:
         for index, stage in enumerate(self.pipe.stages):
             order = self.order(stage, step)
             record = stage.commit(step, 1.0, order.options, order.digest())
-            content = commitments.build(record, self.roots[index], stage.parameters, stage.optimizer.state_tensors(), 1)
+            content = commitments.build(
+                record, root(record.gradient), self.roots[index], stage.parameters, stage.optimizer.state_tensors(), 1
+            )
             units = [Unit(**unit) for unit in content.pop("units")]
             self.committed[(index, step)] = Commitment(
                 job=self.rig.JOB, plan_version=0, replica=0, stage=index, worker=bytes(32), numeric_class="test",
@@ -193,7 +196,9 @@ def test_dropped_micro_batches_are_fraudulent(rig):
     record = stage.log.committed(0)
     record.units.pop()
     del record.forwards[(0, N - 1)]
-    content = commitments.build(record, commitments.Roots(), stage.parameters, stage.optimizer.state_tensors(), 1)
+    content = commitments.build(
+        record, root(record.gradient), commitments.Roots(), stage.parameters, stage.optimizer.state_tensors(), 1
+    )
     units = [Unit(**unit) for unit in content.pop("units")]
     known = training.committed[(1, 0)]
     training.committed[(1, 0)] = Commitment(

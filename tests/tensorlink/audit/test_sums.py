@@ -117,7 +117,9 @@ class Shared:
         return self.commitment(stage, record)
 
     def commitment(self, stage, record, **changes):
-        content = commitments.build(record, commitments.Roots(), stage.parameters, stage.optimizer.state_tensors(), 1)
+        content = commitments.build(
+            record, root(record.gradient), commitments.Roots(), stage.parameters, stage.optimizer.state_tensors(), 1
+        )
         units = [Unit(**unit) for unit in content.pop("units")]
         return Commitment(
             job=self.rig.JOB, plan_version=0, replica=0, stage=stage.place.stage, worker=bytes(32),

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tensorlink.audit.opening import opening
 from tensorlink.errors import TensorError
 from tensorlink.steplog import snapshots
 from tensorlink.steplog.log import ForwardRecord, StepLog, UnitRecord
-from tensorlink.steplog.shelf import Shelf, Shelved
+from tensorlink.steplog.shelf import Shelf, Shelved, from_shelf
 
 
 @pytest.fixture
@@ -89,14 +90,14 @@ def test_older_steps_are_on_the_shelf_and_come_back_whole(file):
     records = [committed(log, step) for step in range(5)]
     assert log.steps() == [2, 3, 4]
     assert log.committed(4).before.weights["w"] is records[4].before.weights["w"]
-    found = log.committed(2)
+    found = log.committed(2).mapped(from_shelf)
     assert torch.equal(found.before.weights["w"], torch.full((32,), 2.0))
     assert torch.equal(found.before.optimizer["w/m"], torch.full((32,), -2.0))
     assert torch.equal(found.gradient["w"], torch.full((32,), 12.0))
     (one,) = found.all_units()
     assert torch.equal(one.forward.x["0"], torch.full((64,), 2.0))
     assert torch.equal(one.gx["0"], torch.full((64,), 4.0))
-    assert torch.equal(log.state_after(2).weights["w"], torch.full((32,), 3.0))
+    assert torch.equal(log.state_after(2).mapped(from_shelf).weights["w"], torch.full((32,), 3.0))
     assert torch.equal(log.state_after(3).weights["w"], torch.full((32,), 4.0))
     assert log.state_after(4) is None
 
@@ -116,7 +117,7 @@ def test_where_the_shelf_is_full_nothing_is_lost_and_no_memory_is_lent(file):
     for step in range(4):
         committed(log, step)
     for step in (1, 2, 3):
-        found = log.committed(step)
+        found = log.committed(step).mapped(from_shelf)
         assert torch.equal(found.before.weights["w"], torch.full((32,), float(step)))
         assert torch.equal(found.before.optimizer["w/m"], torch.full((32,), -float(step)))
     assert not isinstance(log.committed(3).gradient["w"], Shelved)
@@ -128,12 +129,12 @@ def test_a_shelved_step_lends_its_gradient_but_for_sums_that_others_were_sent(fi
     record.gradient["tied"] = torch.ones(8)
     record.sent_sums = {1: {"tied": record.gradient["tied"]}}
     gradient = record.gradient["w"]
-    lent = log.shelve(0)
+    lent = log.put_gradient_away(record)
     assert list(lent) == ["w"]
     assert lent["w"] is gradient
     lent["w"].zero_()
-    assert torch.equal(log.committed(0).gradient["w"], torch.full((32,), 10.0))
-    assert log.shelve(0) == {}
+    assert torch.equal(log.committed(0).mapped(from_shelf).gradient["w"], torch.full((32,), 10.0))
+    assert log.put_gradient_away(record) == {}
 
 
 def test_a_copy_of_a_state_takes_room_until_it_is_given_up_or_its_step_is_dropped(file):
@@ -147,7 +148,7 @@ def test_a_copy_of_a_state_takes_room_until_it_is_given_up_or_its_step_is_droppe
     assert shelf.free_bytes == free
     log.open.before = log.copy({"w": torch.ones(32)}, {})
     log.commit(1)
-    assert torch.equal(log.committed(0).before.weights["w"], torch.ones(32))
+    assert torch.equal(log.committed(0).mapped(from_shelf).before.weights["w"], torch.ones(32))
     log.close()
     assert shelf.free_bytes == free
 
@@ -156,3 +157,30 @@ def test_where_a_copy_does_not_fit_none_is_made_and_no_room_is_lost(file):
     shelf = Shelf(file.fileno(), 256)
     assert StepLog(3, 1 << 30, shelf).copy({"a": torch.ones(32), "b": torch.ones(64)}, {}) is None
     assert shelf.free_bytes == 256
+
+
+def test_hashed_tensors_of_the_open_step_leave_memory_and_are_opened_from_the_shelf(file):
+    log = StepLog(2, 1 << 30, Shelf(file.fileno(), 1 << 20))
+    forward = ForwardRecord(0, 0, True, "forward", {"0": torch.arange(8.0)}, {"0": torch.arange(4.0)}, {})
+    log.open.forwards[(0, 0)] = forward
+    log.put_away(log.open, [forward.x, forward.y])
+    assert isinstance(forward.x["0"], Shelved)
+    log.open.before = snapshots.take({"w": torch.ones(3)}, {}, {})
+    opened = opening(log.commit(1), 1, 0, {}, {})
+    body = bytearray(opened.num_bytes)
+    opened.write(memoryview(body))
+    found = torch.frombuffer(body, dtype=torch.float32, count=15)
+    assert found.tolist() == [1.0] * 3 + list(map(float, range(8))) + list(map(float, range(4)))
+
+
+def test_a_step_dropped_before_its_tensors_are_hashed_takes_no_room(file):
+    shelf = Shelf(file.fileno(), 1 << 20)
+    log, free = StepLog(2, 1 << 30, shelf), shelf.free_bytes
+    record, early, late = log.open, {"0": torch.ones(64)}, {"0": torch.ones(64)}
+    record.forwards[(0, 0)] = ForwardRecord(0, 0, True, "forward", early, late, {})
+    log.put_away(record, [early])
+    assert shelf.free_bytes < free
+    log.begin(0)
+    log.put_away(record, [late])
+    assert shelf.free_bytes == free
+    assert torch.equal(late["0"], torch.ones(64))
