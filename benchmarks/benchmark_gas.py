@@ -84,6 +84,12 @@ class Measured:
         )
         return used, tree
 
+    def endorse(self, first: int, until: int) -> int:
+        """The gas of adding the signatures of validators `first` .. `until - 1` to the last round."""
+        packed = b"".join(in_order(self.previous, [sign_digest(key, self.previous) for key in self.keys[first:until]]))
+        self.direct.send(self.accounts[0], "Rounds", "endorse", NETWORK, packed)
+        return self.direct.gas_used
+
     def claim(self, tree: RewardTree) -> int:
         account = self.workers[0]
         total, proof = tree.totals_wei[account], list(tree.proof(account))
@@ -130,6 +136,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("Gas, every worker's reputation changed:")
     network = measure_workers(50, min(1000, options.most_workers))
     show("  the same signed by all 50", network.full_round(50)[0])
+    show("  the same by 34", network.full_round(quorum(50))[0])
+    show("    the other 16 endorse it, in one transaction", network.endorse(34, 50))
+    show("    one of them endorses it alone", network.endorse(34, 35))
     show("registration of a worker", network.registration_gas)
     for num_workers in [count for count in (1, 10, 100, 1000, 10_000) if count <= options.most_workers]:
         network = measure_workers(3, num_workers)

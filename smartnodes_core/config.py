@@ -60,6 +60,16 @@ class ValidatorConfig(NodeConfig):
 
     round_interval_s: Annotated[float, "seconds between rounds on chain"] = 600.0
     data_dir: Annotated[Path, "directory of journals and evidence"] = Path("~/.smartnodes/validator")
+    vote_fee_bps: Annotated[int | None, "1/10000 of payments to be burned, to vote for; with vote_kappa_bps"] = None
+    vote_kappa_bps: Annotated[int | None, "1/10000 of what is burned that workers may share, to vote for"] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        votes = (self.vote_fee_bps, self.vote_kappa_bps)
+        if (votes[0] is None) != (votes[1] is None):
+            raise ConfigError(f"vote_fee_bps and vote_kappa_bps are {votes}: a vote names both, or neither is set")
+        if (votes[0] or 0) > 10_000 or (votes[1] or 0) >= 1 << 32:
+            raise ConfigError(f"vote_fee_bps and vote_kappa_bps are {votes}: at most 10000 and {(1 << 32) - 1}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,6 +39,7 @@ class Journal:
         self._lock = threading.Lock()
         self._signed: dict[str, bytes] = {}
         self._file: FileIO | None = None
+        self._path, self._closed = path, False
         self._size = 0
         if path is not None:
             self._open(path)
@@ -58,6 +59,8 @@ class Journal:
                 return
             if before is not None:
                 raise EquivocationError(f"{scope}: {before.hex()[:16]} was signed before, not {digest.hex()[:16]}")
+            if self._closed:
+                raise LocalError(f"the journal {self._path} is closed: nothing more is signed")
             if self._file is not None:
                 self._append(self._file, _HEAD.pack(len(entry), zlib.crc32(entry)) + entry)
             self._signed[scope] = digest
@@ -73,8 +76,9 @@ class Journal:
             return sum(scope.startswith(prefix) for scope in self._signed)
 
     def close(self) -> None:
-        """Gives the file back. What is recorded after is kept in memory only, so sign no more. Harmless twice."""
+        """Gives the file back: what would be signed after is refused. Harmless twice."""
         with self._lock:
+            self._closed = self._path is not None
             if self._file is not None:
                 self._file.close()
                 self._file = None

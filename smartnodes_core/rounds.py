@@ -2,7 +2,8 @@
 
 A validator builds a proposal from its evidence with `propose`, and checks another's with `justify` against the one it
 builds itself: the same evidence gives the same bytes. `contracts/Rounds.sol` executes what a quorum signed. Neighbours:
-`reputation.py` (scores), `chain/merkle.py` (rewards root), `chain/base.py` (the chain that executes).
+`reputation.py` (scores), `payments.py` (what jobs pay), `ballots.py` (votes), `chain/merkle.py` (rewards root),
+`chain/base.py` (the chain that executes).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from smartnodes_core.chain.emission import WORKERS_PERCENT, fee_on, workers_cap_
 from smartnodes_core.chain.merkle import RewardTree
 from smartnodes_core.chain.packing import pack_reputations, unpack_reputations
 from smartnodes_core.chain.proposal import (
+    CORRECT,
     NO_RULING,
     UPHOLD,
     Admission,
@@ -24,11 +26,14 @@ from smartnodes_core.chain.proposal import (
     Slash,
 )
 from smartnodes_core.chain.signing import keccak, word
+from smartnodes_core.payments import JobWork, settle, share
 from smartnodes_core.reputation import BLACKLISTED, VerdictCounts, next_reputation
 
 __all__ = [
     "Admission",
+    "Correction",
     "Domain",
+    "JobWork",
     "Parameters",
     "RoundContext",
     "RoundEvidence",
@@ -42,6 +47,7 @@ __all__ = [
     "justify",
     "propose",
     "quorum",
+    "rewards_of",
 ]
 
 #: Below this many validators a verdict costs reputation only: too few to take somebody's stake.
@@ -58,12 +64,39 @@ class Standing:
 
 
 @dataclass(frozen=True)
+class Correction:
+    """What a validator finds of roots that are frozen and wrong: the cumulative rewards before the first of them, what
+    accounts did earn in the rounds since, and how much those rounds had allotted, which a correction may allot anew.
+    """
+
+    before_wei: Mapping[bytes, int]
+    earned_wei: Mapping[bytes, int]
+    released_wei: int
+
+    @property
+    def totals_wei(self) -> dict[bytes, int]:
+        """The cumulative rewards as they should be; in proportion where less was allotted than was earned."""
+        earned_wei, totals = sum(self.earned_wei.values()), dict(self.before_wei)
+        for account, wei in sorted(self.earned_wei.items()):
+            if earned_wei > self.released_wei:
+                wei = wei * self.released_wei // earned_wei
+            totals[account] = totals.get(account, 0) + wei
+        return totals
+
+    @property
+    def allotment_wei(self) -> int:
+        """What of `released_wei` is allotted anew."""
+        return sum(self.totals_wei.values()) - sum(self.before_wei.values())
+
+
+@dataclass(frozen=True)
 class RoundContext:
     """What the chain says before a round; equal for every validator that proposes or checks it.
 
     `totals_wei` are the cumulative rewards under the last executed root, `signers` those whose signatures carried the
     round before, `emission_wei` what may be emitted up to `until_s`, `parameters` those of this round,
-    `frozen_from` the round whose root a validator has frozen (0: none).
+    `frozen_from` the round whose root a validator has frozen (0: none), `correction` what this validator finds
+    instead, if it finds it wrong.
     """
 
     domain: Domain
@@ -79,22 +112,22 @@ class RoundContext:
     standings: Mapping[bytes, Standing]
     totals_wei: Mapping[bytes, int]
     frozen_from: int = 0
+    correction: Correction | None = None
 
 
 @dataclass(frozen=True)
 class RoundEvidence:
-    """What a validator collected in the round: the accounts' verdicts and work, and the digests of the records behind
-    them; who was verified to own its node key; what jobs pay, in SNO and, with the signers' part among the
-    payments, in coin.
+    """What a validator collected in the round: the accounts' verdicts and their work in each job, and the digests of
+    the records behind them; which jobs began, ended or had a fraud in them; who was verified to own its node key.
     """
 
     verdicts: Mapping[bytes, VerdictCounts] = field(default_factory=dict)
-    work_units: Mapping[bytes, int] = field(default_factory=dict)
+    work: Sequence[JobWork] = ()
     jobs_created: Sequence[bytes] = ()
     jobs_completed: Sequence[bytes] = ()
+    jobs_disputed: Sequence[bytes] = ()
     admissions: Sequence[Admission] = ()
-    settlements: Sequence[Settlement] = ()
-    coin_settlements: Sequence[Settlement] = ()
+    parameters: Parameters | None = None
     digests: Sequence[bytes] = ()
 
 
@@ -103,37 +136,39 @@ def quorum(num_validators: int) -> int:
     return 2 * num_validators // 3 + 1
 
 
-def draw_proposers(validators: Iterable[bytes], previous_hash: bytes, round_number: int) -> list[bytes]:
+def draw_proposers(validators: Iterable[bytes], round_number: int) -> list[bytes]:
     """All validators in the order in which they may propose: the first in view 0, the next after each timeout.
 
-    The order follows from the digest of the round before, which its quorum fixed. Whoever completes that digest last
-    can try variants (include one signature or another changes nothing, another `until_s` does), so it can be ground,
-    within what a quorum signs.
+    The order follows from who the validators are and the round's number, so no proposal can be varied until it names
+    the next proposer. It is known beforehand, while nobody joins or leaves. Whoever joins last can try accounts: to be
+    first in k given rounds among n validators takes about n^k of them.
     """
-    seed = previous_hash + word(round_number)
-    return sorted(set(validators), key=lambda account: keccak(seed + account))
+    members = sorted(set(validators))
+    seed = keccak(b"".join(members)) + word(round_number)
+    return sorted(members, key=lambda account: keccak(seed + account))
 
 
 def allot(
-    work_units: Mapping[bytes, int], signers: Iterable[bytes], emission_wei: int, cap_wei: int | None = None
+    work: Sequence[tuple[Mapping[bytes, int], int | None]], signers: Iterable[bytes], emission_wei: int
 ) -> dict[bytes, int]:
     """Splits a round's emission: 85 % among workers by verified work, 15 % in equal parts among `signers`.
 
-    Equal work earns equal pay. Shares are rounded down and what remains is not minted, nor is a part that nobody
-    earned. `cap_wei` bounds the workers' part (the fees burned in the round times kappa), None leaves it unbounded.
+    `work` are jobs: units by account, and the most that their workers may get (None: no bound), which is what the job
+    burned times kappa. Equal work earns equal pay, in one job always, in different ones where no bound is reached.
+    Shares are rounded down and what remains is not minted, nor is a part that nobody earned.
     """
-    pool = emission_wei * WORKERS_PERCENT // 100
-    signers_pool = emission_wei - pool
-    if cap_wei is not None:
-        pool = min(pool, cap_wei)
+    pool_wei = emission_wei * WORKERS_PERCENT // 100
+    signers_wei = emission_wei - pool_wei
+    jobs = [({account: n for account, n in units.items() if n > 0}, cap_wei) for units, cap_wei in work]
     rewards: dict[bytes, int] = {}
-    total = sum(units for units in work_units.values() if units > 0)
-    for account, units in work_units.items():
-        if units > 0:
-            rewards[account] = pool * units // total
+    parts = share(pool_wei, [(sum(units.values()), cap_wei) for units, cap_wei in jobs])
+    for (units, _), part_wei in zip(jobs, parts, strict=True):
+        total = sum(units.values())
+        for account, n in units.items():
+            rewards[account] = rewards.get(account, 0) + part_wei * n // total
     distinct = sorted(set(signers))
     for account in distinct:
-        rewards[account] = rewards.get(account, 0) + signers_pool // len(distinct)
+        rewards[account] = rewards.get(account, 0) + signers_wei // len(distinct)
     return {account: wei for account, wei in sorted(rewards.items()) if wei > 0}
 
 
@@ -146,8 +181,8 @@ def evidence_root(digests: Iterable[bytes]) -> bytes:
 def propose(context: RoundContext, evidence: RoundEvidence) -> tuple[RoundProposal, dict[bytes, int]]:
     """The proposal that this evidence justifies, and the cumulative rewards under its root.
 
-    A frozen root is upheld: a quorum that recomputed it signed it. To correct one, validators have to agree by hand.
-    Work of an account with a fraudulent verdict, or that is blacklisted or unknown, earns nothing.
+    A frozen root is upheld, unless this validator finds it wrong: then it is corrected. Work of an account with a
+    fraudulent verdict, or that is blacklisted or unknown, earns nothing.
     """
     scores: dict[int, int] = {}
     slashes: list[Slash] = []
@@ -160,16 +195,15 @@ def propose(context: RoundContext, evidence: RoundEvidence) -> tuple[RoundPropos
             scores[standing.index] = score
         if counts.fraudulent and standing.stake_wei and context.num_validators >= MIN_VALIDATORS_TO_SLASH:
             slashes.append(Slash(index=standing.index, amount_wei=standing.stake_wei))
-    earned = {account: units for account, units in evidence.work_units.items() if _may_earn(context, evidence, account)}
-    fees_wei = sum(
-        fee_on(sum(payment.amount_wei for payment in settlement.payments), context.parameters)
-        for settlement in evidence.settlements
-    )
-    cap_wei = workers_cap_wei(context.parameters, fees_wei)
-    rewards = allot(earned, context.signers, context.emission_wei, cap_wei)
-    totals = dict(context.totals_wei)
+    work = [_earning(context, evidence, job) for job in sorted(evidence.work, key=lambda job: job.job)]
+    paid = [settle(job, context.signers, context.parameters) for job in work]
+    settlements = sorted((each for each in paid if each), key=lambda settlement: settlement.escrow_id)
+    rewards = rewards_of(context, evidence, settlements)
+    correction = context.correction if context.frozen_from else None
+    totals = dict(correction.totals_wei if correction else context.totals_wei)
     for account, wei in rewards.items():
         totals[account] = totals.get(account, 0) + wei
+    ruling = NO_RULING if not context.frozen_from else CORRECT if correction else UPHOLD
     domain = context.domain
     proposal = RoundProposal(
         network_id=context.network_id,
@@ -179,19 +213,36 @@ def propose(context: RoundContext, evidence: RoundEvidence) -> tuple[RoundPropos
         until_s=context.until_s,
         reputations=pack_reputations(scores),
         rewards_root=RewardTree(domain.chain_id, domain.contract, context.network_id, totals).root,
-        allotment_wei=sum(rewards.values()),
+        allotment_wei=sum(rewards.values()) + (correction.allotment_wei if correction else 0),
         jobs_created=tuple(sorted(set(evidence.jobs_created))),
         jobs_completed=tuple(sorted(set(evidence.jobs_completed))),
+        jobs_disputed=tuple(sorted(set(evidence.jobs_disputed))),
         admissions=tuple(sorted(evidence.admissions, key=lambda admission: admission.index)),
         slashes=tuple(sorted(slashes, key=lambda slash: slash.index)),
-        settlements=tuple(
-            sorted([*evidence.settlements, *evidence.coin_settlements], key=lambda settlement: settlement.escrow_id)
-        ),
-        ruling=UPHOLD if context.frozen_from else NO_RULING,
+        settlements=tuple(settlements),
+        ruling=ruling,
         ruled_round=context.frozen_from,
+        parameters=() if evidence.parameters in (None, context.parameters) else (evidence.parameters,),
         evidence_root=evidence_root(evidence.digests),
     )
     return proposal, totals
+
+
+def rewards_of(context: RoundContext, evidence: RoundEvidence, settlements: Iterable[Settlement]) -> dict[bytes, int]:
+    """What accounts earn of the emission in a round that settles this: each job's workers up to what it burned."""
+    paid_wei = {each.escrow_id: sum(payment.amount_wei for payment in each.payments) for each in settlements}
+    earned = [
+        (job.units, workers_cap_wei(context.parameters, fee_on(paid_wei.get(job.escrow_id, 0), context.parameters)))
+        for job in (_earning(context, evidence, job) for job in evidence.work)
+        if not job.in_coin
+    ]
+    return allot(earned, context.signers, context.emission_wei)
+
+
+def _earning(context: RoundContext, evidence: RoundEvidence, job: JobWork) -> JobWork:
+    """The job's work without that of accounts that may not earn."""
+    units = {account: n for account, n in job.units.items() if n > 0 and _may_earn(context, evidence, account)}
+    return replace(job, units=units)
 
 
 def _may_earn(context: RoundContext, evidence: RoundEvidence, account: bytes) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 
 from smartnodes_core.chain.account import load_account_key, save_account_key
 from smartnodes_core.chain.devnet.accounts import devnet_key
+from smartnodes_core.chain.devnet.anvil import AnvilProcess, start_chain
 from smartnodes_core.chain.devnet.launcher import DevnetProcess
 from smartnodes_core.chain.proposal import UNCAPPED
 from smartnodes_core.chain.settings import SNO, Addresses, ChainSettings
@@ -72,7 +73,7 @@ class LocalProcesses:
         self.settings = settings
         self.folder = Path(tempfile.mkdtemp(prefix="tensorlink-"))
         self.chain_url = ""
-        self._devnet: DevnetProcess | None = None
+        self._devnet: AnvilProcess | DevnetProcess | None = None
         self._nodes: list[NodeProcess] = []
         self._num_keys = 1  # account 0 deploys
         self._stopping = threading.Lock()
@@ -82,7 +83,7 @@ class LocalProcesses:
         """Bring everything up; returns when every node says that it is ready."""
         say = self.settings.say
         say("starting the chain …")
-        self._devnet = DevnetProcess()
+        self._devnet = start_chain()
         self.chain_url = self._devnet.url
         self._make_keys("user")
         names: dict[Role, list[str]] = {

@@ -17,6 +17,7 @@ from smartnodes_core.chain.base import Chain
 from smartnodes_core.config import UserConfig, load
 from smartnodes_core.errors import NoWorkersError, PeerUnreachableError, SmartnodesError
 from smartnodes_core.identity import Identity
+from smartnodes_core.nodes.paying import Offer
 from smartnodes_core.nodes.station import Station
 from smartnodes_core.nodes.user import UserNode
 from smartnodes_core.records import Announcement, AuditTerms, NodeKey
@@ -39,6 +40,8 @@ class Network:
         self.station = station
         self.user = UserNode(station.node, station.identity)
         self.audit_terms = audit_terms
+        #: What jobs opened from now on pay; None: nothing.
+        self.offer: Offer | None = None
         self._placements: weakref.WeakSet[Any] = weakref.WeakSet()
         self._closed = False
 

@@ -165,7 +165,11 @@ def place(
         driver = Driver(network.user, programs[0].inputs, programs[-1].outputs, timeout_s)
         states = [{name: values[name] for name in program.expected_state()} for program in programs]
         roots = _roots(programs, values, progress)
-        record = _record(network, programs, estimates, roots, {"seed": seed, "samples": samples}, audit_terms)
+        offer = network.offer
+        terms = {"seed": seed, "samples": samples, **(offer.terms() if offer is not None else {})}
+        record = _record(network, programs, estimates, roots, terms, audit_terms)
+        if offer is not None:
+            offer.deposit(network.chain, network.network_id, record.digest())
         job = network.user.open_job(record, _plan(network, record, table), driver)
         driver.attach(job)
         kept = _private_layers(parts, values, seed)
@@ -240,7 +244,7 @@ def _record(
     programs: list[StageProgram],
     estimates: list[Estimate],
     roots: list[bytes],
-    terms: dict[str, int],
+    terms: dict[str, int | str],
     audit: AuditTerms,
 ) -> JobRecord:
     return JobRecord(

@@ -87,10 +87,10 @@ class StageHandler:
         return self._port
 
     def offers(self) -> dict[str, int | str]:
-        """`flops_per_s` and `memory_bytes` as measured, `numeric_class` and `num_threads`."""
-        return {
-            key: self._compute.measured[key] for key in ("flops_per_s", "memory_bytes", "numeric_class", "num_threads")
-        }
+        """`flops_per_s` and `memory_bytes` as measured, `numeric_class`, `num_threads`; `capability` sums them up."""
+        measured = self._compute.measured
+        offers = {key: measured[key] for key in ("flops_per_s", "memory_bytes", "numeric_class", "num_threads")}
+        return {**offers, "capability": capability_class(measured["flops_per_s"], measured["memory_bytes"])}
 
     def assign(self, stage: StageOfJob) -> None:
         record = stage.job.record
@@ -310,3 +310,10 @@ def _json(body: memoryview, what: str) -> Any:
 
 def _wanted(body: memoryview) -> dict[str, Any]:
     return {"names": _json(body, "what is asked for")} if len(body) else {}
+
+
+def capability_class(flops_per_s: int, memory_bytes: int) -> int:
+    """A rig's class on chain: in the lower byte its memory, above it its speed, each in doublings of 1 GiB and of
+    2^30 operations a second, plus one (0: less).
+    """
+    return min(255, (flops_per_s >> 30).bit_length()) << 8 | min(255, (memory_bytes >> 30).bit_length())

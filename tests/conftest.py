@@ -16,3 +16,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=300,
         help="random calls to the contracts and to the model of their rules (the long mode: 100000)",
     )
+    parser.addoption(
+        "--devnet-kills",
+        type=int,
+        default=3,
+        help="how often the devnet is killed at a random instant (the long mode: 100)",
+    )

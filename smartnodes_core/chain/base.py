@@ -160,6 +160,9 @@ class Chain(Protocol):
     def emission_wei(self, network_id: int, until_s: int) -> int:
         """The most that the next round may allot if it accounts emission up to `until_s`."""
 
+    def emission_between_wei(self, network_id: int, from_s: int, until_s: int) -> int:
+        """What a round might allot that accounted emission from `from_s` to `until_s`, whenever that was."""
+
     def proposal_digest(self, proposal: RoundProposal) -> bytes:
         """The hash to sign, computed here."""
 
@@ -196,7 +199,12 @@ class Chain(Protocol):
     def deposit_coin(self, network_id: int, job: bytes, amount_wei: int, deadline_s: int) -> bytes:
         """The same in the chain's coin."""
 
-    def escrow_id(self, network_id: int, payer: bytes, job: bytes) -> bytes: ...
+    def escrow_id(self, network_id: int, payer: bytes, job: bytes) -> bytes:
+        """Under which a payer's deposit for a job lies, computed here."""
+
+    @property
+    def dispute_window_s(self) -> int:
+        """After an escrow's deadline: rounds can still settle, the payer cannot take back."""
 
     def escrow(self, escrow_id: bytes) -> EscrowAccount | None: ...
 

@@ -19,7 +19,7 @@ from smartnodes_core.chain.base import (
 from smartnodes_core.chain.gateway import Gateway
 from smartnodes_core.chain.proposal import Domain, Equivocation, Parameters, RoundProposal
 from smartnodes_core.chain.settings import Addresses
-from smartnodes_core.chain.signing import checksum
+from smartnodes_core.chain.signing import checksum, keccak, word
 from smartnodes_core.chain.votes import in_order
 from smartnodes_core.errors import WrongChainError
 from smartnodes_core.records import Role
@@ -47,6 +47,8 @@ class ChainClient:
         self._rounds = gateway.contract("Rounds", addresses.rounds)
         self.domain = Domain(gateway.chain_id, addresses.rounds)
         self.registry_address = addresses.registry
+        self._dispute_window_s: int | None = None
+        self._shares_bps: dict[int, int] = {}
 
     def __repr__(self) -> str:
         return f"<ChainClient of {self._gateway!r}>"
@@ -115,6 +117,17 @@ class ChainClient:
     def emission_wei(self, network_id: int, until_s: int) -> int:
         return int(self._read(self._rounds.functions.emission(network_id, until_s)))
 
+    def emission_between_wei(self, network_id: int, from_s: int, until_s: int) -> int:
+        if network_id not in self._shares_bps:
+            opened = self._gateway.events(
+                self._rounds.events.NetworkOpened(), self.addresses.from_block, networkId=network_id
+            )
+            self._shares_bps[network_id] = int(opened[0]["args"]["shareBps"]) if opened else 0
+        start = max(from_s, until_s - 2 * self.round_state(network_id).interval_s)
+        if until_s <= start:
+            return 0
+        return int(self._read(self._sno.mintableBetween(start, until_s))) * self._shares_bps[network_id] // 10_000
+
     def proposal_digest(self, proposal: RoundProposal) -> bytes:
         return self.domain.digest(proposal)
 
@@ -166,7 +179,13 @@ class ChainClient:
         return self.escrow_id(network_id, self.account, job)
 
     def escrow_id(self, network_id: int, payer: bytes, job: bytes) -> bytes:
-        return bytes(self._read(self._escrow.escrowIdOf(network_id, checksum(payer), job)))
+        return keccak(word(network_id) + word(payer) + word(job))
+
+    @property
+    def dispute_window_s(self) -> int:
+        if self._dispute_window_s is None:
+            self._dispute_window_s = int(self._read(self._escrow.disputeWindow()))
+        return self._dispute_window_s
 
     def escrow(self, escrow_id: bytes) -> EscrowAccount | None:
         payer, *rest = self._read(self._escrow.accounts(escrow_id))

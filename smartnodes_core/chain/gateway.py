@@ -31,6 +31,7 @@ RECEIPT_DEADLINE_S = 60.0
 _POLL_S = (0.02, 0.5)  # the devnet answers at once, a public chain after its block
 _GAS_MARGIN_PERCENT = 25  # others' transactions may come first and change what ours costs
 _NONCE_WORDS = ("nonce too low", "nonce too high", "replacement transaction underpriced", "nonce has already been used")
+_LOST_LOOKS = 3  # as many times in a row a transaction must be unknown before it is signed anew
 _KNOWN_WORDS = ("already known", "already imported", "known transaction")
 
 
@@ -147,18 +148,18 @@ class Gateway:
         """The receipt, or None if another transaction took the nonce."""
         signed = self._web3.eth.account.sign_transaction(fields, self._key)
         wait_s = _POLL_S[0]
-        sent = False
+        sent = refused = False
+        looks = 0
         while True:
             try:
                 if not sent:
-                    sent = self._submit(signed.raw_transaction)
+                    sent, refused = True, not self._submit(signed.raw_transaction)
                 receipt = self._receipt(signed.hash)
                 if receipt is not None:
                     return receipt
-                if sent and self._nonce_is_taken(fields["nonce"], signed.hash):
+                looks = looks + 1 if self._is_lost(fields["nonce"], signed.hash, refused) else 0
+                if looks == _LOST_LOOKS:
                     return None
-            except _NonceTaken:
-                return self._receipt(signed.hash)
             except ChainUnreachableError:
                 # The request may have arrived although its answer did not: the same bytes again cannot pay twice.
                 sent = False
@@ -175,6 +176,7 @@ class Gateway:
             wait_s = min(wait_s * 1.5, _POLL_S[1])
 
     def _submit(self, raw: bytes) -> bool:
+        """False where another transaction has the nonce, perhaps these same bytes, sent before."""
         try:
             with self._reaching():
                 self._web3.eth.send_raw_transaction(raw)
@@ -183,7 +185,7 @@ class Gateway:
             if any(words in text for words in _KNOWN_WORDS):
                 return True
             if any(words in text for words in _NONCE_WORDS):
-                raise _NonceTaken from error
+                return False
             raise
         return True
 
@@ -196,10 +198,21 @@ class Gateway:
         except TransactionNotFound:
             return None
 
-    def _nonce_is_taken(self, nonce: int, transaction: bytes) -> bool:
+    def _is_lost(self, nonce: int, transaction: bytes, refused: bool) -> bool:
+        """Whether the transaction, of which there is no receipt, is not even known any more. On some chains a receipt
+        comes after the nonce has moved on: to sign anew then would pay twice.
+        """
+        from web3.exceptions import TransactionNotFound
+
         with self._reaching():
             mined = self._web3.eth.get_transaction_count(checksum(self.account), "latest")  # type: ignore[arg-type]
-        return mined > nonce and self._receipt(transaction) is None
+            if mined <= nonce and not refused:
+                return False
+            try:
+                self._web3.eth.get_transaction(transaction)  # type: ignore[arg-type]
+            except TransactionNotFound:
+                return True
+            return False
 
     def _nonce(self) -> int:
         return int(self._web3.eth.get_transaction_count(checksum(self.account), "pending"))  # type: ignore[arg-type]
@@ -250,10 +263,6 @@ class Gateway:
         if isinstance(error, ValueError | KeyError | TypeError) and not _is_web3(error):
             return WrongChainError(f"{self.url} answers, but not as a chain does ({text}): set the URL of a chain")
         return ChainError(f"{action}: {text}")
-
-
-class _NonceTaken(Exception):
-    """Another transaction of the same account got this nonce."""
 
 
 def _web3_errors() -> tuple[type[Exception], ...]:

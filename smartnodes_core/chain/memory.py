@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from smartnodes_core.chain.base import Balances, EscrowAccount, ExecutedRound, Member, RefusedError, RoundState
+from smartnodes_core.chain.emission import round_emission_wei
 from smartnodes_core.chain.model import COINS_WEI, ESCROW, REGISTRY, SILENCE_S, ChainModel
 from smartnodes_core.chain.proposal import Domain, Equivocation, Parameters, RoundProposal
 from smartnodes_core.chain.signing import address_of, checksum, keccak, word
@@ -106,6 +107,11 @@ class MemoryChain:
         with self.model.lock:
             return self.model.emission_wei(self.model.peek(network_id), until_s)
 
+    def emission_between_wei(self, network_id: int, from_s: int, until_s: int) -> int:
+        with self.model.lock:
+            genesis_s, share_bps = self.model.genesis_s, self.model.peek(network_id).share_bps
+            return round_emission_wei(self.model.settings, share_bps, from_s - genesis_s, until_s - genesis_s)
+
     def proposal_digest(self, proposal: RoundProposal) -> bytes:
         return self.domain.digest(proposal)
 
@@ -173,6 +179,10 @@ class MemoryChain:
 
     def escrow_id(self, network_id: int, payer: bytes, job: bytes) -> bytes:
         return keccak(word(network_id) + word(payer) + word(job))
+
+    @property
+    def dispute_window_s(self) -> int:
+        return self.model.settings.dispute_window_s
 
     def escrow(self, escrow_id: bytes) -> EscrowAccount | None:
         with self.model.lock:

@@ -7,11 +7,12 @@ signs them.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from smartnodes_core.chain.signing import checksum, domain_separator, keccak, typed_digest, word
+from smartnodes_core.chain.signing import checksum, domain_separator, keccak, recover, typed_digest, word
 from smartnodes_core.errors import RecordError
 
 NO_HASH = bytes(32)
@@ -28,6 +29,8 @@ PROPOSAL_ABI = (
 NO_RULING, UPHOLD, CORRECT = range(3)
 #: `Parameters.kappa_bps` that leaves workers the whole emission, whatever fees were burned.
 UNCAPPED = (1 << 32) - 1
+
+_PROOF = struct.Struct(">IQI32s32s32s65s65s")
 
 _HEAD_FIELDS = (
     "network_id",
@@ -201,6 +204,20 @@ class Equivocation:
     contents: tuple[bytes, bytes]
     signatures: tuple[bytes, bytes]
 
+    def encode(self) -> bytes:
+        """242 bytes, as validators keep it and pass it on."""
+        place = self.place
+        numbers = (place.network_id, place.round, place.view)
+        return _PROOF.pack(*numbers, place.previous_hash, *self.contents, *self.signatures)
+
+    @classmethod
+    def decode(cls, data: bytes | memoryview) -> Equivocation:
+        """Raises RecordError for other than 242 bytes. Whether it proves anything is `Domain.equivocator` to say."""
+        if len(data) != _PROOF.size:
+            raise RecordError(f"a proof of two signatures has {_PROOF.size} bytes, found {len(data)}")
+        network_id, number, view, previous_hash, *rest = _PROOF.unpack(data)
+        return cls(Place(network_id, number, view, previous_hash), (rest[0], rest[1]), (rest[2], rest[3]))
+
 
 @dataclass(frozen=True)
 class Domain:
@@ -222,3 +239,13 @@ class Domain:
         """The digest of a proposal in `place` of which only the hash of the encoding is known."""
         fields = (keccak(_ROUND_KIND), place.network_id, place.round, place.view, place.previous_hash, content)
         return typed_digest(self.separator, keccak(b"".join(word(field) for field in fields)))
+
+    def equivocator(self, proof: Equivocation) -> bytes:
+        """The account that signed both contents. Raises RecordError or SignatureError where there is none."""
+        signers = {
+            recover(self.digest_of(proof.place, content), signature)
+            for content, signature in zip(proof.contents, proof.signatures, strict=True)
+        }
+        if proof.contents[0] == proof.contents[1] or len(signers) != 1:
+            raise RecordError("no equivocation: one signer's signatures over two contents are needed")
+        return signers.pop()

@@ -102,9 +102,11 @@ class Addresses:
     rounds: bytes
 
     def write(self, path: Path) -> None:
-        """As JSON with checksummed text, readable by people and other programs."""
+        """As JSON with checksummed text, readable by people and other programs; whole, or not at all."""
         values = {k: v if isinstance(v, int) else checksum(v) for k, v in asdict(self).items()}
-        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        part.replace(path)
 
     @classmethod
     def read(cls, path: Path) -> Addresses:

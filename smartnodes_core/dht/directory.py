@@ -68,6 +68,10 @@ class Directory:
                 logger.info("an announcement of %s was not taken over: %s", signed.signer.hex()[:8], error)
         return num_new
 
+    def signed(self, node_key: bytes) -> Signed | None:
+        """What a node announced last, as it signed it; None where nothing live is known."""
+        return self._store.signed(node_key)
+
     @allow(max_body_bytes=0)
     def rpc_announce(self, caller: Peer, params: dict[str, Any], body: memoryview) -> dict[str, Any]:
         """`announcement`: an encoded Signed, by the caller itself."""

@@ -75,6 +75,12 @@ class RecordStore:
             stored = self._records.get(node_key)
         return stored.announcement if stored and stored.announcement.expires_at_s > self._now_s() else None
 
+    def signed(self, node_key: bytes) -> Signed | None:
+        """The same as its node signed it, to be shown to others."""
+        with self._lock:
+            stored = self._records.get(node_key)
+        return stored.signed if stored and stored.announcement.expires_at_s > self._now_s() else None
+
     def remove(self, node_key: bytes) -> None:
         """Forgets a node, for example one that the chain has blacklisted."""
         with self._lock:

@@ -116,6 +116,19 @@ class AuditDesk:
                 self.books.changed.wait(min(deadline_s - now_s, quiet_in_s if quiet_in_s > 0 else QUIET_S))
             audited.closed = True
 
+    def take_draw(self, listed: bytes, revealed: bytes) -> None:
+        """A list of some validator, with its preimage if that is out, as another shows it. Raises as its calls do."""
+        self._draws.take_list(listed)
+        if revealed:
+            self._draws.take_reveal(revealed)
+
+    def resume(self, job_id: bytes) -> None:
+        """Go on with a job that was taken up again after a restart."""
+        with self.lock:
+            audited = self.jobs.get(job_id)
+        if audited is not None:
+            self._draws.resume(audited)
+
     def idle_s(self, job_id: bytes) -> float:
         """Seconds since the job was opened here, or its last commitment came; endless for one that is not known."""
         with self.lock:

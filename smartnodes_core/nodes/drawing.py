@@ -158,7 +158,10 @@ class DrawDesk:
     @allow(roles=("validator",), max_body_bytes=0)
     def rpc_received_list(self, caller: Peer, params: dict[str, Any], body: memoryview) -> None:
         """Another assigned validator fixed the list behind its next preimage."""
-        data = bytes_in(params, "list")
+        self.take_list(bytes_in(params, "list"))
+
+    def take_list(self, data: bytes) -> None:
+        """Keep a signed list, and get what it names. Raises AuthorityError, RecordError, BusyError."""
         signed = Signed.decode(data)
         received = verify(signed, ReceivedList)
         with self._books.lock:
@@ -167,14 +170,17 @@ class DrawDesk:
                 raise AuthorityError("a list is signed by an assigned validator")
             audited.store_list(received, data)
             unknown = [digest for digest in received.commitments if digest not in audited.commitments]
-        if unknown:
+        if unknown and received.validator != self._node.node_key:
             self._fetch(audited, received.validator, unknown)
         self._wake.set()
 
     @allow(roles=("validator",), max_body_bytes=0)
     def rpc_reveal(self, caller: Peer, params: dict[str, Any], body: memoryview) -> None:
         """Another assigned validator spends a preimage on a list it fixed before."""
-        data = bytes_in(params, "reveal")
+        self.take_reveal(bytes_in(params, "reveal"))
+
+    def take_reveal(self, data: bytes) -> None:
+        """Keep a signed preimage, and draw. Raises AuthorityError, RecordError."""
         signed = Signed.decode(data)
         reveal = verify(signed, Reveal)
         place = (reveal.validator, reveal.reveal)
@@ -196,6 +202,16 @@ class DrawDesk:
         with self._books.lock:
             return self._trackers.setdefault((validator, tip), TipTracker(tip))
 
+    def resume(self, audited: AuditedJob) -> None:
+        """Own lists that were fixed before a restart and not revealed: the others wait for their preimages."""
+        own = self._node.node_key
+        with self._books.lock:
+            waiting = {index for index, _ in audited.pending}
+            for key, index in list(audited.lists):
+                if key == own and (key, index) not in audited.reveals and index not in waiting:
+                    audited.pending.append((index, time.monotonic()))
+        self._wake.set()
+
     # -- draws --------------------------------------------------------------------------------------------------------
 
     def draw(self, audited: AuditedJob, digests: Iterable[bytes]) -> None:
@@ -212,6 +228,7 @@ class DrawDesk:
                 chosen = select(seed, audited.job.record.audit, len(commitment.units), audited.assigned)
                 audited.drawn[digest] = chosen
                 for selection in chosen:
-                    if selection.auditor == self._node.node_key:
+                    known = (digest, selection.tier, selection.unit) in audited.by_unit  # from before a restart
+                    if selection.auditor == self._node.node_key and not known:
                         self._on_selected(audited, digest, selection)
             self._books.changed.notify_all()

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from smartnodes_core.chain.base import Chain, Member
+from smartnodes_core.chain.base import Chain, Member, RefusedError
 from smartnodes_core.errors import AuthorityError, ChainError, ConfigError
 from smartnodes_core.nodes.authority import by_key_hash
 from smartnodes_core.records import NodeKey, Role
@@ -116,7 +116,7 @@ class Membership:
         account = self.chain.account
         member = self.chain.member(self.network_id, account)
         if member is None:
-            self.chain.register(role, key_hash(node_key), self.network_id)
+            self._register(role, node_key)
             member = self.chain.member(self.network_id, account)
         if member is None:
             raise ConfigError("the registration is not on chain although the chain accepted it: is it another network?")
@@ -130,3 +130,20 @@ class Membership:
         if tip is not None and member.tip != tip:
             self.chain.post_tip(self.network_id, tip)
         return member
+
+    def _register(self, role: Role, node_key: NodeKey) -> None:
+        try:
+            self.chain.register(role, key_hash(node_key), self.network_id)
+        except RefusedError as error:
+            if error.reason == "UnknownNetwork":
+                raise ConfigError(
+                    f"network {self.network_id} is not open in these contracts: set network_id to one that their "
+                    "deploy file opened"
+                ) from error
+            if error.reason == "KeyTaken":
+                raise AuthorityError(
+                    f"this node's key belongs to account {error.values.get('owner')}: use that account, or another "
+                    "identity"
+                ) from error
+            if error.reason != "AlreadyRegistered":  # by another process of this account, a moment ago
+                raise

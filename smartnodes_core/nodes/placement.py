@@ -44,12 +44,12 @@ MAX_AGE_S, MAX_AHEAD_S = 24 * 3600, 3600
 GIVE_UP_S = 120.0
 #: How long an author must be gone, and no commitment have come, for its job to be closed.
 AUTHOR_TIMEOUT_S, IDLE_S = 60.0, 120.0
-_CLOSE_DOMAIN = "close job"
+CLOSE_DOMAIN = "close job"
 
 
 def closing_signature(identity: Identity, job_id: bytes) -> bytes:
     """The author's word that a job is done, which validators pass on to each other."""
-    return identity.sign_bytes(_CLOSE_DOMAIN, job_id)
+    return identity.sign_bytes(CLOSE_DOMAIN, job_id)
 
 
 @dataclass
@@ -60,6 +60,7 @@ class JobEntry:
     opened_at_s: float
     opened_by: set[NodeKey] = field(default_factory=set)
     state: str = "open"
+    closing: bytes = b""  # the author's signature, once it has closed it
     history: deque[tuple[float, str]] = field(default_factory=lambda: deque(maxlen=MAX_HISTORY))
 
     def note(self, event: str) -> None:
@@ -70,7 +71,8 @@ class JobDesk:
     """Opens, replicates and closes jobs.
 
     `role_of` gives a member's role on chain (None: not registered, left or blacklisted), `idle_s` for how long no work
-    of a job has been heard of. `on_open` and `on_close` are told of each job once, or of each newer plan.
+    of a job has been heard of. `on_new` is told of each job that begins, `on_open` and `on_close` of each once, or of
+    each newer plan; `check_payment` raises for a job that nothing was deposited for.
     """
 
     def __init__(
@@ -81,8 +83,10 @@ class JobDesk:
         idle_s: Callable[[bytes], float] = lambda job_id: 0.0,
     ):
         self.entries: dict[bytes, JobEntry] = {}
+        self.on_new: Callable[[Job], None] = lambda job: None
         self.on_open: Callable[[Job], None] = lambda job: None
         self.on_close: Callable[[Job], None] = lambda job: None
+        self.check_payment: Callable[[Job], None] = lambda job: None
         self._node, self._network_id = node, network_id
         self._role_of, self._idle_s = role_of, idle_s
         self._ended: dict[bytes, None] = {}
@@ -109,6 +113,7 @@ class JobDesk:
         if job.record.author != caller.node_key:
             raise AuthorityError("a job is opened by its author")
         self._check(job)
+        self._check_payment(job)
         self._enter(job, self._node.node_key)
         self._replicate(job)
         self._assign(job)
@@ -121,6 +126,7 @@ class JobDesk:
         if caller.node_key not in job.plan.validators:
             raise AuthorityError("a job is passed on by a validator of its plan")
         self._check(job)
+        self._check_payment(job)
         self._enter(job, caller.node_key)
         return {}
 
@@ -135,6 +141,10 @@ class JobDesk:
         for validator in job.plan.validators:
             self._check_role(validator, "validator", f"validator {validator.hex()[:8]} of the plan")
 
+    def _check_payment(self, job: Job) -> None:
+        if job.id not in self.entries:
+            self.check_payment(job)
+
     def _check_role(self, key: NodeKey, wanted: Role, who: str) -> None:
         """An author that could name keys of its own as validators would have nobody audit its workers."""
         role = self._role_of(key)
@@ -148,6 +158,7 @@ class JobDesk:
             entry = self.entries.get(job.id)
             if job.id in self._ended or (entry is not None and entry.state != "open"):
                 raise JobError("this job has ended: open a new one")
+            is_new = entry is None
             if entry is None:
                 self._check_room(job)
                 entry = self.entries[job.id] = JobEntry(job, time.time())
@@ -161,7 +172,28 @@ class JobDesk:
             entry.job = job
             entry.opened_by.add(opener)
             entry.note(f"plan {job.plan.version}: {job.plan.reason[:200]}")
+        if is_new:
+            self.on_new(job)
         self.on_open(job)
+
+    def open_jobs(self) -> list[Job]:
+        """The jobs that are open here."""
+        with self._lock:
+            return [entry.job for entry in self.entries.values() if entry.state == "open"]
+
+    def take_up(self, job: Job) -> bool:
+        """Go on with a job that others keep and this validator has forgotten; False where it knows of it.
+
+        Raises JobError, RecordError.
+        """
+        self._check(job)
+        with self._lock:
+            if job.id in self.entries or job.id in self._ended:
+                return False
+            entry = self.entries[job.id] = JobEntry(job, time.time())
+            entry.note("taken up again")
+        self.on_open(job)
+        return True
 
     def _check_room(self, job: Job) -> None:
         age_s = time.time() - job.record.created_at_s
@@ -207,13 +239,13 @@ class JobDesk:
             raise JobError("a job this validator does not know")
         job = entry.job
         if signature:
-            verify_bytes(job.record.author, _CLOSE_DOMAIN, job_id, signature)
+            verify_bytes(job.record.author, CLOSE_DOMAIN, job_id, signature)
         elif not self._may_give_up(entry, caller):
             raise AuthorityError("a job is closed by its author")
         if caller.node_key == job.record.author:
             self.close(job, reason, signature)
         else:
-            self._finish(job, reason)
+            self._finish(job, reason, signature)
         return {}
 
     def _may_give_up(self, entry: JobEntry, caller: Peer) -> bool:
@@ -224,7 +256,7 @@ class JobDesk:
 
     def close(self, job: Job, reason: str, signature: bytes = b"") -> None:
         """Close a job here and at the other validators; each releases the workers when its audits are through."""
-        self._finish(job, reason)
+        self._finish(job, reason, signature)
         for validator in job.plan.validators:
             self._quietly(validator, "close_job", {"job": job.id, "reason": reason, "signature": signature})
 
@@ -233,12 +265,12 @@ class JobDesk:
         for worker in dict.fromkeys(item.worker for item in job.plan.assignments):
             self._quietly(worker, "release", {"job": job.id, "reason": reason})
 
-    def _finish(self, job: Job, reason: str) -> None:
+    def _finish(self, job: Job, reason: str, signature: bytes) -> None:
         with self._lock:
             entry = self.entries.get(job.id)
             if entry is None or entry.state != "open":
                 return
-            entry.state = "closed"
+            entry.state, entry.closing = "closed", signature
             entry.note(f"closed: {reason}")
             self._ended[job.id] = None
             closed = [job_id for job_id in self._ended if job_id in self.entries]

@@ -55,6 +55,10 @@ class RewardBooks:
         with self._lock:
             if self._root == state.latest_root:
                 return True
+            known = self._published.get(state.latest_root)
+        if known is not None:  # a round was undone
+            self.publish(known)
+            return True
         try:
             totals = fetch_reward_totals(self._node, self._chain, self._network_id, self._others(), state.latest_root)
         except Unavailable as error:
@@ -84,7 +88,7 @@ class RewardBooks:
         return {}, [canonical({account.hex(): str(wei) for account, wei in totals.items()})]
 
 
-def trim(table: dict[bytes, Any], most: int) -> None:
+def trim(table: dict[Any, Any], most: int) -> None:
     """Forget the oldest entries over `most`."""
     for digest in list(table)[: max(0, len(table) - most)]:
         del table[digest]

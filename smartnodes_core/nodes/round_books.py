@@ -9,20 +9,24 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from smartnodes_core.chain.base import Chain, RoundState
+from smartnodes_core.chain.proposal import NO_HASH, Parameters
 from smartnodes_core.errors import ChainError, RecordError, SmartnodesError
 from smartnodes_core.nodes.admitting import AdmissionDesk
 from smartnodes_core.nodes.auditing import AuditDesk
 from smartnodes_core.nodes.base import Node
+from smartnodes_core.nodes.job_news import JobNews
 from smartnodes_core.nodes.membership import Membership
 from smartnodes_core.nodes.params import digest_in
+from smartnodes_core.nodes.paying import Escrows
 from smartnodes_core.nodes.reward_books import MAX_PUBLISHED, RewardBooks, trim
-from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, NodeKey, Proposal, Verdict
-from smartnodes_core.reputation import VerdictCounts
+from smartnodes_core.nodes.root_checks import RootChecks
+from smartnodes_core.nodes.settleable import MAX_NAMED, Settleable
+from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, NodeKey, Proposal, Signed, Verdict
 from smartnodes_core.rounds import (
     RoundContext,
     RoundEvidence,
@@ -36,13 +40,15 @@ from smartnodes_core.transport.base import Peer
 
 logger = logging.getLogger(__name__)
 
-#: Records one proposal names at most, of each kind; the rest waits for the next round.
-MAX_NAMED = 20_000
 #: Rounds that a validator catches up with when it was away.
 MAX_MISSED = 8
 #: Digests of settled records that are remembered; older ones are refused by step (`AuditedJob.settled_step`).
 MAX_SETTLED = 16 * MAX_NAMED
 FETCH_TIMEOUT_S = 10.0
+
+
+#: The records that a proposal names; raises RecordError for those that may not be settled.
+LookUp = Callable[[Proposal], tuple[dict[bytes, Verdict], dict[bytes, Commitment]]]
 
 
 @dataclass(frozen=True)
@@ -58,19 +64,34 @@ class RoundBooks:
     """See the module. Thread-safe; asks the chain only where its methods say so."""
 
     def __init__(
-        self, node: Node, chain: Chain, network_id: int, account: bytes, audits: AuditDesk, membership: Membership
+        self,
+        node: Node,
+        chain: Chain,
+        network_id: int,
+        account: bytes,
+        audits: AuditDesk,
+        membership: Membership,
+        wanted: Parameters | None = None,
+        announced: Callable[[NodeKey], Signed | None] = lambda node_key: None,
     ):
         self.node, self.chain, self.network_id, self.account = node, chain, network_id, account
-        self.audits, self.membership = audits, membership
+        self.audits, self.membership, self.wanted = audits, membership, wanted
         self.executed: deque[RoundProposal] = deque(maxlen=MAX_PUBLISHED)
         self._lock = threading.RLock()
         self._following = threading.Lock()
-        self._settled: dict[bytes, None] = {}
+        self._settled: dict[bytes, int] = {}  # and in which round
+        self._unknown: dict[int, bytes] = {}  # of which no validator has told yet
+        self._rounds: dict[int, bytes] = {}  # digests of the rounds that were followed
         self._candidates: dict[bytes, Candidate] = {}
         self._kept: dict[bytes, Proposal] = {}
         self._left_out: RoundProposal | None = None
         self._number = -1
-        self.admissions = AdmissionDesk(node, chain, network_id, membership)
+        self.admissions = AdmissionDesk(node, chain, network_id, membership, announced)
+        self.roots = RootChecks(chain, network_id, self._evidence_of)
+        self.look_up: LookUp = lambda proposal: ({}, {})
+        self.news = JobNews(node, network_id, membership.role_of)
+        self.escrows = Escrows(chain, network_id, membership)
+        self.records = Settleable(audits, membership, self.escrows, self.is_settled)
         self.rewards = RewardBooks(node, chain, network_id, self.others, self._signed_totals)
         node.serve(self)
 
@@ -78,16 +99,19 @@ class RoundBooks:
 
     def proposers(self, state: RoundState) -> list[bytes]:
         """The validators in the order in which they may propose the next round. Asks the chain once."""
-        return draw_proposers(self.chain.validators(self.network_id), state.previous_hash, state.number + 1)
+        return draw_proposers(self.chain.validators(self.network_id), state.number + 1)
 
     def follow(self, state: RoundState) -> None:
         """Take note of rounds that were executed: their evidence is settled, their rewards are the base of the next.
+        Rounds that a reorganisation of the chain has undone are forgotten: what they settled is open again.
 
         Asks the chain once for each, and the other validators for those that were not signed here.
         """
         with self._following:
-            if state.number <= self._number:
+            self._ask_again()
+            if (state.number, state.previous_hash) == (self._number, self._rounds.get(self._number, NO_HASH)):
                 return
+            self._unwind(state)
             first = max(self._number + 1, state.number - MAX_MISSED + 1, 1)
             for number in range(first, state.number + 1):
                 executed = self.chain.executed_round(self.network_id, number)
@@ -95,10 +119,35 @@ class RoundBooks:
                     with self._lock:
                         signed = self._candidates.get(executed.digest)
                         self._left_out = signed.content if signed and self.account not in executed.signers else None
-                    self._note(executed.digest)
+                    self._note(number, executed.digest)
             with self._lock:
                 self._number = state.number
-                self._candidates.clear()
+                self._rounds.setdefault(0, NO_HASH)
+                old = [digest for digest, each in self._candidates.items() if each.content.round < state.number]
+                for digest in old:
+                    del self._candidates[digest]
+
+    def _unwind(self, state: RoundState) -> None:
+        """Forget rounds that are not on the chain any more."""
+        number = min(self._number, state.number)
+        while number > 0 and number in self._rounds:
+            on_chain = self.chain.executed_round(self.network_id, number)
+            if on_chain is not None and on_chain.digest == self._rounds[number]:
+                break
+            number -= 1
+        if number >= self._number:
+            return
+        logger.warning("rounds %d to %d were undone by the chain", number + 1, self._number)
+        self.roots.undo_from(number + 1)
+        self.news.undo_from(number + 1)
+        with self._lock:
+            for undone in [each for each in self._rounds if each > number]:
+                del self._rounds[undone]
+            for digest in [digest for digest, settled_in in self._settled.items() if settled_in > number]:
+                del self._settled[digest]
+            for content in [each for each in self.executed if each.round > number]:
+                self.executed.remove(content)
+            self._number = number
 
     def take_left_out(self) -> RoundProposal | None:
         """The last executed round if this validator signed it and is not among its signers; once."""
@@ -106,27 +155,47 @@ class RoundBooks:
             found, self._left_out = self._left_out, None
         return found
 
-    def _note(self, digest: bytes) -> None:
+    def _note(self, number: int, digest: bytes) -> None:
         with self._lock:
-            known = self._candidates.get(digest)
-            if digest in self._kept:
-                return
+            self._rounds[number] = digest
+            trim(self._rounds, MAX_PUBLISHED)
+            known, kept = self._candidates.get(digest), self._kept.get(digest)
         if known is not None:
             proposal, content = known.proposal, known.content
             self.rewards.publish(known.totals_wei)
+            self.roots.accept(content, known.totals_wei)
+        elif kept is not None:  # executed again, after a reorganisation
+            proposal, content = kept, RoundProposal.decode(kept.content)
         else:
             found = self._fetch_executed(digest)
             if found is None:
-                logger.warning("a round was executed of which no validator tells what it settled")
+                if number not in self._unknown:
+                    logger.warning("round %d was executed, and no validator tells what it settled: asked again", number)
+                self._unknown[number] = digest
                 return
             proposal, content = found
+        self._unknown.pop(number, None)
+        self.news.note(content)
+        if known is None:
+            totals_wei = self.roots.judge(proposal, content)
+            if totals_wei is not None:
+                self.rewards.publish(dict(totals_wei))
         with self._lock:
             self._kept[digest] = proposal
             trim(self._kept, MAX_PUBLISHED)
-            self._settled.update(dict.fromkeys([*proposal.verdicts, *proposal.settled]))
+            self._settled.update(dict.fromkeys([*proposal.verdicts, *proposal.settled], number))
             trim(self._settled, MAX_SETTLED)
             self.executed.append(content)
-            self.audits.books.forget(self._settled.keys())
+            # those of the last round may have to be settled again
+            self.audits.books.forget({digest for digest, settled_in in self._settled.items() if settled_in < number})
+
+    def _ask_again(self) -> None:
+        """For the oldest round of which nobody could tell: validators come back, and are met after a start."""
+        for number in [each for each in self._unknown if each <= self._number - MAX_MISSED or each not in self._rounds]:
+            del self._unknown[number]
+        if self._unknown:
+            number = min(self._unknown)
+            self._note(number, self._unknown[number])
 
     def _fetch_executed(self, digest: bytes) -> tuple[Proposal, RoundProposal] | None:
         for validator in self.others():
@@ -168,21 +237,16 @@ class RoundBooks:
         keys = [self.membership.node_key_of(m.account) for m in members if m.role == "validator" and m.live]
         return [key for key in keys if key is not None and key != self.node.node_key]
 
+    def knows_rewards(self, state: RoundState) -> bool:
+        """Whether this validator knows on what the next round's rewards are added; else asks the others."""
+        return self.roots.correction(state) is not None or self.rewards.knows(state)
+
     # -- candidates ---------------------------------------------------------------------------------------------------
 
     def remember(self, digest: bytes, candidate: Candidate) -> None:
         """Keep a proposal that this validator signs."""
         with self._lock:
             self._candidates[digest] = candidate
-
-    def own_candidate(self, state: RoundState, view: int) -> tuple[bytes, Candidate] | None:
-        """What this validator proposed before in this view: a second, different proposal would be equivocation."""
-        with self._lock:
-            for digest, candidate in self._candidates.items():
-                content, proposer = candidate.content, candidate.proposal.proposer
-                if (content.round, content.view, proposer) == (state.number + 1, view, self.account):
-                    return digest, candidate
-        return None
 
     def _signed_totals(self, root: bytes) -> dict[bytes, int] | None:
         """The rewards under a root that was signed here, and may just have been executed."""
@@ -197,66 +261,9 @@ class RoundBooks:
         with self._lock:
             return [digest for digest in digests if digest in self._settled]
 
-    def unsettled(self) -> tuple[dict[bytes, Verdict], dict[bytes, Commitment]]:
-        """What the next proposal may name, capped: verdicts in the order of their digests, commitments in that of
-        their steps."""
-        with self._lock:
-            settled = self._settled
-            verdicts = {digest: v for digest, v in sorted(self.verdicts().items()) if digest not in settled}
-            payable = sorted(self.payable().items(), key=lambda item: (item[1].step, item[0]))
-            commitments = {digest: c for digest, c in payable if digest not in settled}
-        return _first(verdicts), _first(commitments)
-
-    def verdicts(self) -> dict[bytes, Verdict]:
-        """Verdicts on units that the seeds select; of frauds, those that were found or re-run here."""
-        with self.audits.lock:
-            return {
-                digest: verdict
-                for audited in self.audits.jobs.values()
-                for digest, (verdict, _) in audited.verdicts.items()
-                if audited.is_selected(verdict) and (verdict.finding != "fraudulent" or digest in audited.confirmed)
-            }
-
-    def frauds_since(self, since_s: float) -> set[bytes]:
-        """Fraudulent verdicts, not settled, that were confirmed here before `since_s` (of `time.monotonic`)."""
-        with self.audits.lock:
-            found = {
-                digest
-                for audited in self.audits.jobs.values()
-                for digest, at_s in audited.confirmed.items()
-                if at_s < since_s
-                and audited.verdicts[digest][0].finding == "fraudulent"
-                and audited.is_selected(audited.verdicts[digest][0])
-            }
-        return found.difference(self.is_settled(found))
-
-    def payable(self) -> dict[bytes, Commitment]:
-        """Commitments whose audit window has closed, or whose job has."""
-        with self.audits.lock:
-            return {
-                digest: commitment
-                for audited in self.audits.jobs.values()
-                for digest, commitment in audited.commitments.items()
-                if audited.window_closed(commitment)
-            }
-
-    def evidence(self, verdicts: Mapping[bytes, Verdict], commitments: Mapping[bytes, Commitment]) -> RoundEvidence:
-        """The records as the rules take them: by account. Asks the chain at most once, for a worker that is new."""
-        workers = {verdict.worker for verdict in verdicts.values()}
-        workers |= {commitment.worker for commitment in commitments.values()}
-        accounts = {worker: self.membership.account_of(worker) for worker in workers}
-        counts: dict[bytes, VerdictCounts] = {}
-        for verdict in verdicts.values():
-            account = accounts[verdict.worker]
-            if account is not None:
-                before = counts.get(account, VerdictCounts())
-                counts[account] = replace(before, **{verdict.finding: getattr(before, verdict.finding) + 1})
-        work: dict[bytes, int] = {}
-        for commitment in commitments.values():
-            account = accounts[commitment.worker]
-            if account is not None:
-                work[account] = work.get(account, 0) + commitment.work_units
-        return RoundEvidence(verdicts=counts, work_units=work, digests=[*verdicts, *commitments])
+    def _evidence_of(self, state: RoundState, proposal: Proposal) -> RoundEvidence:
+        """What an executed proposal stood on. Raises RecordError where this validator does not find its records."""
+        return self.records.evidence(state, *self.look_up(proposal))
 
     def context(self, state: RoundState, view: int, until_s: int, num_validators: int) -> RoundContext:
         """What the rules take from the chain, which is asked four times."""
@@ -276,8 +283,5 @@ class RoundBooks:
             standings={m.account: Standing(m.index, m.reputation, m.stake_wei) for m in members},
             totals_wei=self.rewards.totals_wei,
             frozen_from=state.frozen_from,
+            correction=self.roots.correction(state),
         )
-
-
-def _first(records: Mapping[bytes, Any]) -> dict[bytes, Any]:
-    return dict(list(records.items())[:MAX_NAMED])

@@ -27,7 +27,7 @@ from smartnodes_core.identity import Identity, make_binding
 from smartnodes_core.nodes.authority import ChainAuthority
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.membership import Membership
-from smartnodes_core.records import Announcement, NodeKey, Role
+from smartnodes_core.records import Announcement, NodeKey, Role, Signed
 from smartnodes_core.transport.tls import TlsTransport
 
 logger = logging.getLogger(__name__)
@@ -147,6 +147,10 @@ class Station:
         else:
             found = find(self.node, self.bootstrap_keys, role, self.config.network_id)
         return [each for each in found if self.membership.reputation_of(each.node_key)]
+
+    def announced(self, node_key: NodeKey) -> Signed | None:
+        """What a node announced last, as it signed it; only validators keep that."""
+        return self.directory.signed(node_key) if self.directory is not None else None
 
     def learn_validators(self) -> None:
         """Remember the node keys of all validators, so that those of their accounts can be looked up."""

@@ -6,11 +6,15 @@ re-runs what others found, `rounding.py` (with `voting.py`) carries the results 
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from smartnodes_core.audit import Auditor, HashChain
+from smartnodes_core.chain.proposal import Parameters
+from smartnodes_core.errors import SmartnodesError
 from smartnodes_core.identity import Identity
 from smartnodes_core.jobs import Job
 from smartnodes_core.journal import Journal
@@ -19,7 +23,11 @@ from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.evidence import EvidenceDesk
 from smartnodes_core.nodes.membership import Membership
 from smartnodes_core.nodes.placement import JobDesk
+from smartnodes_core.nodes.resuming import ResumeDesk
 from smartnodes_core.nodes.rounding import RoundDesk
+from smartnodes_core.records import NodeKey, Signed
+
+logger = logging.getLogger(__name__)
 
 #: How long a closed job's audits may take before its workers are released all the same.
 DRAIN_TIMEOUT_S = 20.0
@@ -29,17 +37,21 @@ DRAIN_TIMEOUT_S = 20.0
 class ValidatorSettings:
     """Times of a validator: commitments are gathered `list_interval_s` into one list, which waits `reveal_timeout_s`
     for the other validators'; a worker has `challenge_timeout_s` to open; the chain is looked at every `poll_s`, and a
-    silent proposer is given up after `proposer_timeout_s`."""
+    silent proposer is given up after `proposer_timeout_s`. `parameters` are those of the network that this validator
+    wants (None: those in force): it proposes them, and signs no others."""
 
     list_interval_s: float = 0.25
     reveal_timeout_s: float = 30.0
     challenge_timeout_s: float = 60.0
     poll_s: float = 5.0
     proposer_timeout_s: float = 30.0
+    parameters: Parameters | None = None
 
 
 class ValidatorNode:
-    """Keeps jobs, audits workers, votes on rounds. `hash_chain`'s tip must be the one posted on chain."""
+    """Keeps jobs, audits workers, votes on rounds. `hash_chain`'s tip must be the one posted on chain, `proofs` is the
+    folder where proofs of equivocation are kept (None: in memory only), `announced` gives what a node announced last.
+    """
 
     def __init__(
         self,
@@ -52,6 +64,8 @@ class ValidatorNode:
         journal: Journal,
         settings: ValidatorSettings,
         learn_validators: Callable[[], None] = lambda: None,
+        proofs: Path | None = None,
+        announced: Callable[[NodeKey], Signed | None] = lambda node_key: None,
     ):
         self.node = node
         self.evidence = EvidenceDesk(node, auditor)
@@ -79,7 +93,13 @@ class ValidatorNode:
             learn_validators=learn_validators,
             poll_s=settings.poll_s,
             proposer_timeout_s=settings.proposer_timeout_s,
+            folder=proofs,
+            wanted=settings.parameters,
+            announced=announced,
         )
+        self._resuming = ResumeDesk(node, self.jobs, self.audits)
+        self.jobs.check_payment = self.rounds.books.escrows.check
+        self.jobs.on_new = self.rounds.books.news.opened
         self.jobs.on_open = self.audits.open
         self.jobs.on_close = self._close
 
@@ -88,6 +108,17 @@ class ValidatorNode:
         self.audits.start()
         self.evidence.start()
         self.rounds.start()
+        threading.Thread(target=self.resume, name="resume", daemon=True).start()
+
+    def resume(self) -> None:
+        """Take up the jobs that this validator audited before it was away."""
+        try:
+            self.rounds.meet()
+            self._resuming.resume(self.rounds.books.others())
+        except SmartnodesError as error:
+            logger.warning("jobs that were open before are not taken up: %s", error)
+        except Exception:
+            logger.exception("taking up jobs")
 
     def stop(self) -> None:
         self.jobs.stop()
@@ -97,6 +128,8 @@ class ValidatorNode:
 
     def _close(self, job: Job) -> None:
         """Let the audits under way end, then release the job's workers; beside everything else."""
+        entry = self.jobs.entries.get(job.id)
+        self.rounds.books.news.closed(job, entry.closing if entry is not None else b"")
 
         def finish() -> None:
             self.audits.close(job.id, DRAIN_TIMEOUT_S)

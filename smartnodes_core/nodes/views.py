@@ -1,10 +1,18 @@
-"""Views of a round: who may propose when, until a proposal finds its quorum."""
+"""Views of a round: how long it has been due, and so who may propose by now."""
 
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 from smartnodes_core.chain.base import RoundState
+
+
+class View(NamedTuple):
+    """The view that is due, and how much of its time has passed (0 to 1)."""
+
+    number: int
+    passed: float
 
 
 class ViewClock:
@@ -13,14 +21,16 @@ class ViewClock:
 
     def __init__(self, timeout_s: float):
         self.timeout_s = timeout_s
-        self._due = (-1, 0.0)  # a round, and when it was first seen to be due
+        self._due = (-1, b"", 0.0)  # a round, and when it was first seen to be due
 
-    def view(self, state: RoundState) -> int | None:
+    def at(self, state: RoundState) -> View | None:
         """The view that is due now; None while the round is not."""
         if state.chain_time_s < state.earliest_at_s:
             return None
-        number, since_s = self._due
-        if number != state.number:
-            number, since_s = self._due = (state.number, time.monotonic())
+        number, previous_hash, since_s = self._due
+        if (number, previous_hash) != (state.number, state.previous_hash):
+            since_s = time.monotonic()
+            self._due = (state.number, state.previous_hash, since_s)
         elapsed_s = max(state.chain_time_s - state.earliest_at_s, time.monotonic() - since_s)
-        return int(elapsed_s / self.timeout_s)
+        view = int(elapsed_s / self.timeout_s)
+        return View(view, elapsed_s / self.timeout_s - view)

@@ -23,6 +23,7 @@ def add_commands(commands: Any) -> None:
     deploy = commands.add_parser("deploy", help="put the contracts on a chain, and write the addresses file")
     deploy.add_argument("settings", type=Path, help="TOML file with a table [chain]")
     deploy.add_argument("--rpc-url", required=True)
+    deploy.add_argument("--chain-id", type=int, help="refuse any other chain")
     deploy.add_argument("--account", type=Path, required=True, help="key file of the account that pays")
     deploy.add_argument(
         "--addresses", type=Path, default=Path("addresses.json"), help="file to write (default: %(default)s)"
@@ -48,13 +49,21 @@ def run_devnet(options: argparse.Namespace) -> int:
 
 
 def run_deploy(options: argparse.Namespace) -> int:
-    """Deploy and write the addresses file."""
+    """Deploy and write the addresses file. After an interruption the same command goes on where it ended."""
     from smartnodes_core.chain.account import load_account_key
     from smartnodes_core.chain.deploy import deploy
 
-    addresses = deploy(options.rpc_url, load_account_key(options.account), ChainSettings.from_toml(options.settings))
-    addresses.write(options.addresses)
-    sys.stdout.write(f"deployed; addresses in {options.addresses}\n")
+    settings, key = ChainSettings.from_toml(options.settings), load_account_key(options.account)
+    target, record = options.addresses, options.addresses.with_name(options.addresses.name + ".begun")
+    if target.exists():
+        raise ConfigError(
+            f"{target} exists, so nothing was sent: contracts that were deployed before are named there; name another "
+            "file with --addresses, or delete it"
+        )
+    addresses = deploy(options.rpc_url, key, settings, record, options.chain_id)
+    addresses.write(target)
+    record.unlink()
+    sys.stdout.write(f"deployed on chain {addresses.chain_id}; addresses in {target}\n")
     return 0
 
 

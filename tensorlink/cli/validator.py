@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 from smartnodes_core.audit import HashChain
+from smartnodes_core.chain.proposal import Parameters
 from smartnodes_core.config import ValidatorConfig
 from smartnodes_core.errors import SmartnodesError
 from smartnodes_core.journal import Journal
@@ -70,8 +71,11 @@ def _run(config: AuditorConfig, life: Life) -> None:
                 list_interval_s=config.list_interval_s,
                 poll_s=max(0.5, config.round_interval_s / 10),
                 proposer_timeout_s=max(2.0, config.round_interval_s * PROPOSER_SHARE),
+                parameters=_voted_for(config),
             ),
             station.learn_validators,
+            config.data_dir / "proofs",
+            station.announced,
         )
         station.join()
         station.announce(dict)
@@ -83,6 +87,12 @@ def _run(config: AuditorConfig, life: Life) -> None:
     finally:
         station.close()
         auditor.stop()
+
+
+def _voted_for(config: AuditorConfig) -> Parameters | None:
+    if config.vote_fee_bps is None or config.vote_kappa_bps is None:
+        return None
+    return Parameters(config.vote_fee_bps, config.vote_kappa_bps)
 
 
 def _chain_secret(path: Path) -> bytes:

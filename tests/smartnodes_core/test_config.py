@@ -72,3 +72,15 @@ def test_a_file_that_is_missing_or_no_toml_is_a_config_error(tmp_path: Path) -> 
 def test_home_is_expanded_and_every_setting_has_its_help() -> None:
     assert "~" not in str(WorkerConfig().data_dir)
     assert all(help_of(WorkerConfig).values())
+
+
+def test_a_validators_vote_on_parameters_names_both() -> None:
+    assert load(ValidatorConfig, env={}).vote_fee_bps is None
+    voted = load(ValidatorConfig, env={}, flags={"vote_fee_bps": "300", "vote_kappa_bps": "20000"})
+    assert (voted.vote_fee_bps, voted.vote_kappa_bps) == (300, 20_000)
+    for flags, reason in (
+        ({"vote_fee_bps": "300"}, "names both"),
+        ({"vote_fee_bps": "10001", "vote_kappa_bps": "1"}, "at most 10000"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            load(ValidatorConfig, env={}, flags=flags)

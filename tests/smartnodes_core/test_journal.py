@@ -132,3 +132,11 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path, scope, digest):
 def test_a_directory_that_is_not_there_is_a_local_error(tmp_path):
     with pytest.raises(LocalError, match="cannot be used"):
         Journal(tmp_path / "nowhere" / "journal")
+
+
+def test_a_closed_journal_lets_nothing_more_be_signed(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.once("a", b"1" * 32)
+    journal.close()
+    with pytest.raises(LocalError, match="is closed"):
+        journal.once("b", b"2" * 32)

@@ -7,11 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smartnodes_core.chain.packing import pack_reputations, unpack_reputations
-from smartnodes_core.chain.proposal import UNCAPPED, UPHOLD, Admission, Parameters, Payment
+from smartnodes_core.chain.proposal import CORRECT, NO_RULING, UNCAPPED, UPHOLD, Admission, Parameters, Payment
 from smartnodes_core.errors import RecordError
+from smartnodes_core.payments import Price
 from smartnodes_core.reputation import VerdictCounts
 from smartnodes_core.rounds import (
+    Correction,
     Domain,
+    JobWork,
     RoundContext,
     RoundEvidence,
     RoundProposal,
@@ -46,7 +49,7 @@ CONTEXT = RoundContext(
 )
 EVIDENCE = RoundEvidence(
     verdicts={WORKERS[0]: VerdictCounts(honest=2), WORKERS[1]: VerdictCounts(honest=3, fraudulent=1)},
-    work_units={WORKERS[0]: 10, WORKERS[1]: 99, WORKERS[2]: 30, b"s" * 20: 5},
+    work=(JobWork(b"j" * 32, {WORKERS[0]: 10, WORKERS[1]: 99, WORKERS[2]: 30, b"s" * 20: 5}),),
     jobs_created=(b"j" * 32,),
     digests=(b"a" * 32, b"b" * 32),
 )
@@ -72,16 +75,16 @@ accounts = st.lists(st.binary(min_size=20, max_size=20), max_size=10)
 def test_no_more_is_allotted_than_is_emitted(
     work_units: dict[bytes, int], signers: list[bytes], emission_wei: int, cap_wei: int | None
 ) -> None:
-    rewards = allot(work_units, signers, emission_wei, cap_wei)
+    rewards = allot([(work_units, cap_wei)], signers, emission_wei)
     assert sum(rewards.values()) <= emission_wei
     assert all(wei > 0 for wei in rewards.values())
     if cap_wei is not None:
-        assert sum(allot(work_units, [], emission_wei, cap_wei).values()) <= cap_wei
+        assert sum(allot([(work_units, cap_wei)], [], emission_wei).values()) <= cap_wei
 
 
 @given(work, st.integers(1, 10**25))
 def test_equal_work_earns_equal_pay(work_units: dict[bytes, int], emission_wei: int) -> None:
-    rewards = allot(work_units, [], emission_wei)
+    rewards = allot([(work_units, None)], [], emission_wei)
     paid: dict[int, set[int]] = {}
     for account, units in work_units.items():
         paid.setdefault(units, set()).add(rewards.get(account, 0))
@@ -91,24 +94,26 @@ def test_equal_work_earns_equal_pay(work_units: dict[bytes, int], emission_wei: 
 @given(st.integers(2, 10**6), st.integers(1, 10**25), st.data())
 def test_splitting_an_identity_gains_nothing(units: int, emission_wei: int, data: st.DataObject) -> None:
     part = data.draw(st.integers(1, units - 1))
-    whole = allot({b"w" * 20: units, b"o" * 20: 1000}, [], emission_wei)
-    split = allot({b"w" * 20: part, b"x" * 20: units - part, b"o" * 20: 1000}, [], emission_wei)
+    whole = allot([({b"w" * 20: units, b"o" * 20: 1000}, None)], [], emission_wei)
+    split = allot([({b"w" * 20: part, b"x" * 20: units - part, b"o" * 20: 1000}, None)], [], emission_wei)
     assert split.get(b"w" * 20, 0) + split.get(b"x" * 20, 0) <= whole.get(b"w" * 20, 0)
 
 
 def test_workers_share_85_percent_by_work_and_signers_15_in_equal_parts() -> None:
-    rewards = allot({WORKERS[0]: 1, WORKERS[1]: 3}, VALIDATORS[:3], 1000)
+    rewards = allot([({WORKERS[0]: 1, WORKERS[1]: 3}, None)], VALIDATORS[:3], 1000)
     assert rewards == {WORKERS[0]: 212, WORKERS[1]: 637, **dict.fromkeys(VALIDATORS[:3], 50)}
-    assert allot({}, VALIDATORS[:1], 1000) == {VALIDATORS[0]: 150}
-    assert allot({WORKERS[0]: 5}, [], 1000, cap_wei=10) == {WORKERS[0]: 10}
+    assert allot([], VALIDATORS[:1], 1000) == {VALIDATORS[0]: 150}
+    assert allot([({WORKERS[0]: 5}, 10)], [], 1000) == {WORKERS[0]: 10}
 
 
 def test_proposers_are_drawn_anew_each_round_and_everybody_draws_the_same() -> None:
-    order = draw_proposers(VALIDATORS, b"p" * 32, 7)
+    order = draw_proposers(VALIDATORS, 7)
     assert sorted(order) == sorted(VALIDATORS)
-    assert order == draw_proposers(reversed(VALIDATORS), b"p" * 32, 7)
-    firsts = [draw_proposers(VALIDATORS, b"p" * 32, number)[0] for number in range(400)]
+    assert order == draw_proposers(reversed(VALIDATORS), 7)
+    firsts = [draw_proposers(VALIDATORS, number)[0] for number in range(400)]
     assert all(firsts.count(validator) > 60 for validator in VALIDATORS)
+    without_one = [draw_proposers(VALIDATORS[1:], number)[0] for number in range(400)]
+    assert firsts != without_one
 
 
 def test_a_proposal_scores_slashes_and_pays_by_the_evidence() -> None:
@@ -135,7 +140,7 @@ def test_few_validators_lower_reputation_only() -> None:
 def test_the_order_of_evidence_does_not_matter() -> None:
     shuffled = RoundEvidence(
         verdicts=dict(reversed(EVIDENCE.verdicts.items())),
-        work_units=dict(reversed(EVIDENCE.work_units.items())),
+        work=tuple(replace(job, units=dict(reversed(job.units.items()))) for job in EVIDENCE.work),
         jobs_created=EVIDENCE.jobs_created,
         digests=tuple(reversed(EVIDENCE.digests)),
     )
@@ -204,10 +209,68 @@ def test_a_frozen_root_is_upheld_by_those_who_signed_it() -> None:
     assert (proposal.ruling, proposal.ruled_round) == (UPHOLD, 4)
 
 
-def test_workers_share_no_more_than_what_jobs_burned() -> None:
-    paid = Settlement(b"e" * 32, 0, (Payment(b"t" * 20, 1000 * SNO),))
-    context = replace(CONTEXT, parameters=Parameters(500, 10_000), totals_wei={})
-    proposal, totals = propose(context, replace(EVIDENCE, settlements=(paid,)))
-    signers_wei = context.emission_wei - context.emission_wei * 85 // 100
-    assert proposal.allotment_wei <= signers_wei + 50 * SNO
+def paid_job(name: bytes, units: dict[bytes, int], **changes: object) -> JobWork:
+    """A job that pays 1 SNO for each unit of work, out of a full escrow."""
+    fields = {"price": Price(SNO, 1), "escrow_id": name * 32, "available_wei": 10**6 * SNO, **changes}
+    return JobWork(name * 32, units, **fields)  # type: ignore[arg-type]
+
+
+CAPPED = replace(CONTEXT, parameters=Parameters(500, 10_000), totals_wei={})
+
+
+def test_a_root_found_wrong_is_corrected_and_what_it_allotted_is_allotted_anew() -> None:
+    before, earned = {WORKERS[0]: 7}, {WORKERS[0]: 30, WORKERS[2]: 10}
+    wrong = {WORKERS[3]: 10**30}
+    for released_wei, corrected in ((100, {WORKERS[0]: 37, WORKERS[2]: 10}), (20, {WORKERS[0]: 22, WORKERS[2]: 5})):
+        correction = Correction(before, earned, released_wei)
+        assert correction.totals_wei == corrected
+        assert correction.allotment_wei == min(40, released_wei)
+        context = replace(CONTEXT, frozen_from=4, correction=correction, totals_wei=wrong)
+        proposal, totals = propose(context, replace(EVIDENCE, work=(), verdicts={}))
+        assert (proposal.ruling, proposal.ruled_round) == (CORRECT, 4)
+        assert {account: wei for account, wei in totals.items() if account in WORKERS} == corrected
+        signers_wei = sum(totals.values()) - sum(corrected.values())
+        assert proposal.allotment_wei == signers_wei + correction.allotment_wei
+        thawed, totals = propose(replace(context, frozen_from=0), replace(EVIDENCE, work=(), verdicts={}))
+        assert thawed.ruling == NO_RULING
+        assert totals[WORKERS[3]] == 10**30
+
+
+def test_workers_share_no_more_than_what_their_own_job_burned() -> None:
+    work = (
+        paid_job(b"a", {WORKERS[0]: 100}),
+        paid_job(b"b", {WORKERS[2]: 40}),
+        JobWork(b"f" * 32, {WORKERS[3]: 10**6}),
+    )
+    proposal, totals = propose(CAPPED, replace(EVIDENCE, work=work, verdicts={}))
+    assert {account: totals.get(account, 0) for account in WORKERS} == {
+        WORKERS[0]: 5 * SNO,  # 5 % of 100 SNO were burned
+        WORKERS[1]: 0,
+        WORKERS[2]: 2 * SNO,
+        WORKERS[3]: 0,  # free work, however much of it, earns nothing and takes nothing
+    }
+    assert [settlement.escrow_id for settlement in proposal.settlements] == [b"a" * 32, b"b" * 32]
     assert sum(totals.values()) == proposal.allotment_wei
+
+
+def test_a_coin_job_earns_no_emission_and_its_fee_goes_to_the_signers() -> None:
+    work = (paid_job(b"c", {WORKERS[0]: 100, VALIDATORS[0]: 0}, in_coin=True),)
+    proposal, totals = propose(replace(CAPPED, parameters=Parameters(300, UNCAPPED)), replace(EVIDENCE, work=work))
+    assert WORKERS[0] not in totals
+    (settlement,) = proposal.settlements
+    assert settlement.payments == (
+        Payment(WORKERS[0], 100 * SNO),
+        *(Payment(account, SNO) for account in VALIDATORS[:3]),
+    )
+
+
+def test_a_fraud_is_not_paid_from_the_escrow_either() -> None:
+    work = (paid_job(b"a", {WORKERS[0]: 1, WORKERS[1]: 1}),)  # the second one's verdict is fraudulent
+    proposal, _ = propose(CONTEXT, replace(EVIDENCE, work=work))
+    assert proposal.settlements[0].payments == (Payment(WORKERS[0], SNO),)
+
+
+def test_parameters_are_proposed_where_they_differ_from_those_in_force() -> None:
+    wanted = Parameters(100, 20_000)
+    assert propose(CONTEXT, replace(EVIDENCE, parameters=wanted))[0].parameters == (wanted,)
+    assert propose(CONTEXT, replace(EVIDENCE, parameters=CONTEXT.parameters))[0].parameters == ()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 
 import tensorlink
 from smartnodes_core.chain.account import save_account_key
+from smartnodes_core.chain.base import RefusedError
 from smartnodes_core.chain.devnet.accounts import devnet_key
 from smartnodes_core.errors import (
     AuthorityError,
@@ -24,6 +27,8 @@ from smartnodes_core.errors import (
 )
 from smartnodes_core.identity import Identity
 from smartnodes_core.nodes import station
+from smartnodes_core.nodes.paying import Offer, take_back
+from smartnodes_core.payments import Price
 from smartnodes_core.records import Announcement
 from tensorlink.network import LocalNetwork
 
@@ -111,6 +116,32 @@ def test_another_user_joins_with_a_settings_file_and_trains(network, config):
             model(x).sum().backward()
             optimizer.step()
             assert model.report()["num_steps"] == 1
+
+
+def test_a_job_is_paid_from_its_deposit_as_its_work_is_verified(network, config):
+    x = torch.randn(4, 3)
+    with tensorlink.connect(config()) as joined:
+        network.chain.transfer(joined.chain.account, 10**9)
+        joined.offer = Offer(Price(1, 1), deposit_wei=10**9, lasts_s=600)
+        with tensorlink.DistributedModel(
+            nn.Linear(3, 2), network=joined, stages=1, example_inputs=(x,), progress=False
+        ) as model:
+            optimizer = tensorlink.DistributedOptimizer(model, torch.optim.SGD, lr=0.1)
+            model(x).sum().backward()
+            optimizer.step()
+            job = model._placement.job
+        chain = joined.chain
+        escrow_id = chain.escrow_id(joined.network_id, chain.account, job.id)
+        pause, deadline = threading.Event(), time.monotonic() + 60
+        while chain.escrow(escrow_id).remaining_wei == 10**9:
+            assert time.monotonic() < deadline
+            pause.wait(0.2)
+        work = 4 * job.record.work_units[0]  # as many micro-batches
+        assert chain.escrow(escrow_id).remaining_wei == 10**9 - work - -(-work * 500 // 10_000)
+        worker = joined.station.membership.account_of(job.worker_of(0))
+        assert chain.balances(worker).credit_wei >= work
+        with pytest.raises(RefusedError, match="NotYetRefundable"):
+            take_back(chain, joined.network_id, job.id)
 
 
 def test_joining_says_what_is_wrong(config, monkeypatch):

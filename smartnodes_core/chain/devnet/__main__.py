@@ -35,6 +35,12 @@ def _parser() -> argparse.ArgumentParser:
         "--journal", type=Path, help="file that survives a kill; without it the chain is in memory only"
     )
     parser.add_argument(
+        "--checkpoint-entries",
+        type=int,
+        default=100,
+        help="transactions between two checkpoints of the journal (default: %(default)s)",
+    )
+    parser.add_argument(
         "--ready-fd", type=int, help="write the URL to this file descriptor when listening, and close it"
     )
     parser.add_argument("--ready-file", type=Path, help="write the URL to this file when listening")
@@ -54,7 +60,8 @@ def _run(options: argparse.Namespace) -> int:
     from smartnodes_core.chain.devnet.methods import Methods
     from smartnodes_core.chain.devnet.server import RpcServer
 
-    ledger = Ledger(DevnetJournal(options.journal) if options.journal else None)
+    journal = DevnetJournal(options.journal) if options.journal else None
+    ledger = Ledger(journal, checkpoint_entries=max(1, options.checkpoint_entries))
     server = RpcServer(Methods(ledger), options.host, options.port)
     serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.2})
     serving.start()

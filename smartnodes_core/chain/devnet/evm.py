@@ -17,10 +17,11 @@ from eth.vm.execution_context import ExecutionContext
 from eth.vm.forks.berlin.transactions import calculate_txn_intrinsic_gas_berlin
 from eth.vm.forks.cancun import CancunVM
 from eth.vm.forks.cancun.state import CancunState
-from eth_typing import Address
+from eth_typing import Address, Hash32
 from eth_utils.exceptions import ValidationError
 
 from smartnodes_core.chain.devnet import CHAIN_ID
+from smartnodes_core.chain.devnet.nodes import NodeStore
 
 BLOCK_GAS_LIMIT = 30_000_000
 BASE_FEE_WEI = 10**9
@@ -79,23 +80,27 @@ class Call:
 
 
 class Evm:
-    """The state after all transactions so far. Not thread-safe: `Ledger` holds the lock."""
+    """The state after all transactions so far: begun with `funds_wei`, or found under `state_root` in `nodes`.
+    Not thread-safe: `Ledger` holds the lock.
+    """
 
-    def __init__(self, funds_wei: Mapping[bytes, int]):
-        self._state = CancunState(AtomicDB(), block_context(0, 0, BASE_FEE_WEI), BLANK_ROOT_HASH)
-        for account, wei in funds_wei.items():
+    def __init__(self, funds_wei: Mapping[bytes, int], nodes: NodeStore | None = None, state_root: bytes | None = None):
+        self.nodes = NodeStore() if nodes is None else nodes
+        root = Hash32(state_root or BLANK_ROOT_HASH)
+        self._state = CancunState(AtomicDB(self.nodes), block_context(0, 0, BASE_FEE_WEI), root)
+        for account, wei in funds_wei.items() if state_root is None else ():
             self._state.set_balance(Address(account), wei)
         self._state.persist()
-        self._builder = CancunVM.get_transaction_builder()
 
     @property
     def state_root(self) -> bytes:
         return bytes(self._state.state_root)
 
-    def decode(self, raw: bytes) -> Any:
+    @staticmethod
+    def decode(raw: bytes) -> Any:
         """The transaction in `raw` after all checks that need no state. Raises RejectedTransaction."""
         try:
-            transaction = self._builder.decode(raw)
+            transaction = CancunVM.get_transaction_builder().decode(raw)
             transaction.validate()
             chain_id = transaction.chain_id
         except RecursionError:

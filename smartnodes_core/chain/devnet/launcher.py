@@ -22,10 +22,18 @@ class DevnetProcess:
     Raises PortInUseError, or ChainError with what the process wrote, where it does not come up before the deadline.
     """
 
-    def __init__(self, port: int = 0, journal: Path | None = None, deadline_s: float = START_DEADLINE_S):
+    def __init__(
+        self,
+        port: int = 0,
+        journal: Path | None = None,
+        deadline_s: float = START_DEADLINE_S,
+        checkpoint_entries: int | None = None,
+    ):
         command = [sys.executable, "-m", "smartnodes_core.chain.devnet", "--port", str(port), "--exit-with-parent"]
         if journal is not None:
             command += ["--journal", str(journal)]
+        if checkpoint_entries is not None:
+            command += ["--checkpoint-entries", str(checkpoint_entries)]
         reader, writer = os.pipe()
         try:
             self.process = subprocess.Popen(

@@ -1,83 +1,74 @@
 """The chain's history and its clock: one block per transaction, as soon as it arrives.
 
 Block times follow the wall clock (several blocks may share a second), and calls see the present second, because the
-contracts reckon in time. Everything is in memory and, with a journal, rebuilt from it. Block hashes bind number, time,
-state and transaction, but are not Ethereum's header hashes.
+contracts reckon in time. With a journal the chain is rebuilt at start from the last checkpoint and what the journal
+holds beyond it; without one it is in memory only.
 """
 
 from __future__ import annotations
 
+import logging
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from smartnodes_core.chain.devnet.accounts import FUNDS_WEI, devnet_accounts
+from smartnodes_core.chain.devnet.archive import Archive, Checkpoint
 from smartnodes_core.chain.devnet.evm import Call, Evm, Outcome, RejectedTransaction
-from smartnodes_core.chain.devnet.journal import DevnetJournal, Entry, Kind
-from smartnodes_core.chain.signing import keccak, word
+from smartnodes_core.chain.devnet.history import Block, History, Mined
+from smartnodes_core.chain.devnet.journal import MAX_TRANSACTION_BYTES, DevnetJournal, Entry, Kind
+from smartnodes_core.chain.devnet.nodes import NodeStore
+from smartnodes_core.chain.signing import keccak
 from smartnodes_core.errors import ChainError
 
-MAX_TRANSACTION_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Mined:
-    """A transaction, as it came and as py-evm decoded it, with what it did."""
-
-    hash: bytes
-    raw: bytes
-    transaction: Any
-    outcome: Outcome
-    block_number: int
-
-
-@dataclass(frozen=True)
-class Block:
-    number: int
-    hash: bytes
-    parent_hash: bytes
-    timestamp_s: int
-    state_root: bytes
-    mined: Mined | None
+ARCHIVE_SUFFIX = ".checkpoint"
+CHECKPOINT_ENTRIES = 100
+_LOG = logging.getLogger(__name__)
 
 
 class Ledger:
-    """Thread-safe. `clock` gives the wall clock in seconds."""
+    """Thread-safe. `clock` gives the wall clock in seconds; a checkpoint is made every `checkpoint_entries` entries of
+    the journal, and when it is closed.
+    """
 
-    def __init__(self, journal: DevnetJournal | None = None, clock: Callable[[], float] = time.time):
+    def __init__(
+        self,
+        journal: DevnetJournal | None = None,
+        clock: Callable[[], float] = time.time,
+        checkpoint_entries: int = CHECKPOINT_ENTRIES,
+    ):
         self._lock = threading.RLock()
         self._clock = clock
         self._shift_s = 0
         self._journal: DevnetJournal | None = None
         self._broken = False
-        self.evm = Evm(dict.fromkeys(devnet_accounts(), FUNDS_WEI))
-        self.blocks: list[Block] = []
-        self.by_hash: dict[bytes, Mined] = {}
-        self._append_block(0, None)
-        for entry in journal.entries if journal else ():
-            self._replay(entry)
-        if journal:
-            journal.entries.clear()
+        self._checkpoint_entries, self._new_entries = checkpoint_entries, 0
+        self._archive = Archive(journal.path.with_name(journal.path.name + ARCHIVE_SUFFIX)) if journal else None
+        if journal is None or self._archive is None or not self._resume(journal, self._archive):
+            self._begin()
+        if journal is not None:
+            for entry in journal.replay():
+                self._replay(entry)
+                self._count(journal)
         self._journal = journal
 
     @property
     def head(self) -> Block:
-        return self.blocks[-1]
+        return self.history.head
 
     def now_s(self) -> int:
         """The time the next block would carry: never before the last one's."""
-        now = int(self._clock()) + self._shift_s
-        return max(now, self.blocks[-1].timestamp_s) if self.blocks else now
+        return max(int(self._clock()) + self._shift_s, self.head.timestamp_s)
 
     def send(self, raw: bytes) -> Mined:
         """Executes a signed transaction in a block of its own; durable when it returns. Raises RejectedTransaction."""
         if len(raw) > MAX_TRANSACTION_BYTES:
             raise RejectedTransaction(f"oversized data: {len(raw)} bytes, at most {MAX_TRANSACTION_BYTES}")
-        if keccak(raw) in self.by_hash:
+        if self.history.mined(keccak(raw)) is not None:
             raise RejectedTransaction("already known")
-        transaction = self.evm.decode(raw)
+        transaction = Evm.decode(raw)
         with self._lock:
             self._check_usable()
             now = self.now_s()
@@ -116,26 +107,67 @@ class Ledger:
 
     def close(self) -> None:
         with self._lock:
+            if self._journal is not None and not self._broken and self._new_entries:
+                self._checkpoint(self._journal)
             self._broken = True
+            if self._archive is not None:
+                self._archive.close()
             if self._journal is not None:
                 self._journal.close()
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """The chain's first block, with everybody's funds in it."""
+        nodes = NodeStore(self._archive.node) if self._archive else NodeStore()
+        self.evm = Evm(dict.fromkeys(devnet_accounts(), FUNDS_WEI), nodes)
+        self.history = History(self._archive, 0, Evm.decode)
+        self.history.append(0, self.evm.state_root, None)
+
+    def _resume(self, journal: DevnetJournal, archive: Archive) -> bool:
+        """Goes on from the last checkpoint, if there is one and it is this journal's."""
+        last = archive.checkpoint()
+        if last is None:
+            return False
+        if last.journal == journal.id and journal.goes_on_after(last.position, last.mark):
+            self.history = History(archive, last.num_blocks, Evm.decode)
+            self.evm = Evm({}, NodeStore(archive.node), self.head.state_root)
+            self._shift_s = last.shift_s
+            journal.skip_to(last.position, last.mark)
+            return True
+        _LOG.warning("the checkpoint beside %s is of another journal: all of it is executed anew", journal.path)
+        archive.clear()
+        return False
+
+    def _count(self, journal: DevnetJournal) -> None:
+        """One more entry is on disk; every so many a checkpoint is made."""
+        self._new_entries += 1
+        if self._new_entries >= self._checkpoint_entries:
+            self._checkpoint(journal)
+
+    def _checkpoint(self, journal: DevnetJournal) -> None:
+        if self._archive is None:
+            return
+        self._new_entries = 0
+        done = Checkpoint(journal.id, journal.position, journal.mark(), len(self.history), self._shift_s)
+        try:
+            self._archive.save(done, self.evm.nodes.needed(self.evm.state_root), self.history.rows())
+        except sqlite3.Error as error:
+            # Nothing is lost: the journal has it all, and the next start only takes longer.
+            _LOG.warning("no checkpoint could be written beside %s (%s)", journal.path, error)
+            return
+        self.evm.nodes.settle()
+        self.history.settle()
 
     def _execute(self, raw: bytes, transaction: Any, at_s: int) -> Mined:
         number = self.head.number + 1
         outcome = self.evm.execute(transaction, number, at_s)
         mined = Mined(keccak(raw), raw, transaction, outcome, number)
-        self.by_hash[mined.hash] = mined
         self._append_block(at_s, mined)
         return mined
 
     def _append_block(self, at_s: int, mined: Mined | None) -> Block:
-        number = len(self.blocks)
-        parent = self.blocks[-1].hash if self.blocks else bytes(32)
-        root = self.evm.state_root
-        content = parent + word(number) + word(at_s) + root + (mined.hash if mined else b"")
-        block = Block(number, keccak(content), parent, at_s, root, mined)
-        self.blocks.append(block)
-        return block
+        return self.history.append(at_s, self.evm.state_root, mined)
 
     def _record(self, entry: Entry) -> None:
         if self._journal is None:
@@ -147,6 +179,7 @@ class Ledger:
             raise ChainError(
                 f"the devnet's journal cannot be written ({error}): free the disk and restart it"
             ) from error
+        self._count(self._journal)
 
     def _check_usable(self) -> None:
         if self._broken:
@@ -154,7 +187,7 @@ class Ledger:
 
     def _replay(self, entry: Entry) -> None:
         if entry.kind is Kind.TRANSACTION:
-            self._execute(entry.payload, self.evm.decode(entry.payload), entry.at_s)
+            self._execute(entry.payload, Evm.decode(entry.payload), entry.at_s)
         elif entry.kind is Kind.EMPTY_BLOCK:
             self._append_block(entry.at_s, None)
         else:

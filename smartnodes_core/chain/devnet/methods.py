@@ -11,7 +11,8 @@ from typing import Any
 from smartnodes_core.chain.devnet import CHAIN_ID
 from smartnodes_core.chain.devnet import render as show
 from smartnodes_core.chain.devnet.evm import BASE_FEE_WEI, BLOCK_GAS_LIMIT, Call, Outcome, RejectedTransaction
-from smartnodes_core.chain.devnet.ledger import Block, Ledger
+from smartnodes_core.chain.devnet.history import Block, Mined
+from smartnodes_core.chain.devnet.ledger import Ledger
 from smartnodes_core.chain.devnet.logs import find_logs
 from smartnodes_core.errors import ChainError
 
@@ -57,7 +58,7 @@ class Methods:
             "eth_getTransactionByHash": self._transaction,
             "eth_getBlockByNumber": lambda number, full=False: self._block(self._at(number), full),
             "eth_getBlockByHash": self._block_by_hash,
-            "eth_getLogs": lambda criteria: find_logs(ledger.blocks, _fields(criteria), self._number),
+            "eth_getLogs": lambda criteria: find_logs(ledger.history, _fields(criteria), self._number),
             "evm_mine": lambda *_: hex(ledger.mine().number),
             "evm_increaseTime": lambda seconds: ledger.shift_time(_quantity(seconds)),
         }
@@ -100,23 +101,27 @@ class Methods:
 
     def _at(self, block: Any) -> Block | None:
         number = self._number(block)
-        return self._ledger.blocks[number] if 0 <= number < len(self._ledger.blocks) else None
+        return self._ledger.history.block(number)
 
     def _block(self, block: Block | None, full: Any) -> dict[str, Any] | None:
         return None if block is None else show.block(block, bool(full))
 
     def _block_by_hash(self, block_hash: Any, full: Any = False) -> dict[str, Any] | None:
-        wanted = _bytes(block_hash, 32)
-        found = next((block for block in reversed(self._ledger.blocks) if block.hash == wanted), None)
-        return self._block(found, full)
+        return self._block(self._ledger.history.block_with_hash(_bytes(block_hash, 32)), full)
 
     def _receipt(self, transaction_hash: Any) -> dict[str, Any] | None:
-        mined = self._ledger.by_hash.get(_bytes(transaction_hash, 32))
-        return None if mined is None else show.receipt(mined, self._ledger.blocks[mined.block_number])
+        found = self._mined(transaction_hash)
+        return None if found is None else show.receipt(*found)
 
     def _transaction(self, transaction_hash: Any) -> dict[str, Any] | None:
-        mined = self._ledger.by_hash.get(_bytes(transaction_hash, 32))
-        return None if mined is None else show.transaction(mined, self._ledger.blocks[mined.block_number])
+        found = self._mined(transaction_hash)
+        return None if found is None else show.transaction(*found)
+
+    def _mined(self, transaction_hash: Any) -> tuple[Mined, Block] | None:
+        history = self._ledger.history
+        mined = history.mined(_bytes(transaction_hash, 32))
+        block = history.block(mined.block_number) if mined else None
+        return (mined, block) if mined and block else None
 
     def _fee_history(self, count: Any, newest: Any = None, percentiles: Any = ()) -> dict[str, Any]:
         count = max(1, min(_quantity(count), 1024, self._number(newest) + 1))

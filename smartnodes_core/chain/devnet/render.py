@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from smartnodes_core.chain.devnet.evm import BASE_FEE_WEI, BLOCK_GAS_LIMIT, Log
-from smartnodes_core.chain.devnet.ledger import Block, Mined
+from smartnodes_core.chain.devnet.history import Block, Mined
 
 _NO_BLOOM = "0x" + "00" * 256
 _NO_HASH = "0x" + "00" * 32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 
 from smartnodes_core.chain.base import Chain
 from smartnodes_core.chain.devnet.accounts import devnet_key
+from smartnodes_core.chain.devnet.anvil import AnvilProcess
 from smartnodes_core.chain.devnet.launcher import DevnetProcess
 from smartnodes_core.chain.merkle import RewardTree
 from smartnodes_core.chain.proposal import UNCAPPED, Admission
@@ -111,6 +113,7 @@ def contracts_world(url: str) -> tuple[World, Addresses]:
 
     def pass_time(seconds: int) -> None:
         rpc(url, "evm_increaseTime", seconds)
+        rpc(url, "evm_mine")  # on other chains than the embedded one calls see the time of the last block
 
     return World(lambda key: ChainClient(url, addresses, key), pass_time), addresses
 
@@ -120,10 +123,21 @@ def deployed(devnet: DevnetProcess) -> tuple[World, Addresses]:
     return contracts_world(devnet.url)
 
 
-@pytest.fixture(params=["memory", "contracts"])
+@pytest.fixture(scope="session")
+def anvil() -> Iterator[AnvilProcess]:
+    program = shutil.which("anvil")
+    if program is None:
+        pytest.skip("anvil is not on the PATH")
+    with AnvilProcess(program) as process:
+        yield process
+
+
+@pytest.fixture(params=["memory", "contracts", "anvil"])
 def world(request: pytest.FixtureRequest) -> World:
     if request.param == "contracts":
         return request.getfixturevalue("deployed")[0]
+    if request.param == "anvil":
+        return contracts_world(request.getfixturevalue("anvil").url)[0]
     from smartnodes_core.chain.memory import MemoryChain
     from smartnodes_core.chain.model import ChainModel
 

@@ -378,6 +378,7 @@ class Twins(RuleBasedStateMachine):
         assert all(escrow.remaining_wei == 0 for escrow in self.model.escrows.values())
 
 
+@pytest.mark.timeout(0)  # the long mode takes most of an hour; each call is a few milliseconds of this process
 def test_contracts_and_model_do_the_same_whatever_is_called(request: pytest.FixtureRequest) -> None:
     wanted = request.config.getoption("--chain-calls")
     steps = 60

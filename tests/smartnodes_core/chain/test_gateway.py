@@ -170,6 +170,21 @@ def test_the_schedule_of_the_contract_is_that_of_the_twin(
     assert mintable_wei(SETTINGS, 30 * year_s) - mintable_wei(SETTINGS, 30 * year_s - 600) == 70 * SNO
 
 
+def test_emission_between_two_times_is_that_of_the_round_that_accounted_them(world: World) -> None:
+    world.validators(3)
+    proposal = world.proposal()
+    chain = world.chain()
+    before = chain.round_state(NETWORK)
+    emission_wei = chain.emission_wei(NETWORK, proposal.until_s)
+    assert emission_wei > 0
+    world.execute(proposal, 0, 1, 2)
+    assert chain.emission_wei(NETWORK, proposal.until_s) == 0  # accounted now
+    assert chain.emission_between_wei(NETWORK, before.emitted_until_s, proposal.until_s) == emission_wei
+    assert chain.emission_between_wei(NETWORK, 0, proposal.until_s) >= emission_wei  # two intervals at most
+    assert chain.emission_between_wei(NETWORK, proposal.until_s, proposal.until_s) == 0
+    assert chain.dispute_window_s == SETTINGS.dispute_window_s
+
+
 def test_two_clients_with_one_key_never_lose_or_repeat_a_payment(
     devnet: DevnetProcess, deployed: tuple[World, Addresses]
 ) -> None:

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 
+from smartnodes_core.chain.base import NoFundsError
 from smartnodes_core.chain.memory import MemoryChain
 from smartnodes_core.chain.model import ChainModel
 from smartnodes_core.chain.settings import SNO, ChainSettings
 from smartnodes_core.chain.signing import address_of
-from smartnodes_core.errors import AuthorityError, ChainError
+from smartnodes_core.errors import AuthorityError, ChainError, ConfigError
 from smartnodes_core.nodes.membership import Membership, key_hash
 
 NETWORK = 1
@@ -63,6 +64,36 @@ def test_an_account_that_is_somebody_else_cannot_join(town):
     town.model.peek(NETWORK).update(0, reputation=0)
     with pytest.raises(AuthorityError, match="blacklisted"):
         town.membership(0).join("worker", NODE_KEYS[0])
+
+
+def test_what_stands_in_the_way_of_a_registration_is_told_with_its_remedy(town):
+    elsewhere = town.membership(0)
+    elsewhere.network_id = 9
+    with pytest.raises(ConfigError, match="network 9 is not open in these contracts: set network_id"):
+        elsewhere.join("worker", NODE_KEYS[0])
+    town.membership(0).join("worker", NODE_KEYS[0])
+    town.model.peek(NETWORK).update(0, verified=True)
+    with pytest.raises(AuthorityError, match="this node's key belongs to account 0x"):
+        town.membership(1).join("worker", NODE_KEYS[0])
+    poor = MemoryChain(town.model, b"p" * 32)
+    with pytest.raises(NoFundsError, match="has 0 wei of SNO, needed are"):
+        Membership(poor, NETWORK).join("validator", NODE_KEYS[1])
+
+
+def test_an_account_that_another_process_registers_at_the_same_time_joins(town):
+    first, second = town.membership(0), town.membership(0)
+    member, asked = second.chain.member, []
+
+    def late(network_id, account):
+        asked.append(account)
+        if len(asked) == 1:  # both have looked before one of them registers
+            first.join("worker", NODE_KEYS[0])
+            return None
+        return member(network_id, account)
+
+    second.chain.member = late
+    assert second.join("worker", NODE_KEYS[0]).index == 0
+    assert len(town.model.peek(NETWORK).members) == 1
 
 
 def test_members_are_known_by_node_key(town):

@@ -1,0 +1,1 @@
+"""Who would cheat the rewards, and what it brings: used by `benchmark_attacks.py` and by tests."""

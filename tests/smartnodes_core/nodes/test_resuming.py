@@ -1,0 +1,81 @@
+"""A validator that was away takes up the jobs that it audits, with what was drawn in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from smartnodes_core.errors import AuthorityError, ProtocolError, RecordError
+
+from .conftest import NETWORK
+
+
+def restart(net: Any, index: int) -> Any:
+    """The validator's process dies; the same member begins anew, with its journal and nothing else."""
+    old = net.validators[index]
+    net.everybody.remove(old)
+    old.stop()
+    again = net.citizen(index + 1, "validator")
+    again.journal = old.journal
+    net.validators[index] = again
+    net.meet()
+    net.make_validator(again)
+    again.role.audits.start()
+    again.role.evidence.start()
+    return again
+
+
+def test_a_validator_that_restarts_justifies_rounds_of_jobs_that_were_open(net: Any, eventually: Any) -> None:
+    job = net.open()
+    net.work(job, range(3))
+    eventually(lambda: net.everyone_has(12, job))
+    again = restart(net, 1)
+    assert again.role.audits.jobs == {}
+    again.role.resume()
+    eventually(lambda: net.everyone_has(12, job))
+    other, chain = net.validators[0].role.rounds.books, net.user.chain
+    books = again.role.rounds.books
+    eventually(lambda: books.records.unsettled() == other.records.unsettled())
+    assert len(books.records.unsettled()[0]) == 12
+    eventually(lambda: chain.round_state(NETWORK).chain_time_s >= chain.round_state(NETWORK).earliest_at_s)
+    state = chain.round_state(NETWORK)
+    assert books.records.evidence(state, *books.records.unsettled()) == other.records.evidence(
+        state, *other.records.unsettled()
+    )
+    net.work(job, range(3, 5))  # and goes on auditing
+    eventually(lambda: net.everyone_has(20, job))
+    assert all(not audited.void for audited in again.role.audits.jobs.values())
+
+
+def test_a_job_that_only_a_faulty_validator_names_is_not_taken_up(net: Any, eventually: Any) -> None:
+    job = net.open()
+    again = restart(net, 1)
+    for validator in (net.validators[0], net.validators[2]):
+        validator.role.jobs.entries.clear()
+    again.role.resume()
+    assert again.role.jobs.entries == {}
+    net.validators[2].role.jobs.take_up(job)
+    again.role.resume()
+    assert list(again.role.jobs.entries) == [job.id]
+    again.role.resume()
+    assert list(again.role.jobs.entries) == [job.id]
+
+
+def test_records_are_told_page_by_page_to_validators_of_the_job(
+    net: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = net.open()
+    net.work(job, range(3))
+    eventually(lambda: net.everyone_has(12, job))
+    monkeypatch.setattr("smartnodes_core.nodes.resuming.MAX_RECORD_BYTES", 1500)  # one or two records a page
+    again = restart(net, 2)
+    again.role.resume()
+    eventually(lambda: net.everyone_has(12, job))
+    first = net.validators[0]
+    with pytest.raises(RecordError, match="does not know"):
+        again.node.call(first.key, "audit_records", {"job": bytes(32), "after": b""})
+    with pytest.raises(ProtocolError):
+        again.node.call(first.key, "audit_records", {"job": job.id, "after": bytes(65)})
+    with pytest.raises(AuthorityError):
+        net.workers[0].node.call(first.key, "audit_records", {"job": job.id, "after": b""})
