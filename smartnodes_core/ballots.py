@@ -135,6 +135,13 @@ class BallotBox:
         self._motions[motion.id] = _Votes(motion)
         return motion
 
+    def keep_shown(self, motion: Motion) -> None:
+        """Keep a motion with the records that were found behind it, whatever others had named before: the votes are for
+        the content, which binds them all but does not say which are verdicts.
+        """
+        if motion.id in self._motions:
+            self._motions[motion.id].motion = motion
+
     def drop_motion(self, motion: Motion) -> None:
         """Forget a proposal; its votes stay."""
         self._motions.pop(motion.id, None)

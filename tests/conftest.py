@@ -22,3 +22,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=3,
         help="how often the devnet is killed at a random instant (the long mode: 100)",
     )
+    parser.addoption(
+        "--validator-kills",
+        type=int,
+        default=0,
+        help="how often two of four validators, and then the chain, are killed at a random instant (the long mode: 5)",
+    )

@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from smartnodes_core.chain.base import Chain, NoFundsError, RefusedError, RoundState
 from smartnodes_core.chain.proposal import NO_HASH, UPHOLD, RoundProposal
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 #: Rounds of which an opinion is kept: as many roots as the contract keeps.
 MAX_ROUNDS = 64
+#: Rounds of which it is kept what the chain said before: a round is judged soon after it is executed.
+MAX_BEFORE = 8
 
 Totals = Mapping[bytes, int]
 
@@ -55,9 +58,8 @@ class RootChecks:
             base = self._judged.get(state.number)
             if base is None or (base.is_right and base.totals_wei != context.totals_wei):
                 self._judged[state.number] = _Judged(context.totals_wei, {}, 0, is_right=True)
-            for table in (self._before, self._judged):
-                for number in sorted(table)[: max(0, len(table) - MAX_ROUNDS)]:
-                    del table[number]
+            _keep_newest(self._before, MAX_BEFORE)
+            _keep_newest(self._judged, MAX_ROUNDS)
 
     def accept(self, content: RoundProposal, totals_wei: Totals) -> None:
         """A round was executed that this validator justified."""
@@ -70,7 +72,7 @@ class RootChecks:
             earned = {account: wei for account, wei in earned.items() if wei > 0}
             self._judged[content.round] = _Judged(totals_wei, earned, content.allotment_wei, is_right=True)
 
-    def judge(self, proposal: Proposal, content: RoundProposal) -> Totals | None:
+    def judge(self, proposal: Proposal, content: RoundProposal) -> dict[bytes, int] | None:
         """A round was executed that this validator did not sign: the totals that should be under its root, where they
         are; else None.
         """
@@ -151,3 +153,8 @@ class RootChecks:
                     earned[account] = earned.get(account, 0) + wei
             released_wei = sum(self._judged[number].allotment_wei for number in frozen)
             return Correction(self._judged[frozen.start - 1].totals_wei, earned, released_wei)
+
+
+def _keep_newest(table: dict[int, Any], most: int) -> None:
+    for number in sorted(table)[: max(0, len(table) - most)]:
+        del table[number]

@@ -179,7 +179,7 @@ class RoundBooks:
         if known is None:
             totals_wei = self.roots.judge(proposal, content)
             if totals_wei is not None:
-                self.rewards.publish(dict(totals_wei))
+                self.rewards.publish(totals_wei)
         with self._lock:
             self._kept[digest] = proposal
             trim(self._kept, MAX_PUBLISHED)

@@ -143,10 +143,17 @@ class RoundDesk:
         return self._poll_s
 
     def meet(self) -> None:
-        """Learn the node keys of validators that this one does not know yet: whom it asks, tells and follows."""
+        """Learn the node keys of validators that this one does not know yet: whom it asks, tells and follows. Who is
+        connected says who it is; of others, the directory does.
+        """
         known = self._membership.members(max_age_s=self._membership.max_age_s)
-        live = [member.account for member in known if member.role == "validator" and member.live]
-        if any(self._membership.node_key_of(account) is None for account in live if account != self._account):
+        live = [m.account for m in known if m.role == "validator" and m.live and m.account != self._account]
+        if all(self._membership.node_key_of(account) is not None for account in live):
+            return
+        for peer in self._node.peers():
+            if peer.role == "validator":
+                self._membership.of(peer.node_key)
+        if any(self._membership.node_key_of(account) is None for account in live):
             self._learn_validators()
 
     def _remember(self, state: RoundState, order: list[bytes]) -> None:

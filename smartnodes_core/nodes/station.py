@@ -36,6 +36,7 @@ BINDING_LIFETIME_S = 30 * 24 * 3600
 CONNECT_TIMEOUT_S = 15.0
 JOIN_TIMEOUT_S = 10.0
 JOIN_PAUSE_S = 0.3
+LEARN_PAUSE_S = 2.0
 
 
 @dataclass
@@ -52,6 +53,8 @@ class Station:
     bootstrap_keys: list[NodeKey] = field(default_factory=list)
     directory: Directory | None = None
     _announcer: Announcer | None = None
+    _learn_at_s: float = 0.0
+    _num_learnt: int = 0
 
     @classmethod
     def open(cls, config: NodeConfig, role: Role, tip: bytes | None = None) -> Station:
@@ -153,9 +156,18 @@ class Station:
         return self.directory.signed(node_key) if self.directory is not None else None
 
     def learn_validators(self) -> None:
-        """Remember the node keys of all validators, so that those of their accounts can be looked up."""
+        """Remember the node keys of all validators, so that those of their accounts can be looked up. A validator's own
+        directory may lack some: it is compared with another's, each time with the next, at most every LEARN_PAUSE_S.
+        """
         try:
-            for announcement in self.find("validator"):
+            found = self.find("validator")
+            others = sorted(({each.node_key for each in found} | set(self.bootstrap_keys)) - {self.node.node_key})
+            if self.directory is not None and others and time.monotonic() >= self._learn_at_s:
+                self._learn_at_s = time.monotonic() + LEARN_PAUSE_S
+                self._num_learnt += 1
+                self.directory.sync_from(others[self._num_learnt % len(others)])
+                found = self.find("validator")
+            for announcement in found:
                 self.membership.of(announcement.node_key)
         except SmartnodesError as error:
             logger.info("validators could not be looked up: %s", error)

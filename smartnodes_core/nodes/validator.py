@@ -1,7 +1,8 @@
-"""The validator role: four desks on one node.
+"""The validator role: its desks on one node.
 
 `placement.py` opens and closes jobs, `auditing.py` audits them (with `drawing.py` and `challenging.py`), `evidence.py`
-re-runs what others found, `rounding.py` (with `voting.py`) carries the results on chain. This module only joins them.
+re-runs what others found, `rounding.py` (with `voting.py` and `balloting.py`) carries the results on chain,
+`resuming.py` goes on after a restart. This module only joins them.
 """
 
 from __future__ import annotations

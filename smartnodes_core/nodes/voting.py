@@ -99,6 +99,7 @@ class VoteDesk:
         order = self._books.proposers(state)
         box = self._ballots.box(state)
         motion, _ = self._ballots.take(box, proposal, content, signed)
+        motion = replace(motion, proposal=proposal, content=content)  # what others named for it may be wrong
         with self._ballots.lock:
             made_in = box.made_in(motion, order)
             if made_in is None:
@@ -116,6 +117,8 @@ class VoteDesk:
         candidate, reasons = self._form_opinion(state, box, motion, view, order, caller)
         if candidate is None:
             return b"", reasons
+        with self._ballots.lock:
+            box.keep_shown(motion)
         return self.sign(box, motion, view, candidate), []
 
     def ranking(self, box: BallotBox, order: list[bytes], due: int) -> list[Motion]:

@@ -285,7 +285,7 @@ def test_a_verdict_counts_only_if_the_seed_selects_its_unit_and_auditor(net, eve
     validator = next(v for v in net.validators if v.key in net.audited(v, job).assigned)
     commitment = next(iter(net.audited(validator, job).commitments.values()))
     validator.role.audits.take_verdict(_verdict(job, commitment, validator))
-    assert validator.role.rounds.books.verdicts() == {}
+    assert validator.role.rounds.books.records.verdicts() == {}
 
 
 def test_one_auditor_gives_one_verdict_about_a_unit(net):

@@ -21,9 +21,11 @@ from smartnodes_core.chain.signing import sign_digest
 from smartnodes_core.config import ValidatorConfig
 from smartnodes_core.errors import SmartnodesError
 from smartnodes_core.journal import Journal
+from smartnodes_core.nodes import collecting
+from smartnodes_core.nodes.round_books import Candidate
 from smartnodes_core.nodes.station import Station
 from smartnodes_core.nodes.validator import ValidatorNode, ValidatorSettings
-from smartnodes_core.nodes.voting import VoteDesk
+from smartnodes_core.nodes.voting import VoteDesk, proposed_in
 from smartnodes_core.rounds import RoundProposal, in_view
 
 
@@ -60,14 +62,12 @@ def be_lazy(validator: ValidatorNode) -> None:
 
 
 def _blindly(motion: Motion, view: int) -> Any:
-    from smartnodes_core.nodes.round_books import Candidate
-    from smartnodes_core.nodes.voting import proposed_in
-
     content = in_view(motion.content, view)
     return Candidate(proposed_in(motion.proposal, content), content, {})
 
 
 def be_greedy(validator: ValidatorNode, key: bytes) -> None:
+    collecting.VOTE_TIMEOUT_S = 1.0  # it has no time to lose
     rounds = validator.rounds
     rounds._votes._signer = CarelessSigner(key)  # type: ignore[assignment]
     rounds._signer = CarelessSigner(key)  # type: ignore[assignment]
@@ -90,9 +90,8 @@ def _grab(rounds: Any, state: Any, view: int, order: list[bytes], box: Any) -> N
     totals = {rounds._account: context.emission_wei, **context.totals_wei}
     root = RewardTree(context.domain.chain_id, context.domain.contract, context.network_id, totals).root
     content = replace(candidate.content, allotment_wei=context.emission_wei, rewards_root=root)
-    motion = Motion.of(candidate.proposal, content)
     with rounds.ballots.lock:
-        motion = box.add_motion(motion.proposal, content)
+        motion = box.add_motion(proposed_in(candidate.proposal, content), content)
     signature = rounds._signer.sign(content, context.domain.digest(content))
     rounds.ballots.cast(box, motion, view, signature)
     signatures = rounds._collector.collect(motion, view, order, box, len(order))
