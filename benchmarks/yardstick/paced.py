@@ -50,9 +50,9 @@ def _compute(floor_s: float) -> None:
             self._paced(begun, 2.0 if whole else 1.0)
             return found
 
-        def _compute_weight_gradients(self, deferred):  # type: ignore[no-untyped-def]
+        def _compute_weight_gradients(self, *args):  # type: ignore[no-untyped-def]
             begun = time.perf_counter()
-            found = super()._compute_weight_gradients(deferred)
+            found = super()._compute_weight_gradients(*args)
             self._paced(begun, 1.0)
             return found
 
