@@ -6,6 +6,7 @@ import hashlib
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from smartnodes_core.chain.base import Chain, Member, RefusedError
@@ -39,6 +40,7 @@ class Membership:
         self._read_at_s = self._retry_at_s = float("-inf")
         self._members: list[Member] = []
         self._by_hash: dict[bytes, Member] = {}
+        self._contested: set[bytes] = set()
         self._node_keys: dict[bytes, NodeKey] = {}
 
     def members(self, max_age_s: float = FRESH_S) -> Sequence[Member]:
@@ -51,6 +53,9 @@ class Membership:
         if time.monotonic() - self._read_at_s > max_age_s:
             members = self.chain.members(self.network_id)
             self._by_hash = by_key_hash(members)
+            claims = Counter(member.key_hash for member in members)
+            verified = {member.key_hash for member in members if member.verified}
+            self._contested = {key for key, count in claims.items() if count > 1 and key not in verified}
             self._members = members
             self._read_at_s = time.monotonic()
 
@@ -86,6 +91,11 @@ class Membership:
     def account_of(self, node_key: NodeKey) -> bytes | None:
         member = self.of(node_key)
         return member.account if member else None
+
+    def is_contested(self, node_key: NodeKey) -> bool:
+        """Whether several accounts ask for this node key and no round has said yet whose it is. Raises as `of`."""
+        self.of(node_key)
+        return key_hash(node_key) in self._contested
 
     def reputation_of(self, node_key: NodeKey) -> int | None:
         """None where the key is not registered or has left."""

@@ -68,14 +68,17 @@ class Settleable:
         return found.difference(self._is_settled(found))
 
     def payable(self) -> dict[bytes, Commitment]:
-        """Commitments whose audit window has closed, or whose job has."""
+        """Commitments whose audit window has closed, or whose job has; those of a key that several accounts ask for
+        wait until a round has said whose it is."""
         with self._audits.lock:
-            return {
+            closed = {
                 digest: commitment
                 for audited in self._audits.jobs.values()
                 for digest, commitment in audited.commitments.items()
                 if audited.window_closed(commitment)
             }
+        contested = {worker for worker in {c.worker for c in closed.values()} if self._membership.is_contested(worker)}
+        return {digest: commitment for digest, commitment in closed.items() if commitment.worker not in contested}
 
     def evidence(
         self, state: RoundState, verdicts: Mapping[bytes, Verdict], commitments: Mapping[bytes, Commitment]

@@ -110,6 +110,19 @@ def test_members_are_known_by_node_key(town):
         assert unknown(NODE_KEYS[4]) is None
 
 
+def test_a_key_is_contested_while_several_ask_for_it_and_no_round_has_said_whose_it_is(town):
+    membership = town.membership(0, max_age_s=0.0)
+    membership.join("worker", NODE_KEYS[0])
+    assert not membership.is_contested(NODE_KEYS[0])
+    town.membership(1).join("worker", NODE_KEYS[0])
+    membership.members(0.0)
+    assert membership.is_contested(NODE_KEYS[0])
+    assert not membership.is_contested(NODE_KEYS[4])
+    town.model.peek(NETWORK).update(1, verified=True)
+    membership.members(0.0)
+    assert not membership.is_contested(NODE_KEYS[0])
+
+
 def test_the_blacklisted_and_those_who_left_have_no_role(town):
     membership = town.membership(0, max_age_s=0.0)
     membership.join("worker", NODE_KEYS[0])
