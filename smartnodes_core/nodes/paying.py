@@ -61,6 +61,18 @@ def take_back(chain: Chain, network_id: int, job_id: bytes) -> int:
     return escrow.remaining_wei
 
 
+def withdraw(chain: Chain, account: bytes) -> tuple[int, int]:
+    """What escrows have credited an account, paid out to it: wei of SNO, which anybody may ask for, and of coin, which
+    only the account itself may. Raises ChainError; what was paid out stays so."""
+    credited = chain.balances(account)
+    coin_wei = credited.coin_credit_wei if account == chain.account else 0
+    if credited.credit_wei:
+        chain.withdraw_credit(account)
+    if coin_wei:
+        chain.withdraw_coin_credit(account)
+    return credited.credit_wei, coin_wei
+
+
 class Escrows:
     """Reads escrows of jobs in one network."""
 

@@ -30,12 +30,17 @@ def add_commands(commands: Any) -> None:
     )
     deploy.set_defaults(run=run_deploy)
 
-    claim = commands.add_parser("claim", help="claim the SNO that an account has earned; it is the owner who is paid")
+    claim = commands.add_parser(
+        "claim", help="pay out what an account has earned and what jobs have paid it; it is the owner who is paid"
+    )
     claim.add_argument(
         "--config", type=Path, required=True, help="TOML file with the settings of a user, who may be anyone"
     )
     claim.add_argument(
         "--for", dest="owner", metavar="ACCOUNT", help="the account that earned (default: the user's own)"
+    )
+    claim.add_argument(
+        "--take-back", metavar="JOB", help="first end the escrow of this job of the user's own, after its deadline"
     )
     claim.set_defaults(run=run_claim)
 
@@ -68,17 +73,34 @@ def run_deploy(options: argparse.Namespace) -> int:
 
 
 def run_claim(options: argparse.Namespace) -> int:
-    """Claim for an account, the user's own if none is named."""
+    """Claim for an account, the user's own if none is named: the emission it earned, and what escrows hold for it."""
+    from smartnodes_core.nodes.paying import take_back, withdraw
     from smartnodes_core.nodes.rewards import claim
     from tensorlink.network import connect
 
     owner = _account(options.owner) if options.owner else None
+    job = _job(options.take_back) if options.take_back else None
     with connect(load(UserConfig, options.config)) as network:
         station = network.station
         account = owner or station.chain.account
+        if job is not None:
+            left = take_back(station.chain, network.network_id, job)
+            sys.stdout.write(f"took back {left / SNO:.6f} that job {job.hex()[:16]} has not cost\n")
         paid = claim(station.node, station.chain, network.network_id, network.validators(), account)
-    sys.stdout.write(f"claimed {paid / SNO:.6f} SNO for {checksum(account)}\n")
+        sys.stdout.write(f"claimed {paid / SNO:.6f} SNO for {checksum(account)}\n")
+        sno, coin = withdraw(station.chain, account)
+    sys.stdout.write(f"jobs have paid it {sno / SNO:.6f} SNO and {coin / SNO:.6f} of the chain's coin\n")
     return 0
+
+
+def _job(text: str) -> bytes:
+    try:
+        job = bytes.fromhex(text)
+    except ValueError:
+        job = b""
+    if len(job) != 32:
+        raise ConfigError(f"found job {text!r:.80}, needed its id of 64 hexadecimal digits, as `job.id.hex()` has it")
+    return job
 
 
 def _account(text: str) -> bytes:

@@ -11,7 +11,7 @@ from smartnodes_core.chain.base import RefusedError
 from smartnodes_core.chain.proposal import Parameters
 from smartnodes_core.chain.settings import SNO
 from smartnodes_core.errors import JobError, RecordError
-from smartnodes_core.nodes.paying import Offer, take_back
+from smartnodes_core.nodes.paying import Offer, take_back, withdraw
 from smartnodes_core.payments import Price
 
 from .conftest import NETWORK
@@ -82,6 +82,10 @@ def test_a_job_paid_in_coin_earns_no_emission_and_its_fee_is_the_signers(make_ne
     shares = [credits_of(net, validator, in_coin=True) for validator in net.validators]
     assert 0 < sum(shares) <= fee_wei
     assert sum(shares) > fee_wei - 4
+    worker = net.workers[0]
+    assert withdraw(net.user.chain, worker.account) == (0, 0)  # coin goes only to who asks for it
+    assert withdraw(worker.chain, worker.account) == (0, 4 * SNO)
+    assert withdraw(worker.chain, worker.account) == (0, 0)
     eventually(lambda: net.validators[0].role.rounds.books.rewards.totals_wei)
     assert all(worker.account not in net.validators[0].role.rounds.books.rewards.totals_wei for worker in net.workers)
 
@@ -95,6 +99,9 @@ def test_an_escrow_that_runs_dry_pays_what_it_has_in_proportion(capped: Any, eve
     eventually(lambda: credits_of(net, net.workers[0]) > 0)
     assert credits_of(net, net.workers[0]) == credits_of(net, net.workers[1])
     assert net.user.chain.escrow(escrow_id).remaining_wei < 4
+    credited, tokens = credits_of(net, net.workers[0]), net.model.tokens.get(net.workers[0].account, 0)
+    assert withdraw(net.user.chain, net.workers[0].account) == (credited, 0)  # anybody may ask, the owner is paid
+    assert net.model.tokens[net.workers[0].account] == tokens + credited
     number = net.user.chain.round_state(NETWORK).number
     eventually(lambda: net.user.chain.round_state(NETWORK).number >= number + 1)  # and rounds go on
 

@@ -61,8 +61,15 @@ def test_a_stranger_claims_for_a_validator_which_is_paid_once(network, chain, co
     assert chain.balances(validator).sno_wei - before == pytest.approx(paid + again, abs=2 * 10**12)
     assert chain.claimed_wei(1, validator) - claimed_before == chain.balances(validator).sno_wei - before
     assert claimed(config, capsys) == 0
+    assert main(["claim", "--config", str(config), "--take-back", "ab" * 32]) == 2
+    assert "has deposited nothing for job" in capsys.readouterr().err
 
 
 def test_an_account_that_is_none_is_refused(config, capsys):
     assert main(["claim", "--config", str(config), "--for", "0x12"]) == 2
     assert "needed an account: 0x and 40 hexadecimal digits" in capsys.readouterr().err
+
+
+def test_a_job_that_is_none_is_refused(config, capsys):
+    assert main(["claim", "--config", str(config), "--take-back", "12"]) == 2
+    assert "needed its id of 64 hexadecimal digits" in capsys.readouterr().err
