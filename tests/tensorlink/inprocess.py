@@ -46,6 +46,7 @@ class InProcess:
     """What `DistributedModel` needs of a network, with `workers` rigs that compute as real ones do."""
 
     network_id = 1
+    offer = None
 
     def __init__(self, workers=3):
         self.identity = Identity.create()
