@@ -92,7 +92,7 @@ class Journal:
             file.truncate(self._size)
             file.seek(self._size)
             os.fsync(file.fileno())
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
         except BaseException as error:
             if file is not None:
                 file.close()
@@ -151,7 +151,7 @@ def _lock_file(file: FileIO, path: Path) -> None:
         raise LocalError(f"the journal {path} is in use: another node runs with this data directory") from None
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     """Makes a new file's name durable too."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

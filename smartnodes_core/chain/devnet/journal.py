@@ -19,6 +19,7 @@ from io import FileIO
 from pathlib import Path
 
 from smartnodes_core.errors import ConfigError
+from smartnodes_core.journal import sync_directory
 
 MAX_TRANSACTION_BYTES = 1 << 20
 _HEAD = struct.Struct(">II")
@@ -130,7 +131,7 @@ class DevnetJournal:
             raise ConfigError(f"{self.path} is not a devnet journal: name a new file")
         identifier = secrets.token_bytes(_ID_BYTES)
         self._write(0, _MAGIC + identifier)
-        _sync_directory(self.path.parent)
+        sync_directory(self.path.parent)
         return identifier
 
     def _entry_at(self, position: int) -> tuple[bytes, bytes] | None:
@@ -162,12 +163,3 @@ class DevnetJournal:
 
     def _sync(self) -> None:
         os.fsync(self._file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    """Makes a new file's name durable too."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
