@@ -42,7 +42,11 @@ class Openings:
         if not (at >= 0 and 0 <= num_bytes <= left):
             raise AuditError(f"{num_bytes} bytes at {at} of an opening of {opened.num_bytes}")
         piece = channel.outbound.allocate(num_bytes, PART_TIMEOUT_S)
-        opened.write(piece.view, at)
+        try:
+            opened.write(piece.view, at)
+        except Exception:
+            channel.outbound.free(piece.offset)
+            raise
         if num_bytes == left:
             self._end(number)
         return {"offset": piece.offset, "num_bytes": num_bytes}

@@ -12,6 +12,7 @@ from smartnodes_core.arena import Arena
 from smartnodes_core.errors import AuditError
 from tensorlink.audit.opening import Opened
 from tensorlink.audit.openings import MAX_OPEN, Openings
+from tensorlink.errors import TensorError
 from tensorlink.steplog.shelf import Shelf
 
 ROOM = 1 << 16
@@ -91,3 +92,14 @@ def test_an_opening_ends_with_its_last_part_with_its_stage_or_where_too_many_wer
         openings.part(channel, others[0], 0, 17)
     openings.drop("c")
     assert shelf.free_bytes == free
+
+
+def test_a_part_that_cannot_be_read_takes_no_room_in_the_arena(channel):
+    with tempfile.TemporaryFile() as file:
+        kept = Shelf(file.fileno(), ROOM).put(torch.ones(8))
+        openings = Openings()
+        number = openings.begin("a", opened_of(kept))
+        file.truncate(4)
+        with pytest.raises(TensorError, match="the shelf ends"):
+            openings.part(channel, number, 0, 32)
+    assert channel.outbound.allocate(channel.outbound.num_bytes, 0.0).offset == 0
