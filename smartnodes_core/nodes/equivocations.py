@@ -17,6 +17,7 @@ from typing import Any
 from smartnodes_core.chain.base import Chain, NoFundsError, RefusedError
 from smartnodes_core.chain.proposal import Equivocation
 from smartnodes_core.errors import ChainError, LocalError, SmartnodesError
+from smartnodes_core.journal import sync_directory
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.mailing import Mailer
 from smartnodes_core.nodes.params import bytes_in
@@ -90,7 +91,8 @@ class EquivocationDesk:
     @allow(roles=("validator",), max_body_bytes=0)
     def rpc_equivocation(self, caller: Peer, params: dict[str, Any], body: memoryview) -> None:
         """Another validator found somebody who signed twice."""
-        account = self._chain.domain.equivocator(proof := Equivocation.decode(bytes_in(params, "proof", 512)))
+        proof = Equivocation.decode(bytes_in(params, "proof", MAX_PROOF_BYTES))
+        account = self._chain.domain.equivocator(proof)
         if self._chain.member(self._network_id, account) is not None:
             self.report(proof)
 
@@ -149,10 +151,6 @@ def _write(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_directory(path.parent)
     except OSError as error:
         raise LocalError(f"the proof {path} cannot be written: {error.strerror}") from None
