@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from tensorlink.errors import TraceError
 from tensorlink.program import autocast as autocasts
+from tensorlink.program.positions import known_positions
 from tensorlink.program.sources import line_of_caller, line_of_error
 from tensorlink.program.stand_ins import stand_ins
 
@@ -75,7 +76,8 @@ class _Flat(nn.Module):
 
     def forward(self, *tensors: Tensor) -> list[Any]:
         args, kwargs = self.rebuild(list(tensors))
-        flat, tree = pytree.tree_flatten(self.module(*args, **kwargs))
+        with _as_in_eager(), known_positions():
+            flat, tree = pytree.tree_flatten(self.module(*args, **kwargs))
         outputs: list[Any] = []
         leaves: list[int | Literal] = []
         for leaf in flat:
@@ -136,6 +138,18 @@ def _mode(module: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for child, mode in modes:
             child.training = mode
+
+
+@contextlib.contextmanager
+def _as_in_eager() -> Iterator[None]:
+    """Tells a module that asks that nothing is being exported: some (transformers' attention without padding) would
+    then choose other operations than in eager, which round differently."""
+    flags = torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag
+    torch.compiler._is_compiling_flag = torch.compiler._is_exporting_flag = False
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag = flags
 
 
 @contextlib.contextmanager
