@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from smartnodes_core.dht.contacts import Contact
@@ -69,10 +69,10 @@ def leave(dht: DhtNode, timeout_s: float = LEAVE_TIMEOUT_S) -> int:
 
 
 class Upkeep:
-    """Joins through `contacts`, and maintains `dht` on a thread of its own until stopped."""
+    """Joins through `contacts`, asked whenever nobody is known, and maintains `dht`; on a thread of its own."""
 
-    def __init__(self, dht: DhtNode, contacts: Sequence[Contact], interval_s: float = INTERVAL_S) -> None:
-        self._dht, self._contacts, self._interval_s = dht, list(contacts), interval_s
+    def __init__(self, dht: DhtNode, contacts: Callable[[], Sequence[Contact]], interval_s: float = INTERVAL_S) -> None:
+        self._dht, self._contacts, self._interval_s = dht, contacts, interval_s
         self._stopping = threading.Event()
         self.joined = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dht upkeep", daemon=True)
@@ -90,7 +90,7 @@ class Upkeep:
         while not self._stopping.is_set():
             try:
                 if len(self._dht.table) == 0:  # at the start, or everybody is gone
-                    self._dht.join(self._contacts)
+                    self._dht.join(self._contacts())
                     self.joined.set()
                 maintain(self._dht, timeout_s=self._interval_s)
             except SmartnodesError as error:

@@ -64,6 +64,8 @@ class Node:
         self._addresses = AddressBook()
         self._links = Links(self.node_key)
         self._lost_callbacks: list[Callable[[bytes, str], None]] = []
+        #: Looks up where a peer is of whom no address is known, in so many seconds, and calls `add_address`.
+        self.find_address: Callable[[bytes, float], None] | None = None
         self._rpc = RpcEndpoint(f"calls {self.node_key.hex()[:8]}", opened=self._opened, lost=self._lost)
         self._listener: Listener | None = None
         self._lock = threading.Lock()
@@ -229,6 +231,8 @@ class Node:
         if node_key == self.node_key:
             raise PeerUnreachableError("a node does not call itself over the network")
         deadline_s = time.monotonic() + min(timeout_s, DIAL_TIMEOUT_S)
+        if self.find_address is not None and not self._addresses.knows(node_key):
+            self.find_address(node_key, min(timeout_s, DIAL_TIMEOUT_S))
         found = self._links.begin_dialling(node_key, deadline_s)
         if found is not None:
             return found

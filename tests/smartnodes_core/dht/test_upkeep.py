@@ -99,7 +99,7 @@ def test_it_joins_and_goes_on_by_itself_until_stopped(make_swarm: Callable[..., 
         late.dht.table.remove(contact.node_key)
     turns = threading.Semaphore(0)
     late.dht.table.to_ping = lambda: turns.release() or []
-    upkeep = Upkeep(late.dht, [swarm.members[0].contact], interval_s=0.01)
+    upkeep = Upkeep(late.dht, lambda: [swarm.members[0].contact], interval_s=0.01)
     upkeep.start()
     assert upkeep.joined.wait(20)
     for _ in range(3):
