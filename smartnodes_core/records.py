@@ -193,14 +193,14 @@ class Plan(Record, frozen=True, kw_only=True, tag="Plan/1"):
 
 
 class JobNotice(Record, frozen=True, kw_only=True, tag="JobNotice/1"):
-    """A validator says that it keeps the record of a job: whoever knows the job's id finds it so. The newest sequence
-    number of a keeper wins, after `expires_at_s` it is gone."""
+    """A validator says that it keeps the record of a job (or, with the state "gone", that it does so no more): whoever
+    knows the job's id finds it so. The newest sequence number of a keeper wins, after `expires_at_s` it is gone."""
 
     job: Digest
     keeper: NodeKey
     network_id: Count
     plan_version: Count
-    state: Literal["open", "closed"]
+    state: Literal["open", "closed", "gone"]
     sequence: Count
     expires_at_s: Count
 

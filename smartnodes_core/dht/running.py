@@ -9,7 +9,7 @@ from smartnodes_core.dht.asking import NodeCalls
 from smartnodes_core.dht.contacts import Contact
 from smartnodes_core.dht.node import DhtNode
 from smartnodes_core.dht.upkeep import Upkeep, leave
-from smartnodes_core.errors import ConfigError
+from smartnodes_core.errors import ConfigError, ConnectionLostError
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.records import NodeKey, Role
 from smartnodes_core.rpc.pool import WorkerPool
@@ -32,12 +32,13 @@ class RunningDht:
     ) -> None:
         self._node = node
         self._endpoints: tuple[str, ...] = ()
+        self._closed = False
         self._pool = WorkerPool("dht", MAX_THREADS)
         self.dht = DhtNode(
             node.node_key,
             network_id,
             NodeCalls(node),
-            self._pool.run,
+            self._run,
             endpoints=lambda: self._endpoints,
             role_of=role_of,
         )
@@ -63,6 +64,11 @@ class RunningDht:
             except ConfigError as error:
                 logger.info("node %s announced a bad endpoint: %s", node_key.hex()[:8], error)
 
+    def _run(self, job: Callable[[], None]) -> None:
+        if self._closed:  # the pool would drop it, and whoever waits for it would do so until its deadline
+            raise ConnectionLostError("this node is leaving the DHT")
+        self._pool.run(job)
+
     def close(self) -> None:
         """Gives what is kept here to others, and ends the threads. Harmless when repeated."""
         self._node.find_address = None
@@ -71,4 +77,5 @@ class RunningDht:
             num_taken = leave(self.dht)
             logger.info("left the DHT: %d of %d records were taken over", num_taken, len(self.dht.values))
             self._endpoints = ()
+        self._closed = True
         self._pool.stop(1.0)

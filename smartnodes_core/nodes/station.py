@@ -22,12 +22,14 @@ from smartnodes_core.config import NodeConfig
 from smartnodes_core.dht.announcer import Announcer
 from smartnodes_core.dht.contacts import MAX_ENDPOINTS, Contact
 from smartnodes_core.dht.directory import Directory, find
+from smartnodes_core.dht.node import DhtNode
 from smartnodes_core.dht.running import RunningDht
 from smartnodes_core.dht.storage import RecordStore
-from smartnodes_core.errors import AuthorityError, ChainError, ConfigError, SmartnodesError, Unavailable
+from smartnodes_core.errors import AuthorityError, ChainError, ConfigError, JobError, SmartnodesError, Unavailable
 from smartnodes_core.identity import Identity, make_binding
 from smartnodes_core.nodes.authority import ChainAuthority
 from smartnodes_core.nodes.base import Node
+from smartnodes_core.nodes.job_copies import JobCopy, fetch_job
 from smartnodes_core.nodes.membership import Membership
 from smartnodes_core.records import Announcement, NodeKey, Role, Signed
 from smartnodes_core.transport.tls import TlsTransport
@@ -173,6 +175,17 @@ class Station:
         else:
             found = find(self.node, self.bootstrap_keys, role, self.config.network_id)
         return [each for each in found if self.membership.reputation_of(each.node_key)]
+
+    def dht_node(self) -> DhtNode | None:
+        """This node's place in the DHT, once it has joined."""
+        return self.dht.dht if self.dht is not None else None
+
+    def find_job(self, job_id: bytes) -> JobCopy:
+        """A job's record as its keepers show it, found by its id. Raises JobError where there is none."""
+        dht = self.dht_node()
+        if dht is None:
+            raise JobError("jobs are looked up by nodes that have joined: call `join` first")
+        return fetch_job(self.node, dht.find_job, job_id)
 
     def announced(self, node_key: NodeKey) -> Signed | None:
         """What a node announced last, as it signed it; only validators keep that."""
