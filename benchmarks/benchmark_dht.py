@@ -120,7 +120,7 @@ class InProcess:
         times_s, hops, before = [], [], self.net.num_calls
         for identity in self.identities:
             dht, key = self.any(), node_id(identity.node_key)
-            while dht.values.get(key) and len(self.alive) > 2 * NUM_REPLICAS:
+            while dht.values.entries(key) and len(self.alive) > 2 * NUM_REPLICAS:
                 dht = self.any()
             began_s = time.perf_counter()
             found = dht.get(key)

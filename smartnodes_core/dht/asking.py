@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from smartnodes_core.dht.contacts import Contact
 from smartnodes_core.dht.lookup import Lookup
-from smartnodes_core.errors import ConfigError, SmartnodesError
+from smartnodes_core.errors import SmartnodesError
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.rpc import Reply
 from smartnodes_core.wire import Buffer
@@ -63,12 +63,10 @@ class NodeCalls:
         max_body_bytes: int,
     ) -> Reply:
         """See `Calls`."""
-        for endpoint in reversed(contact.endpoints):
-            try:
-                self._node.add_address(contact.node_key, endpoint)
-            except ConfigError as error:
-                logger.info("%s is not reached at %s: %s", contact, endpoint, error)
-        return self._node.call(contact.node_key, method, params, body, timeout_s, max_body_bytes)
+        deadline_s = time.monotonic() + timeout_s
+        self._node.reach(contact.node_key, timeout_s, hearsay=contact.endpoints)
+        left_s = max(0.001, deadline_s - time.monotonic())
+        return self._node.call(contact.node_key, method, params, body, timeout_s=left_s, max_body_bytes=max_body_bytes)
 
 
 class Patience:

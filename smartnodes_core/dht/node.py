@@ -1,12 +1,12 @@
 """A node of the DHT: what it serves to the others, and what it asks of them.
 
-    dht_ping  {"endpoints"}                                     is somebody there?
-    dht_find  {"endpoints", "target", "values"}                 {"contacts": the nearest known} + records, if asked for
-    dht_store {"endpoints"} + a signed record                   {"fresh"}: whether it is newer than what was kept here
+    dht_ping                                     is somebody there?
+    dht_find  {"target", "values"}               {"contacts": the nearest known} + records, if they are asked for
+    dht_store + a signed record                  {"fresh"}: whether it is newer than what was kept here
 
-`endpoints` says where the caller is reached; who names one is taken into the routing table, for it has been admitted:
-its key, binding and registration were checked before its first call. A node that does not listen (a user's) names none,
-and only asks.
+Question and answer hold `endpoints`: where their sender is reached. Who names one is taken into the other's routing
+table, for it has been admitted: its key, binding and registration were checked before its first call. Where a third
+node is reached is what somebody says, and tried. A node that does not listen (a user's) names nothing, and only asks.
 
 The node is light: no thread and no socket of its own. `calls` is the network, `run` has something run beside the
 caller, and `maintain` is called from time to time (`upkeep.py`).
@@ -27,7 +27,7 @@ from smartnodes_core.dht.asking import LOOKUP_TIMEOUT_S, Calls, Patience, Run, r
 from smartnodes_core.dht.contacts import ID_BITS, MAX_ENDPOINTS, Contact, contacts_in, endpoints_in, job_id, node_id
 from smartnodes_core.dht.lookup import Lookup
 from smartnodes_core.dht.routing import BUCKET_SIZE, RoutingTable
-from smartnodes_core.dht.rules import MAX_RECORD_BYTES, Entry, check_signature
+from smartnodes_core.dht.rules import CLOCKS_DIFFER_S, MAX_RECORD_BYTES, Entry, check_signature
 from smartnodes_core.dht.values import MAX_OWNERS_PER_KEY, ValueStore
 from smartnodes_core.errors import (
     AuthorityError,
@@ -95,7 +95,7 @@ class DhtNode:
     def rpc_dht_ping(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
         """Whether this node is there."""
         self._hear(caller, params)
-        return {}
+        return self._with_endpoints()
 
     @allow(max_body_bytes=0)
     def rpc_dht_find(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
@@ -106,7 +106,7 @@ class DhtNode:
             raise ProtocolError(f"find takes target: {ID_BITS // 8} bytes, and values: true or false")
         key = int.from_bytes(target)
         nearest = [each for each in self.table.closest(key, BUCKET_SIZE + 1) if each.node_key != caller.node_key]
-        reply = {"contacts": [contact.encode() for contact in nearest[:BUCKET_SIZE]]}
+        reply = self._with_endpoints(contacts=[contact.encode() for contact in nearest[:BUCKET_SIZE]])
         return reply, [msgspec.msgpack.encode(self._page(key))] if with_values else []
 
     @allow(max_body_bytes=MAX_SIGNED_BYTES)
@@ -118,7 +118,10 @@ class DhtNode:
         if role != entry.role:
             found = f"is a {role}" if role else "is not registered, or blacklisted"
             raise AuthorityError(f"a {type(entry.record).__name__} of a {entry.role}, and who signed it {found}")
-        return {"fresh": self.values.store(entry)}
+        return self._with_endpoints(fresh=self.values.store(entry))
+
+    def _with_endpoints(self, **params: Any) -> dict[str, Any]:
+        return {**params, "endpoints": list(self._endpoints())[:MAX_ENDPOINTS]}
 
     def _hear(self, caller: Peer, params: dict[str, Any]) -> None:
         endpoints = endpoints_in(params.get("endpoints"))
@@ -127,8 +130,8 @@ class DhtNode:
 
     def _page(self, key: int) -> list[bytes]:
         page, num_bytes = [], 0
-        for signed in self.values.get(key):
-            encoded = signed.encode()
+        for entry in self.values.entries(key):
+            encoded = entry.signed.encode()
             num_bytes += len(encoded) + 5
             if num_bytes > MAX_ANSWER_BYTES:
                 break
@@ -167,7 +170,7 @@ class DhtNode:
             )
         return num_kept
 
-    def get(self, key: int, timeout_s: float = LOOKUP_TIMEOUT_S) -> list[Signed]:
+    def get(self, key: int, timeout_s: float = LOOKUP_TIMEOUT_S) -> list[Entry]:
         """The records under an id, the newest of each owner that was found; each has been checked. Nothing where there
         is none.
 
@@ -177,23 +180,20 @@ class DhtNode:
         lookup, found = self._search(key, timeout_s, for_value=True)
         if not found:
             lookup, found = self._search(key, deadline_s - time.monotonic(), for_value=True, avoid=lookup)
-        for signed in self.values.get(key):
-            _keep_newest(found, self.values.entry_of(signed))
+        for entry in self.values.entries(key):
+            _keep_newest(found, entry)
         if found:
             self.num_hops = lookup.num_hops or 0
-        return [entry.signed for entry in found.values()]
+        return list(found.values())
 
     def find_node(self, node_key: NodeKey, timeout_s: float = LOOKUP_TIMEOUT_S) -> Announcement | None:
         """What a node announced last; None where that is not found."""
-        for signed in self.get(node_id(node_key), timeout_s):
-            record = self.values.entry_of(signed).record
-            if isinstance(record, Announcement):
-                return record
-        return None
+        records = [entry.record for entry in self.get(node_id(node_key), timeout_s)]
+        return next((record for record in records if isinstance(record, Announcement)), None)
 
     def find_job(self, job: bytes, timeout_s: float = LOOKUP_TIMEOUT_S) -> list[JobNotice]:
         """Who says that it keeps the record of a job."""
-        records = [self.values.entry_of(signed).record for signed in self.get(job_id(job), timeout_s)]
+        records = [entry.record for entry in self.get(job_id(job), timeout_s)]
         return [record for record in records if isinstance(record, JobNotice)]
 
     def ping(self, contact: Contact) -> bool:
@@ -255,25 +255,28 @@ class DhtNode:
             return lookup, dict(found)
 
     def _entries_in(self, body: memoryview, key: int) -> list[Entry]:
-        """The records that a node gave for `key`. Raises RecordError, SignatureError where one is none."""
+        """The live records that a node gave for `key`. Raises RecordError or SignatureError for what is none, but not
+        for one that has ended a moment ago: clocks differ a little.
+        """
         try:
             page = _records.decode(body)
         except msgspec.DecodeError as error:
             raise RecordError(f"not a list of records: {error}") from None
         if len(page) > MAX_OWNERS_PER_KEY:
             raise RecordError(f"{len(page)} records under one id: at most {MAX_OWNERS_PER_KEY} are kept")
-        entries = [self.values.entry_of(Signed.decode(data)) for data in page]
+        entries = [self.values.entry_of(Signed.decode(data), late_s=CLOCKS_DIFFER_S) for data in page]
         for entry in entries:
             if entry.key != key:
                 raise RecordError("a record that lies under another id")
             check_signature(entry)
-        return entries
+        return [entry for entry in entries if self.values.is_live(entry)]
 
     def _call(
         self, contact: Contact, method: str, params: dict[str, Any], body: Sequence[bytes] = (), *, max_body_bytes: int
     ) -> Reply:
         """A call that the routing table and the deadlines learn from."""
-        params = {**params, "endpoints": list(self._endpoints())[:MAX_ENDPOINTS]}
+        contact = self.table.get(contact.node_key) or contact  # as it said itself, rather than as somebody says
+        params = self._with_endpoints(**params)
         timeout_s, began_s = self._patience.timeout_s, time.monotonic()
         try:
             reply = self._calls.call(contact, method, params, body, timeout_s=timeout_s, max_body_bytes=max_body_bytes)
@@ -284,7 +287,11 @@ class DhtNode:
                 self.table.failed(contact.node_key)
             raise
         self._patience.measured(time.monotonic() - began_s)
-        self.table.seen(contact)
+        try:
+            self.table.seen(Contact(contact.node_key, endpoints_in(reply.params.get("endpoints"))))
+        except PeerFault as fault:
+            self._blame(contact, fault)
+            raise
         return reply
 
     def _blame(self, contact: Contact, fault: PeerFault) -> None:

@@ -62,9 +62,14 @@ class RoutingTable:
         return f"RoutingTable({len(self)} contacts in {len(self._buckets)} buckets)"
 
     def __contains__(self, node_key: NodeKey) -> bool:
+        return self.get(node_key) is not None
+
+    def get(self, node_key: NodeKey) -> Contact | None:
+        """A node as it said itself where it is reached."""
         with self._lock:
             bucket = self._buckets.get(self._index(node_id(node_key)))
-            return bucket is not None and node_key in bucket.entries
+            entry = bucket.entries.get(node_key) if bucket is not None else None
+        return entry.contact if entry is not None else None
 
     def contacts(self) -> list[Contact]:
         """Everybody in it, the nearest buckets first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 from smartnodes_core.dht.asking import NodeCalls
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 MAX_THREADS = 16
 FIND_TIMEOUT_S = 5.0
+#: So long somebody who was looked for is not looked for again, and so many are remembered.
+MISSING_S, MAX_MISSING = 30.0, 1024
 
 
 class RunningDht:
@@ -33,6 +36,7 @@ class RunningDht:
         self._node = node
         self._endpoints: tuple[str, ...] = ()
         self._closed = False
+        self._missing: dict[NodeKey, float] = {}
         self._pool = WorkerPool("dht", MAX_THREADS)
         self.dht = DhtNode(
             node.node_key,
@@ -56,7 +60,13 @@ class RunningDht:
         self._endpoints = tuple(endpoints)
 
     def find_address(self, node_key: NodeKey, timeout_s: float) -> None:
-        """Looks up where a node is, and tells the address book."""
+        """Looks up where a node is, and tells the address book; who is not found is not looked for again at once."""
+        now_s = time.monotonic()
+        if self._missing.get(node_key, now_s) > now_s:
+            return
+        self._missing[node_key] = now_s + MISSING_S
+        while len(self._missing) > MAX_MISSING:
+            self._missing.pop(next(iter(self._missing)), None)
         found = self.dht.find_node(node_key, min(timeout_s, FIND_TIMEOUT_S))
         for endpoint in reversed(found.endpoints if found is not None else []):
             try:

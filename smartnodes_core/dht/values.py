@@ -50,9 +50,9 @@ class ValueStore:
     def __repr__(self) -> str:
         return f"ValueStore({len(self)} records, {self._num_bytes} of at most {self._max_bytes} bytes)"
 
-    def entry_of(self, signed: Signed) -> Entry:
-        """See `rules.entry_of`."""
-        return entry_of(signed, self._network_id, self._now_s())
+    def entry_of(self, signed: Signed, *, late_s: float = 0.0) -> Entry:
+        """See `rules.entry_of`; what ended `late_s` ago is let through."""
+        return entry_of(signed, self._network_id, self._now_s() - late_s)
 
     def store(self, entry: Entry) -> bool:
         """Keeps a record; False when it or a newer one of its owner is kept. The signature is checked of what is new.
@@ -78,12 +78,14 @@ class ValueStore:
             self._num_bytes += entry.num_bytes + _OVERHEAD_BYTES
             return True
 
-    def get(self, key: int) -> list[Signed]:
+    def entries(self, key: int) -> list[Entry]:
         """The live records under an id, one of each owner."""
-        now_s = self._now_s()
         with self._lock:
             found = [kept.entry for kept in self._kept.get(key, {}).values()]
-        return [entry.signed for entry in found if entry.record.expires_at_s > now_s]
+        return [entry for entry in found if self.is_live(entry)]
+
+    def is_live(self, entry: Entry) -> bool:
+        return entry.record.expires_at_s > self._now_s()
 
     def unheard_for(self, age_s: float, most: int | None = None) -> list[Entry]:
         """Live records (at most so many) that nobody has sent for so long; they count as heard of from now on."""

@@ -66,7 +66,7 @@ def test_a_record_lies_at_the_nodes_that_are_nearest_to_it(swarm: Any) -> None:
     owner.dht.put(owner.announcement())
     key = node_id(owner.key)
     nearest = sorted(swarm.members, key=lambda member: member.dht.own_id ^ key)[: NUM_REPLICAS + 1]
-    holders = [member for member in swarm.members if member.dht.values.get(key)]
+    holders = [member for member in swarm.members if member.dht.values.entries(key)]
     assert set(holders) == set(nearest)
 
 
@@ -85,7 +85,7 @@ def test_the_newest_of_an_owner_is_found_though_some_keep_an_older_one(swarm: An
     owner = swarm.pick()
     owner.dht.put(owner.announcement(sequence=1))
     newest = owner.announcement(sequence=2)
-    holders = [member for member in swarm.members if member.dht.values.get(node_id(owner.key))]
+    holders = [member for member in swarm.members if member.dht.values.entries(node_id(owner.key))]
     for member in holders[::2]:
         member.dht.values.store(member.dht.values.entry_of(newest))
     found = [member.dht.find_node(owner.key).sequence for member in swarm.members]
@@ -162,8 +162,8 @@ def test_an_older_sequence_number_does_not_replace_a_newer(swarm: Any) -> None:
     owner, attacker, holder = swarm.members[:3]
     assert store_at(owner, holder, owner.announcement(sequence=2).encode())
     assert not store_at(attacker, holder, owner.announcement(sequence=1).encode())
-    (kept,) = holder.dht.values.get(node_id(owner.key))
-    assert Announcement.decode(kept.record).sequence == 2
+    (kept,) = holder.dht.values.entries(node_id(owner.key))
+    assert kept.record.sequence == 2
 
 
 def test_a_record_of_who_is_not_registered_or_in_another_role_is_refused(swarm: Any) -> None:
@@ -225,16 +225,18 @@ def test_an_oversize_record_is_refused_by_its_header(swarm: Any) -> None:
 class Liar:
     """Answers `dht_find` with whatever a test wants."""
 
-    def __init__(self, contacts: Any, body: bytes = msgspec.msgpack.encode([])) -> None:
+    def __init__(self, contacts: Any, body: bytes = msgspec.msgpack.encode([]), endpoints: Any = ()) -> None:
         self.contacts, self.body = contacts, body
+        self.endpoints = endpoints or ["10.0.0.1:1"]
         self.num_asked = 0
 
     def rpc_dht_find(self, caller: Any, params: dict[str, Any], body: memoryview) -> Any:
         self.num_asked += 1
-        return {"contacts": self.contacts}, [self.body] if params["values"] else []
+        reply = {"contacts": self.contacts, "endpoints": self.endpoints}
+        return reply, [self.body] if params["values"] else []
 
     def rpc_dht_ping(self, caller: Any, params: dict[str, Any], body: memoryview) -> Any:
-        return {}
+        return {"endpoints": self.endpoints}
 
 
 KEY = bytes(32)
@@ -312,6 +314,33 @@ def test_a_third_of_liars_that_name_each_other_hide_nothing(make_swarm: Callable
     honest = [member for member in swarm.members if member not in liars]
     found = sum(swarm.rng.choice(honest).dht.find_node(owner.key) is not None for owner in owners)
     assert found >= 0.97 * len(owners)
+
+
+@pytest.mark.parametrize("endpoints", [7, ["nowhere"], ["10.0.0.1:1"] * 5])
+def test_a_peer_that_says_nonsense_of_itself_is_forgotten(swarm: Any, endpoints: Any) -> None:
+    asker, liar = swarm.members[:2]
+    swarm.net.serve(liar.key, Liar([], endpoints=endpoints), "worker")
+    asker.dht.table.seen(liar.contact)
+    assert not asker.dht.ping(liar.contact)
+    assert liar.key not in asker.dht.table
+
+
+def test_where_a_node_is_reached_is_what_it_says_itself(swarm: Any) -> None:
+    asker, victim = swarm.members[:2]
+    asker.dht.table.remove(victim.key)
+    assert asker.dht.ping(Contact(victim.key, ("10.6.6.6:6",)))
+    assert asker.dht.table.get(victim.key).endpoints == victim.contact.endpoints
+
+
+def test_a_record_that_ended_a_moment_ago_is_not_found_and_nobody_is_blamed(swarm: Any) -> None:
+    owner, holder, asker = swarm.members[:3]
+    late = owner.announcement(expires_at_s=int(swarm.clock.unix()) - 5).encode()
+    liar = Liar([], msgspec.msgpack.encode([late]), list(holder.contact.endpoints))
+    swarm.net.serve(holder.key, liar, "worker")
+    asker.dht.table.seen(holder.contact)
+    assert asker.dht.find_node(owner.key) is None
+    assert liar.num_asked
+    assert holder.key in asker.dht.table
 
 
 def test_nobody_gets_into_a_table_by_hearsay(swarm: Any) -> None:
@@ -406,6 +435,7 @@ def test_another_identity_than_the_one_dialled_is_not_taken_in(party: Any) -> No
     dht.table.seen(wrong)
     assert not dht.ping(wrong)
     assert wrong.node_key not in dht.table
+    assert not asker._addresses.knows(wrong.node_key)
     connected.pool.stop(1.0)
 
 

@@ -13,7 +13,7 @@ from smartnodes_core.dht.upkeep import REFRESH_S, REPUBLISH_S, Upkeep, leave, ma
 
 
 def holders(swarm: Any, owner: Any) -> list[Any]:
-    return [member for member in swarm.members if member.dht.values.get(node_id(owner.key))]
+    return [member for member in swarm.members if member.dht.values.entries(node_id(owner.key))]
 
 
 def test_records_survive_half_of_the_nodes_leaving_in_turns_without_their_owners(

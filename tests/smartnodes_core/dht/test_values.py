@@ -38,10 +38,10 @@ def test_the_newest_of_each_owner_is_kept(swarm: Any, store: ValueStore) -> None
     assert not keep(store, first.announcement(sequence=5, offers={"other": 1}))
     newest = first.announcement(sequence=6)
     assert keep(store, newest)
-    assert store.get(node_id(first.key)) == [newest]
+    assert [entry.signed for entry in store.entries(node_id(first.key))] == [newest]
     assert keep(store, first.notice(JOB))
     assert keep(store, second.notice(JOB))
-    assert {signed.signer for signed in store.get(job_id(JOB))} == {first.key, second.key}
+    assert {entry.owner for entry in store.entries(job_id(JOB))} == {first.key, second.key}
     assert len(store) == 3
 
 
@@ -97,7 +97,7 @@ def test_expiry_makes_room(swarm: Any, store: ValueStore) -> None:
     for number in range(3):
         keep(store, member.notice(bytes([number] * 32), expires_at_s=int(swarm.clock.unix()) + 10))
     swarm.clock.now_s += 11
-    assert store.get(job_id(bytes(32))) == []
+    assert store.entries(job_id(bytes(32))) == []
     assert keep(store, member.notice(JOB))
     assert len(store) == 1
 
