@@ -1,15 +1,7 @@
-"""A node of the DHT: what it serves to the others, and what it asks of them.
+"""A node of the DHT: what it asks of the others, beside what it serves (`serving.py`).
 
-    dht_ping                                     is somebody there?
-    dht_find  {"target", "values"}               {"contacts": the nearest known} + records, if they are asked for
-    dht_store + a signed record                  {"fresh"}: whether it is newer than what was kept here
-
-Question and answer hold `endpoints`: where their sender is reached. Who names one is taken into the other's routing
-table, for it has been admitted: its key, binding and registration were checked before its first call. Where a third
-node is reached is what somebody says, and tried. A node that does not listen (a user's) names nothing, and only asks.
-
-The node is light: no thread and no socket of its own. `calls` is the network, `run` has something run beside the
-caller, and `maintain` is called from time to time (`upkeep.py`).
+It is light: no thread and no socket of its own. `calls` is the network, `run` has something run beside the caller, and
+`upkeep.maintain` is called from time to time.
 """
 
 from __future__ import annotations
@@ -24,23 +16,21 @@ from typing import Any
 import msgspec
 
 from smartnodes_core.dht.asking import LOOKUP_TIMEOUT_S, Calls, Patience, Run, run_lookup
-from smartnodes_core.dht.contacts import ID_BITS, MAX_ENDPOINTS, Contact, contacts_in, endpoints_in, job_id, node_id
+from smartnodes_core.dht.contacts import ID_BITS, Contact, contacts_in, endpoints_in, job_id, node_id
 from smartnodes_core.dht.lookup import Lookup
 from smartnodes_core.dht.routing import BUCKET_SIZE, RoutingTable
-from smartnodes_core.dht.rules import CLOCKS_DIFFER_S, MAX_RECORD_BYTES, Entry, check_signature
+from smartnodes_core.dht.rules import CLOCKS_DIFFER_S, Entry, check_signature
+from smartnodes_core.dht.serving import MAX_ANSWER_BYTES, DhtService
 from smartnodes_core.dht.values import MAX_OWNERS_PER_KEY, ValueStore
 from smartnodes_core.errors import (
-    AuthorityError,
     PeerFault,
-    ProtocolError,
     RecordError,
     SmartnodesError,
     Unavailable,
 )
 from smartnodes_core.records import Announcement, JobNotice, NodeKey, Role, Signed
 from smartnodes_core.remote_errors import raised_by
-from smartnodes_core.rpc import Reply, Result, allow
-from smartnodes_core.transport.base import Peer
+from smartnodes_core.rpc import Reply
 
 logger = logging.getLogger(__name__)
 
@@ -49,19 +39,12 @@ logger = logging.getLogger(__name__)
 NUM_REPLICAS = 8
 #: A search for a value asks more nodes than keep it, if it must: some are gone, and some may lie.
 SEARCH_WIDTH = 16
-MAX_SIGNED_BYTES = MAX_RECORD_BYTES + 256
-#: The records of one answer; what is over it is found at another node.
-MAX_ANSWER_BYTES = 4 * MAX_SIGNED_BYTES
 
 _records = msgspec.msgpack.Decoder(list[bytes])
 
 
-class DhtNode:
-    """The place of the node `own_key` in the DHT.
-
-    `endpoints` gives where it is reached (nothing: it only asks), `role_of` the role on chain of whoever signed a
-    record that another passes on; None refuses it.
-    """
+class DhtNode(DhtService):
+    """The place of the node `own_key` in the DHT; see `DhtService` for `endpoints` and `role_of`."""
 
     def __init__(
         self,
@@ -76,69 +59,19 @@ class DhtNode:
         table: RoutingTable | None = None,
         rng: random.Random | None = None,
     ) -> None:
+        table = table if table is not None else RoutingTable(own_key)
+        values = values if values is not None else ValueStore(network_id)
+        super().__init__(table, values, endpoints, role_of)
         self.own_key, self.own_id = own_key, node_id(own_key)
-        self.table = table if table is not None else RoutingTable(own_key)
-        self.values = values if values is not None else ValueStore(network_id)
         self.run = run
         self.rng = rng or random.SystemRandom()
-        self._calls, self._endpoints, self._role_of = calls, endpoints, role_of
+        self._calls = calls
         self._patience = Patience()
         self._lock = threading.Lock()
         self.num_hops = 0  # of the last search that found something
 
     def __repr__(self) -> str:
         return f"DhtNode({self.own_key.hex()[:8]}, {self.table!r}, {self.values!r})"
-
-    # -- what it serves -----------------------------------------------------------------------------------------------
-
-    @allow(max_body_bytes=0)
-    def rpc_dht_ping(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
-        """Whether this node is there."""
-        self._hear(caller, params)
-        return self._with_endpoints()
-
-    @allow(max_body_bytes=0)
-    def rpc_dht_find(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
-        """The contacts nearest to `target`, and with `values` the records under it."""
-        self._hear(caller, params)
-        target, with_values = params.get("target"), params.get("values", False)
-        if not isinstance(target, bytes) or len(target) != ID_BITS // 8 or not isinstance(with_values, bool):
-            raise ProtocolError(f"find takes target: {ID_BITS // 8} bytes, and values: true or false")
-        key = int.from_bytes(target)
-        nearest = [each for each in self.table.closest(key, BUCKET_SIZE + 1) if each.node_key != caller.node_key]
-        reply = self._with_endpoints(contacts=[contact.encode() for contact in nearest[:BUCKET_SIZE]])
-        return reply, [msgspec.msgpack.encode(self._page(key))] if with_values else []
-
-    @allow(max_body_bytes=MAX_SIGNED_BYTES)
-    def rpc_dht_store(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
-        """Keep a record, of the caller or passed on; whether it is newer than what was kept."""
-        self._hear(caller, params)
-        entry = self.values.entry_of(Signed.decode(body))
-        role = caller.role if caller.node_key == entry.owner else self._role_of(entry.owner)
-        if role != entry.role:
-            found = f"is a {role}" if role else "is not registered, or blacklisted"
-            raise AuthorityError(f"a {type(entry.record).__name__} of a {entry.role}, and who signed it {found}")
-        return self._with_endpoints(fresh=self.values.store(entry))
-
-    def _with_endpoints(self, **params: Any) -> dict[str, Any]:
-        return {**params, "endpoints": list(self._endpoints())[:MAX_ENDPOINTS]}
-
-    def _hear(self, caller: Peer, params: dict[str, Any]) -> None:
-        endpoints = endpoints_in(params.get("endpoints"))
-        if endpoints:
-            self.table.seen(Contact(caller.node_key, endpoints))
-
-    def _page(self, key: int) -> list[bytes]:
-        page, num_bytes = [], 0
-        for entry in self.values.entries(key):
-            encoded = entry.signed.encode()
-            num_bytes += len(encoded) + 5
-            if num_bytes > MAX_ANSWER_BYTES:
-                break
-            page.append(encoded)
-        return page
-
-    # -- what it asks -------------------------------------------------------------------------------------------------
 
     def join(self, contacts: Sequence[Contact], timeout_s: float = LOOKUP_TIMEOUT_S) -> int:
         """Become known, through nodes whose address is known; how many are in the routing table then."""
