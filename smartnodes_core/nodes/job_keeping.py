@@ -32,8 +32,11 @@ logger = logging.getLogger(__name__)
 NUM_COPIES = 3
 NOTICE_LIFETIME_S = 600
 INTERVAL_S = NOTICE_LIFETIME_S / 3
-#: A job that ended is kept so long for who asks what became of it.
-KEEP_CLOSED_S = 3600
+#: A job that ended is kept so long for who asks what became of it; a copy of one of which no validator of its plan says
+#: any more that it is open, so long.
+KEEP_CLOSED_S, KEEP_UNHEARD_S = 3600, 24 * 3600
+#: What could not be said is said again so soon.
+RETRY_S = 15.0
 CALL_TIMEOUT_S, SAY_TIMEOUT_S = 5.0, 10.0
 LEAVE_TIMEOUT_S = 5.0
 MAX_KEPT, MAX_KEPT_BYTES = 1024, 64 << 20
@@ -58,7 +61,7 @@ class JobKeeper:
         self._node, self._identity, self._network_id, self._jobs = node, identity, network_id, jobs
         self._role_of, self._validators, self._dht, self._interval_s = role_of, validators, dht, interval_s
         self._lock = threading.Lock()
-        self._copies: dict[bytes, tuple[JobCopy, float]] = {}  # given by others, and when
+        self._copies: dict[bytes, tuple[JobCopy, float]] = {}  # given by others, and when their jobs were heard of
         self._changed: set[bytes] = set()
         self._wake = threading.Event()
         self._stopped = False
@@ -99,11 +102,11 @@ class JobKeeper:
 
     def kept(self) -> list[bytes]:
         """Open jobs, and those that ended lately."""
-        oldest_s = time.time() - KEEP_CLOSED_S
-        own = self._jobs.ids(oldest_s)
+        now_s = time.time()
+        own = self._jobs.ids(now_s - KEEP_CLOSED_S)
         with self._lock:
-            for job_id, (copy, since_s) in list(self._copies.items()):
-                if copy.state == "closed" and since_s < oldest_s:
+            for job_id, (copy, heard_s) in list(self._copies.items()):
+                if now_s - heard_s > (KEEP_CLOSED_S if copy.state == "closed" else KEEP_UNHEARD_S):
                     del self._copies[job_id]
             return own + [job_id for job_id in self._copies if job_id not in self._jobs.entries]
 
@@ -162,6 +165,7 @@ class JobKeeper:
                     self.look_after(job_id, is_fresh=job_id in fresh)
                 except SmartnodesError as error:
                     logger.info("job %s is looked after later: %s", job_id.hex()[:8], error)
+                    next_s = min(next_s, time.monotonic() + RETRY_S)
                 except Exception:
                     logger.exception("keeping job %s", job_id.hex()[:8])
                 if self._stopped:
@@ -217,6 +221,9 @@ class JobKeeper:
 
     def _renew(self, copy: JobCopy, notices: Sequence[JobNotice]) -> None:
         """A copy does not hear of what happens to its job: those that have newer news are asked."""
+        if any(notice.state == "open" and notice.keeper in copy.job.plan.validators for notice in notices):
+            with self._lock:
+                self._copies[copy.job.id] = (copy, time.time())
         for notice in notices:
             is_news = notice.plan_version > copy.job.plan.version or (notice.state, copy.state) == ("closed", "open")
             if is_news and notice.keeper != self._node.node_key:

@@ -148,6 +148,30 @@ def test_a_copy_hears_that_its_job_ended(kept: Kept, eventually: Any) -> None:
     assert kept.find(job.id).closing == closing_signature(kept.net.user.identity, job.id)
 
 
+def test_a_copy_is_kept_while_its_job_is_said_to_be_open_and_a_day_longer(kept: Kept) -> None:
+    job = kept.open(num_named=2)
+    kept.look_after(job.id)
+    (copyist,) = [each for each in kept.keepers(job.id) if each.key not in job.plan.validators]
+    keeper, now_s = copyist.role.keeper, time.time()
+
+    def days_pass(count: float) -> None:
+        heard = {job_id: (copy, at_s - count * 24 * 3600) for job_id, (copy, at_s) in keeper._copies.items()}
+        keeper._copies = heard
+
+    for _ in range(2):
+        days_pass(0.9)
+        keeper.look_after(job.id)
+        assert keeper.kept() == [job.id]
+    assert keeper._copies[job.id][1] >= now_s
+    for validator in kept.validators[:2]:
+        validator.role.keeper.hand_over()
+    days_pass(0.9)
+    keeper.look_after(job.id)
+    assert keeper.kept() == [job.id]
+    days_pass(0.2)
+    assert keeper.kept() == []
+
+
 def test_a_validator_that_keeps_jobs_says_so_by_itself(kept: Kept, eventually: Any) -> None:
     for validator in kept.validators:
         validator.role.keeper.start()
