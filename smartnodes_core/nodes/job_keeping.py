@@ -38,7 +38,9 @@ KEEP_CLOSED_S, KEEP_UNHEARD_S = 3600, 24 * 3600
 #: What could not be said is said again so soon.
 RETRY_S = 15.0
 CALL_TIMEOUT_S, SAY_TIMEOUT_S = 5.0, 10.0
-LEAVE_TIMEOUT_S = 5.0
+#: A validator that leaves hands over for so long in all, and so long one job: it ends with the first that nobody takes.
+LEAVE_TIMEOUT_S, HAND_OVER_TIMEOUT_S = 30.0, 3.0
+STOP_TIMEOUT_S = 1.0
 MAX_KEPT, MAX_KEPT_BYTES = 1024, 64 << 20
 
 
@@ -76,7 +78,7 @@ class JobKeeper:
         self._stopped = True
         self._wake.set()
         if self._thread.is_alive():
-            self._thread.join(CALL_TIMEOUT_S)
+            self._thread.join(STOP_TIMEOUT_S)
             try:
                 self.hand_over()
             except SmartnodesError as error:
@@ -191,12 +193,14 @@ class JobKeeper:
             self._give(copy, keepers, time.monotonic() + self._interval_s)
 
     def hand_over(self, timeout_s: float = LEAVE_TIMEOUT_S) -> int:
-        """Have others keep what only this validator and too few others do; how many copies were given."""
-        dht, deadline_s = self._dht(), time.monotonic() + timeout_s
+        """Have others keep what only this validator and too few others do; how many copies were given. Raises
+        Unavailable when nobody is reached any more.
+        """
+        dht, end_s = self._dht(), time.monotonic() + timeout_s
         num_given = 0
         for job_id in self.kept() if dht is not None else []:
-            copy = self.copy_of(job_id)
-            if copy is None or dht is None or time.monotonic() >= deadline_s:
+            copy, deadline_s = self.copy_of(job_id), min(end_s, time.monotonic() + HAND_OVER_TIMEOUT_S)
+            if copy is None or dht is None or time.monotonic() >= end_s:
                 break
             notices = self._live(dht.find_job(job_id, deadline_s - time.monotonic()))
             num_given += self._give(copy, {each.keeper for each in notices} - {self._node.node_key}, deadline_s)
