@@ -20,6 +20,8 @@ from smartnodes_core.errors import SmartnodesError
 logger = logging.getLogger(__name__)
 
 INTERVAL_S = 15.0
+#: A node that knows nobody tries again so soon: the others may just be starting too.
+ALONE_INTERVAL_S = 1.0
 REFRESH_S = 900.0
 REPUBLISH_S = 300.0
 #: How much is done in one turn: the rest is due in the next.
@@ -97,4 +99,5 @@ class Upkeep:
                 logger.warning("the DHT is not maintained this time: %s", error)
             except Exception:
                 logger.exception("maintaining the DHT")
-            self._stopping.wait(self._interval_s)
+            alone = len(self._dht.table) == 0
+            self._stopping.wait(min(self._interval_s, ALONE_INTERVAL_S) if alone else self._interval_s)
