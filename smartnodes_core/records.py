@@ -192,6 +192,19 @@ class Plan(Record, frozen=True, kw_only=True, tag="Plan/1"):
     reason: Text
 
 
+class JobNotice(Record, frozen=True, kw_only=True, tag="JobNotice/1"):
+    """A validator says that it keeps the record of a job (or, with the state "gone", that it does so no more): whoever
+    knows the job's id finds it so. The newest sequence number of a keeper wins, after `expires_at_s` it is gone."""
+
+    job: Digest
+    keeper: NodeKey
+    network_id: Count
+    plan_version: Count
+    state: Literal["open", "closed", "gone"]
+    sequence: Count
+    expires_at_s: Count
+
+
 # -- what a worker did, and whether it is so --------------------------------------------------------------------------
 
 

@@ -28,3 +28,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=0,
         help="how often two of four validators, and then the chain, are killed at a random instant (the long mode: 5)",
     )
+    parser.addoption(
+        "--dht-nodes",
+        type=int,
+        default=100,
+        help="nodes of the DHT of which three tenths vanish at once (the long mode: 1000)",
+    )

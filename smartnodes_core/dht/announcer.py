@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from smartnodes_core.dht.directory import Directory, announce
 from smartnodes_core.errors import SmartnodesError
 from smartnodes_core.nodes.base import Node
-from smartnodes_core.records import Announcement, Role
+from smartnodes_core.records import Announcement, Role, Signed
 
 logger = logging.getLogger(__name__)
 
@@ -18,8 +18,8 @@ LIFETIME_S = 600
 
 
 class Announcer:
-    """Announces `node` now and every `interval_s` until stopped: at the directories of `bootstrap_keys`, and at the
-    node's own, `directory`, where it keeps one.
+    """Announces `node` now and every `interval_s` until stopped: at the directories of `bootstrap_keys`, at the node's
+    own, `directory`, where it keeps one, and, on the announcer's thread, with `publish`: in the DHT.
 
     `offers` is asked each time, so that an announcement says what is so now. A directory that cannot be reached is
     tried again at the next turn; `update` makes that now.
@@ -35,11 +35,13 @@ class Announcer:
         *,
         endpoints: Sequence[str] | None = None,
         directory: Directory | None = None,
+        publish: Callable[[Signed], object] = lambda signed: None,
         interval_s: float = LIFETIME_S / 3,
         lifetime_s: int = LIFETIME_S,
     ) -> None:
         self._node, self._keys, self._role, self._network_id = node, list(bootstrap_keys), role, network_id
         self._offers, self._endpoints, self._directory = offers, endpoints, directory
+        self._publish = publish
         self._interval_s, self._lifetime_s = interval_s, lifetime_s
         self._wake = threading.Event()
         self._stopped = False
@@ -48,7 +50,7 @@ class Announcer:
         self._thread = threading.Thread(target=self._run, name="announcer", daemon=True)
 
     def start(self) -> None:
-        """Announces once, raising what went wrong, then keeps announcing on a thread."""
+        """Announces once at the directories, raising what went wrong, then keeps announcing on a thread."""
         self.announce_now()
         self._thread.start()
 
@@ -91,6 +93,10 @@ class Announcer:
 
     def _run(self) -> None:
         while True:
+            try:
+                self._publish(self._node.identity.sign(self.announcement()))
+            except SmartnodesError as error:
+                logger.info("this node is not found in the DHT yet, and announced there again: %s", error)
             self._wake.wait(self._interval_s)
             self._wake.clear()
             if self._stopped:

@@ -1,7 +1,6 @@
-"""Discovery through validators: each keeps all announcements, and passes fresh ones on to the other validators it
-knows.
+"""The index of who is there, kept by validators: each has all announcements, and passes fresh ones on to the others.
 
-A stand-in with the shape of a DHT (`store`, `find`), to be replaced by Kademlia behind the same functions. A
+Whoever looks for workers of some capability asks here; a DHT (`node.py`) finds only what somebody knows the key of. A
 validator serves a `Directory`; every node uses `announce` and `find`.
 """
 
@@ -13,7 +12,8 @@ from typing import Any, get_args
 
 import msgspec
 
-from smartnodes_core.dht.storage import MAX_RECORD_BYTES, RecordStore
+from smartnodes_core.dht.rules import MAX_RECORD_BYTES
+from smartnodes_core.dht.storage import RecordStore
 from smartnodes_core.errors import AuthorityError, PeerUnreachableError, ProtocolError, RecordError, SmartnodesError
 from smartnodes_core.identity import verify
 from smartnodes_core.nodes.base import Node

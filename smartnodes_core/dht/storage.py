@@ -1,4 +1,7 @@
-"""Announcements that a node keeps for others: signed by those they speak of, sequenced, expiring, bounded in number."""
+"""A validator's list of who is there: the newest announcement of each node, to be searched by role.
+
+What a DHT cannot answer, for it only knows ids; what it keeps is in `values.py`, under the same rules.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from smartnodes_core.errors import BusyError, RecordError, SignatureError
-from smartnodes_core.identity import verify
+from smartnodes_core.dht.rules import check_signature, entry_of
+from smartnodes_core.errors import BusyError, RecordError
 from smartnodes_core.records import Announcement, Role, Signed
 
-MAX_LIFETIME_S = 3600
 MAX_RECORDS = 20_000
-MAX_RECORD_BYTES = 16 << 10
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,7 @@ class RecordStore:
     def store(self, signed: Signed) -> bool:
         """Keeps an announcement; False when this or a newer one is known already.
 
-        Raises SignatureError unless the announced node itself signed it, RecordError when it is for another network,
-        over its size, expired, or lives longer than MAX_LIFETIME_S; BusyError when the store is full.
+        Raises what `rules.entry_of` and `check_signature` raise; BusyError when the store is full.
         """
         announcement = self._check(signed)
         with self._lock:
@@ -87,23 +87,11 @@ class RecordStore:
             self._records.pop(node_key, None)
 
     def _check(self, signed: Signed) -> Announcement:
-        if len(signed.record) > MAX_RECORD_BYTES:
-            raise RecordError(f"an announcement of {len(signed.record)} bytes: at most {MAX_RECORD_BYTES} are kept")
-        announcement = verify(signed, Announcement)
-        if announcement.node_key != signed.signer:
-            raise SignatureError(
-                f"node {signed.signer.hex()[:16]} signed an announcement of another, {announcement.node_key.hex()[:16]}"
-            )
-        if announcement.network_id != self._network_id:
-            raise RecordError(f"an announcement for network {announcement.network_id}, here is {self._network_id}")
-        left_s = announcement.expires_at_s - self._now_s()
-        if left_s <= 0:
-            raise RecordError(f"an announcement that expired {-left_s:.0f} s ago: check the clocks")
-        if left_s > MAX_LIFETIME_S + 60:  # clocks differ a little
-            raise RecordError(
-                f"an announcement for {left_s:.0f} s: at most {MAX_LIFETIME_S} s are kept, then announce again"
-            )
-        return announcement
+        entry = entry_of(signed, self._network_id, self._now_s())
+        if not isinstance(entry.record, Announcement):
+            raise RecordError(f"an announcement is needed, found a {type(entry.record).__name__}")
+        check_signature(entry)
+        return entry.record
 
     def _expire(self) -> None:
         now_s = self._now_s()

@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from smartnodes_core.chain.base import Chain, Member
-from smartnodes_core.dht.storage import MAX_RECORD_BYTES, RecordStore
+from smartnodes_core.dht.rules import MAX_RECORD_BYTES
+from smartnodes_core.dht.storage import RecordStore
 from smartnodes_core.errors import RecordError, SmartnodesError
 from smartnodes_core.identity import check_binding
 from smartnodes_core.nodes.base import Node

@@ -64,6 +64,8 @@ class Node:
         self._addresses = AddressBook()
         self._links = Links(self.node_key)
         self._lost_callbacks: list[Callable[[bytes, str], None]] = []
+        #: Looks up where a peer is of whom no address is known, in so many seconds, and calls `add_address`.
+        self.find_address: Callable[[bytes, float], None] | None = None
         self._rpc = RpcEndpoint(f"calls {self.node_key.hex()[:8]}", opened=self._opened, lost=self._lost)
         self._listener: Listener | None = None
         self._lock = threading.Lock()
@@ -149,9 +151,12 @@ class Node:
         self._addresses.add(connection.peer.node_key, endpoint)
         return connection.peer
 
-    def reach(self, node_key: bytes, timeout_s: float = DIAL_TIMEOUT_S) -> Peer:
-        """Connects to a peer unless it is connected, so that it can call a node that does not listen."""
-        return self._connection(node_key, timeout_s).peer
+    def reach(self, node_key: bytes, timeout_s: float = DIAL_TIMEOUT_S, *, hearsay: Sequence[str] = ()) -> Peer:
+        """Connects to a peer unless it is connected, so that it can call a node that does not listen.
+
+        `hearsay` are endpoints that some third node named: they are tried last, and kept only if the peer is there.
+        """
+        return self._connection(node_key, timeout_s, hearsay).peer
 
     def add_address(self, node_key: bytes, endpoint: str) -> None:
         """Remembers where a peer is reached, from a signed announcement or the user's settings."""
@@ -222,27 +227,32 @@ class Node:
 
     # -- connections --------------------------------------------------------------------------------------------------
 
-    def _connection(self, node_key: bytes, timeout_s: float) -> Connection:
+    def _connection(self, node_key: bytes, timeout_s: float, hearsay: Sequence[str] = ()) -> Connection:
         connection = self._links.get(node_key)
         if connection is not None:
             return connection
         if node_key == self.node_key:
             raise PeerUnreachableError("a node does not call itself over the network")
         deadline_s = time.monotonic() + min(timeout_s, DIAL_TIMEOUT_S)
+        if self.find_address is not None and not hearsay and not self._addresses.knows(node_key):
+            self.find_address(node_key, min(timeout_s, DIAL_TIMEOUT_S))
         found = self._links.begin_dialling(node_key, deadline_s)
         if found is not None:
             return found
         try:
-            return self._dial_any(node_key, deadline_s)
+            return self._dial_any(node_key, deadline_s, hearsay)
         finally:
             self._links.end_dialling(node_key)
 
-    def _dial_any(self, node_key: bytes, deadline_s: float) -> Connection:
+    def _dial_any(self, node_key: bytes, deadline_s: float, hearsay: Sequence[str] = ()) -> Connection:
         failure: SmartnodesError | None = None
-        for endpoint in self._addresses.of(node_key):
+        known = self._addresses.of(node_key) if self._addresses.knows(node_key) or not hearsay else []
+        for endpoint in dict.fromkeys([*known, *hearsay]):
             while time.monotonic() < deadline_s:
                 try:
-                    return self._dial(endpoint, node_key, deadline_s)
+                    connection = self._dial(endpoint, node_key, deadline_s)
+                    self._addresses.add(node_key, endpoint)
+                    return connection
                 except DuplicateConnectionError as error:
                     failure = error
                     wait_until_s = min(deadline_s, time.monotonic() + _INBOUND_WAIT_S)

@@ -38,6 +38,11 @@ class AddressBook:
             while len(self._endpoints) > MAX_ADDRESSES:
                 self._endpoints.popitem(last=False)
 
+    def knows(self, node_key: bytes) -> bool:
+        """Whether any endpoint of a peer is known."""
+        with self._lock:
+            return bool(self._endpoints.get(node_key))
+
     def of(self, node_key: bytes) -> list[str]:
         """Raises PeerUnreachableError when nothing is known."""
         with self._lock:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from smartnodes_core.errors import (
@@ -180,6 +180,21 @@ class JobDesk:
         """The jobs that are open here."""
         with self._lock:
             return [entry.job for entry in self.entries.values() if entry.state == "open"]
+
+    def ids(self, ended_after_s: float) -> list[bytes]:
+        """The jobs that are open here, and those that ended after this Unix time."""
+        with self._lock:
+            return [
+                job_id
+                for job_id, entry in self.entries.items()
+                if entry.state == "open" or (entry.history and entry.history[-1][0] > ended_after_s)
+            ]
+
+    def snapshot(self, job_id: bytes) -> JobEntry | None:
+        """A job as it is now, which does not change any more; None for one that is not in the books."""
+        with self._lock:
+            entry = self.entries.get(job_id)
+            return None if entry is None else replace(entry, history=entry.history.copy())
 
     def take_up(self, job: Job) -> bool:
         """Go on with a job that others keep and this validator has forgotten; False where it knows of it.

@@ -20,12 +20,16 @@ from smartnodes_core.chain.base import Chain, Member
 from smartnodes_core.chain.settings import Addresses
 from smartnodes_core.config import NodeConfig
 from smartnodes_core.dht.announcer import Announcer
+from smartnodes_core.dht.contacts import MAX_ENDPOINTS, Contact
 from smartnodes_core.dht.directory import Directory, find
+from smartnodes_core.dht.node import DhtNode
+from smartnodes_core.dht.running import RunningDht
 from smartnodes_core.dht.storage import RecordStore
-from smartnodes_core.errors import AuthorityError, ChainError, ConfigError, SmartnodesError, Unavailable
+from smartnodes_core.errors import AuthorityError, ChainError, ConfigError, JobError, SmartnodesError, Unavailable
 from smartnodes_core.identity import Identity, make_binding
 from smartnodes_core.nodes.authority import ChainAuthority
 from smartnodes_core.nodes.base import Node
+from smartnodes_core.nodes.job_copies import JobCopy, fetch_job
 from smartnodes_core.nodes.membership import Membership
 from smartnodes_core.records import Announcement, NodeKey, Role, Signed
 from smartnodes_core.transport.tls import TlsTransport
@@ -52,6 +56,7 @@ class Station:
     node: Node
     bootstrap_keys: list[NodeKey] = field(default_factory=list)
     directory: Directory | None = None
+    dht: RunningDht | None = None
     _announcer: Announcer | None = None
     _learn_at_s: float = 0.0
     _num_learnt: int = 0
@@ -100,9 +105,11 @@ class Station:
         if self.role == "validator":
             self.directory = Directory(self.node, RecordStore(self.config.network_id))
         failure: SmartnodesError = ConfigError("no bootstrap validator is named: set `bootstrap` to host:port of one")
+        contacts = []
         for endpoint in self.config.bootstrap:
             try:
                 self.bootstrap_keys.append(self._reach(endpoint))
+                contacts.append(Contact(self.bootstrap_keys[-1], (endpoint,)))
             except SmartnodesError as error:
                 failure = error
                 logger.warning("bootstrap %s: %s", endpoint, error)
@@ -111,6 +118,17 @@ class Station:
         for key in self.bootstrap_keys:
             if self.directory is not None:
                 self.directory.sync_from(key)
+        self.dht = RunningDht(self.node, self.config.network_id, self._registered_role, lambda: contacts)
+        self.dht.start()
+
+    def _registered_role(self, node_key: NodeKey) -> Role | None:
+        """A member's role, also before a round has admitted it; None for who is blacklisted or not registered."""
+        try:
+            member = self.membership.of(node_key)
+        except ChainError as error:
+            logger.info("the role of node %s is not known: %s", node_key.hex()[:8], error)
+            return None
+        return member.role if member is not None and member.reputation else None
 
     def _reach(self, endpoint: str) -> NodeKey:
         """The node key at `endpoint`. A validator that has not yet seen our registration on chain is asked again."""
@@ -134,9 +152,16 @@ class Station:
             offers,
             endpoints=self.config.announce_as or None,
             directory=self.directory,
+            publish=self._publish,
         )
         announcer.start()
         self._announcer = announcer
+
+    def _publish(self, signed: Signed) -> None:
+        """Take part in the DHT where this node is announced to be reached, and be found there."""
+        if self.dht is not None:
+            self.dht.take_part(Announcement.decode(signed.record).endpoints[:MAX_ENDPOINTS])
+            self.dht.dht.put(signed)
 
     def update_announcement(self) -> None:
         """Something in what this node offers has changed."""
@@ -150,6 +175,17 @@ class Station:
         else:
             found = find(self.node, self.bootstrap_keys, role, self.config.network_id)
         return [each for each in found if self.membership.reputation_of(each.node_key)]
+
+    def dht_node(self) -> DhtNode | None:
+        """This node's place in the DHT, once it has joined."""
+        return self.dht.dht if self.dht is not None else None
+
+    def find_job(self, job_id: bytes) -> JobCopy:
+        """A job's record as its keepers show it, found by its id. Raises JobError where there is none."""
+        dht = self.dht_node()
+        if dht is None:
+            raise JobError("jobs are looked up by nodes that have joined: call `join` first")
+        return fetch_job(self.node, dht.find_job, job_id)
 
     def announced(self, node_key: NodeKey) -> Signed | None:
         """What a node announced last, as it signed it; only validators keep that."""
@@ -176,6 +212,8 @@ class Station:
         """Withdraw from the directory and end every connection."""
         if self._announcer is not None:
             self._announcer.stop()
+        if self.dht is not None:
+            self.dht.close()
         if self.directory is not None:
             self.directory.stop()
         self.node.stop()

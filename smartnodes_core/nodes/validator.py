@@ -2,7 +2,8 @@
 
 `placement.py` opens and closes jobs, `auditing.py` audits them (with `drawing.py` and `challenging.py`), `evidence.py`
 re-runs what others found, `rounding.py` (with `voting.py` and `balloting.py`) carries the results on chain,
-`resuming.py` goes on after a restart. This module only joins them.
+`resuming.py` goes on after a restart, `job_keeping.py` has records of jobs kept by several. This module only joins
+them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from smartnodes_core.audit import Auditor, HashChain
 from smartnodes_core.chain.proposal import Parameters
+from smartnodes_core.dht.node import DhtNode
 from smartnodes_core.errors import SmartnodesError
 from smartnodes_core.identity import Identity
 from smartnodes_core.jobs import Job
@@ -22,6 +24,7 @@ from smartnodes_core.journal import Journal
 from smartnodes_core.nodes.auditing import AuditDesk
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.evidence import EvidenceDesk
+from smartnodes_core.nodes.job_keeping import JobKeeper
 from smartnodes_core.nodes.membership import Membership
 from smartnodes_core.nodes.placement import JobDesk
 from smartnodes_core.nodes.resuming import ResumeDesk
@@ -51,7 +54,8 @@ class ValidatorSettings:
 
 class ValidatorNode:
     """Keeps jobs, audits workers, votes on rounds. `hash_chain`'s tip must be the one posted on chain, `proofs` is the
-    folder where proofs of equivocation are kept (None: in memory only), `announced` gives what a node announced last.
+    folder where proofs of equivocation are kept (None: in memory only), `announced` gives what a node announced last,
+    `dht` this node's place in the DHT once it has joined.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class ValidatorNode:
         learn_validators: Callable[[], None] = lambda: None,
         proofs: Path | None = None,
         announced: Callable[[NodeKey], Signed | None] = lambda node_key: None,
+        dht: Callable[[], DhtNode | None] = lambda: None,
     ):
         self.node = node
         self.evidence = EvidenceDesk(node, auditor)
@@ -99,9 +104,12 @@ class ValidatorNode:
             announced=announced,
         )
         self._resuming = ResumeDesk(node, self.jobs, self.audits)
+        self.keeper = JobKeeper(
+            node, identity, membership.network_id, self.jobs, membership.role_of, self.rounds.books.others, dht
+        )
         self.jobs.check_payment = self.rounds.books.escrows.check
         self.jobs.on_new = self.rounds.books.news.opened
-        self.jobs.on_open = self.audits.open
+        self.jobs.on_open = self._open
         self.jobs.on_close = self._close
 
     def start(self) -> None:
@@ -109,6 +117,7 @@ class ValidatorNode:
         self.audits.start()
         self.evidence.start()
         self.rounds.start()
+        self.keeper.start()
         threading.Thread(target=self.resume, name="resume", daemon=True).start()
 
     def resume(self) -> None:
@@ -122,15 +131,22 @@ class ValidatorNode:
             logger.exception("taking up jobs")
 
     def stop(self) -> None:
+        """Hand the records of jobs over, and end."""
+        self.keeper.stop()
         self.jobs.stop()
         self.rounds.stop()
         self.evidence.stop()
         self.audits.stop()
 
+    def _open(self, job: Job) -> None:
+        self.audits.open(job)
+        self.keeper.changed(job.id)
+
     def _close(self, job: Job) -> None:
         """Let the audits under way end, then release the job's workers; beside everything else."""
         entry = self.jobs.entries.get(job.id)
         self.rounds.books.news.closed(job, entry.closing if entry is not None else b"")
+        self.keeper.changed(job.id)
 
         def finish() -> None:
             self.audits.close(job.id, DRAIN_TIMEOUT_S)

@@ -76,6 +76,7 @@ def _run(config: AuditorConfig, life: Life) -> None:
             station.learn_validators,
             config.data_dir / "proofs",
             station.announced,
+            station.dht_node,
         )
         station.join()
         station.announce(dict)

@@ -20,6 +20,7 @@ from smartnodes_core.records import (
     Challenge,
     Commitment,
     Evidence,
+    JobNotice,
     JobRecord,
     Opening,
     OpeningItem,
@@ -67,6 +68,9 @@ SAMPLES = [
     Plan(
         job=d(1), version=3, assignments=[Assignment(stage=0, replica=0, worker=d(2), endpoint="e")], spares=[d(3)],
         validators=[d(4)], reason="first plan",
+    ),
+    JobNotice(
+        job=d(1), keeper=d(2), network_id=1, plan_version=3, state="open", sequence=7, expires_at_s=1_800_000_000,
     ),
     Unit(call=0, backward_pass=-1, micro_batch=3, roots={"x": d(1), "y": d(2)}),
     Commitment(

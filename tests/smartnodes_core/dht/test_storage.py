@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from smartnodes_core.dht.storage import MAX_LIFETIME_S, RecordStore
+from smartnodes_core.dht.rules import MAX_LIFETIME_S
+from smartnodes_core.dht.storage import RecordStore
 from smartnodes_core.errors import BusyError, RecordError, SignatureError
 from smartnodes_core.identity import Identity
 from smartnodes_core.records import Announcement, Signed

@@ -230,6 +230,7 @@ class Citizen:
         self.role: Any = None
         self.handler: Any = None
         self.auditor: Any = None
+        self.dht: Any = None
         self.journal = Journal(None)
 
     def sign(self, record: Any) -> bytes:
@@ -302,6 +303,7 @@ class Net:
             validator.hash_chain,
             validator.journal,
             settings or self.settings,
+            dht=lambda: validator.dht,
         )
 
     def start(self, rounds: bool = False, only: Sequence[Citizen] | None = None) -> None:

@@ -153,6 +153,35 @@ def test_addresses_are_checked(party: Any) -> None:
         a.add_address(b"short", "a:1")
 
 
+def test_what_third_nodes_say_of_an_address_is_tried_last_and_kept_only_if_it_holds(party: Any) -> None:
+    a, b, c = serving(party), serving(party), serving(party)
+    with pytest.raises(AuthorityError):
+        a.reach(b.node_key, hearsay=[c.endpoint])
+    assert not a._addresses.knows(b.node_key)
+    assert a.reach(b.node_key, hearsay=["127.0.0.1:9", b.endpoint]).node_key == b.node_key
+    assert a._addresses.of(b.node_key) == [b.endpoint]
+    c.add_address(b.node_key, b.endpoint)
+    assert c.reach(b.node_key, hearsay=[a.endpoint]).node_key == b.node_key
+    assert c._addresses.of(b.node_key) == [b.endpoint]
+
+
+def test_an_address_that_nobody_knows_is_looked_up_when_it_is_needed(party: Any) -> None:
+    a, b = serving(party), serving(party)
+    asked: list[bytes] = []
+
+    def find(node_key: bytes, timeout_s: float) -> None:
+        asked.append(node_key)
+        if node_key == b.node_key:
+            a.add_address(node_key, b.endpoint)
+
+    a.find_address = find
+    assert a.call(b.node_key, "ping").params == {"caller": a.node_key}
+    with pytest.raises(PeerUnreachableError, match="no address is known"):
+        a.call(bytes(32), "ping")
+    a.call(b.node_key, "ping")
+    assert asked == [b.node_key, bytes(32)]
+
+
 def test_a_node_listens_within_a_second_without_web3_or_torch() -> None:
     code = """
 import sys, time

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 
 import pytest
 
@@ -13,7 +15,7 @@ from smartnodes_core.chain.model import CHAIN_ID, ESCROW, REGISTRY, ROUNDS, Chai
 from smartnodes_core.chain.settings import SNO, Addresses, ChainSettings
 from smartnodes_core.chain.signing import address_of
 from smartnodes_core.config import NodeConfig
-from smartnodes_core.errors import AuthorityError, ConfigError, IdentityError, PortInUseError, Unavailable
+from smartnodes_core.errors import AuthorityError, ConfigError, IdentityError, JobError, PortInUseError, Unavailable
 from smartnodes_core.identity import Identity
 from smartnodes_core.nodes.station import Station
 
@@ -85,6 +87,44 @@ def test_a_second_validator_takes_over_what_the_first_knows(place):
     second = place.open(2, "validator", bootstrap=[first.node.endpoint])
     second.join()
     assert [each.node_key for each in second.find("worker")] == [worker.identity.node_key]
+
+
+def eventually(condition, timeout_s=20.0):
+    deadline, pause = time.monotonic() + timeout_s, threading.Event()
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"not within {timeout_s} s"
+        pause.wait(0.02)
+    return found
+
+
+def test_a_node_is_looked_up_by_its_key_and_called_although_nobody_told_its_address(place):
+    validator = place.open(1, "validator")
+    validator.join()
+    validator.announce(dict)
+    workers = [place.open(number, "worker", bootstrap=[validator.node.endpoint]) for number in (2, 3)]
+    user = place.open(4, "user", bootstrap=[validator.node.endpoint])
+    for station in [*workers, user]:
+        station.join()
+    for worker in workers:
+        worker.announce(dict)
+    first, second = (worker.identity.node_key for worker in workers)
+    for asker in (user, workers[0]):
+        found = eventually(lambda asker=asker: asker.dht.dht.find_node(second))
+        assert found.endpoints == [workers[1].node.endpoint]
+    assert user.node.call(second, "binding").body
+    assert user.identity.node_key not in validator.dht.dht.table
+    workers[1].close()
+    validator.close()
+    eventually(lambda: user.dht.dht.find_node(second))  # others keep what it announced
+    with pytest.raises(JobError, match="not found"):
+        user.find_job(first)
+
+
+def test_a_station_that_has_not_joined_looks_nothing_up(place):
+    worker = place.open(2, "worker")
+    assert worker.dht_node() is None
+    with pytest.raises(JobError, match="call `join` first"):
+        worker.find_job(bytes(32))
 
 
 def test_members_that_left_are_not_found(place):

@@ -122,6 +122,7 @@ def main() -> None:
         ValidatorSettings(poll_s=0.25, proposer_timeout_s=settings["proposer_timeout_s"]),
         station.learn_validators,
         config.data_dir / "proofs",
+        dht=station.dht_node,
     )
     if settings["conduct"] == "silent":
         be_silent(validator)
