@@ -25,6 +25,8 @@ import tensorlink
 from tensorlink.demo.run import DemoOptions
 from tensorlink.local import LocalSettings
 
+pytestmark = pytest.mark.starts_network
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 trainee = importlib.import_module("yardstick.trainee")
