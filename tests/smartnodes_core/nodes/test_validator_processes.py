@@ -25,7 +25,7 @@ from smartnodes_core.chain.signing import address_of
 from smartnodes_core.identity import Identity
 from smartnodes_core.nodes.membership import Membership
 
-pytestmark = pytest.mark.starts_network
+pytestmark = [pytest.mark.starts_network, pytest.mark.timeout(300)]
 
 NETWORK = 1
 INTERVAL_S, TIMEOUT_S = 1, 1.5
