@@ -1,6 +1,8 @@
 # Each target sets up what it needs, in .venv, from pinned constraints. Needs Python 3.11 to 3.13, git and make; nothing else.
 PYTHON ?= $(firstword $(foreach v,python3.11 python3.12 python3.13 python3,$(if $(shell $(v) -c 'import sys; print(*(["ok"] if (3, 11) <= sys.version_info[:2] <= (3, 13) else []))' 2>/dev/null),$(v))))
 BIN := .venv/bin
+TEST_WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest tests -n $(TEST_WORKERS)
 STAMP := .venv/.installed
 
 .PHONY: demo test lint format coverage contracts bench clean
@@ -9,11 +11,11 @@ demo: $(STAMP)
 	$(BIN)/tensorlink demo $(DEMO_FLAGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest tests $(TEST_FLAGS)
+	$(PYTEST) $(TEST_FLAGS)
 
 coverage: $(STAMP)
 	rm -f .coverage .coverage.*
-	$(BIN)/python -m pytest tests --cov --cov-report=term $(TEST_FLAGS)
+	$(PYTEST) --cov --cov-report=term $(TEST_FLAGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -42,6 +42,7 @@ setup(
             "pytest>=9",
             "pytest-cov",
             "pytest-timeout",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.150",
             "ruff",
             "mypy",

@@ -92,7 +92,7 @@ class Journal:
             file.truncate(self._size)
             file.seek(self._size)
             os.fsync(file.fileno())
-            sync_directory(path.parent)
+            make_durable(path.parent)
         except BaseException as error:
             if file is not None:
                 file.close()
@@ -151,8 +151,8 @@ def _lock_file(file: FileIO, path: Path) -> None:
         raise LocalError(f"the journal {path} is in use: another node runs with this data directory") from None
 
 
-def sync_directory(path: Path) -> None:
-    """Makes a new file's name durable too."""
+def make_durable(path: Path) -> None:
+    """Everything of a file, or of a folder's names, is on the disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

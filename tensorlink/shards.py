@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from smartnodes_core.journal import make_durable
 from smartnodes_core.nesting import bounded_json
 from tensorlink.errors import CheckpointError
 
@@ -50,7 +51,7 @@ class ShardWriter:
         path = self._folder / f".{kind}-{self._tag}-{len(shards) + 1:05}.partial"
         shards.append((path, list(tensors)))
         save_file(dict(tensors), path, metadata={"format": "pt"})
-        _flush(path)
+        make_durable(path)
 
     def commit(self, metadata: Mapping[str, Any], optimizer: Mapping[str, Any] | None) -> None:
         """The folder holds this save from here on: `metadata` goes into the index, `optimizer` into a file of its
@@ -60,9 +61,9 @@ class ShardWriter:
         if optimizer is not None:
             metadata["optimizer"] = f"optimizer-{self._tag}.json"
             self._write("optimizer", metadata["optimizer"], {**optimizer, "weight_map": states})
-        _flush(self._folder)
+        make_durable(self._folder)
         self._write("model", INDEX, {"metadata": metadata, "weight_map": weight_map})
-        _flush(self._folder)
+        make_durable(self._folder)
         self._remove(lambda tag: tag != self._tag)
 
     def _name(self, kind: str) -> dict[str, str]:
@@ -78,7 +79,7 @@ class ShardWriter:
         """JSON that stands there whole or not at all."""
         partial = self._folder / f".{kind}-{self._tag}-index.partial"
         partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        _flush(partial)
+        make_durable(partial)
         partial.replace(self._folder / name)
 
     def _remove(self, gone: Callable[[str], bool]) -> None:
@@ -164,12 +165,3 @@ class ShardReader:
         ):
             raise CheckpointError(f"{name} has no weight_map of tensor names to files beside it")
         return found
-
-
-def _flush(path: Path) -> None:
-    """Everything of a file, or of a folder's names, is on the disk when this returns."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,7 +17,7 @@ from typing import Any
 from smartnodes_core.chain.base import Chain, NoFundsError, RefusedError
 from smartnodes_core.chain.proposal import Equivocation
 from smartnodes_core.errors import ChainError, LocalError, SmartnodesError
-from smartnodes_core.journal import sync_directory
+from smartnodes_core.journal import make_durable
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.mailing import Mailer
 from smartnodes_core.nodes.params import bytes_in
@@ -151,6 +151,6 @@ def _write(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
-        sync_directory(path.parent)
+        make_durable(path.parent)
     except OSError as error:
         raise LocalError(f"the proof {path} cannot be written: {error.strerror}") from None

@@ -119,11 +119,10 @@ def run_deposit(options: argparse.Namespace) -> int:
 
 def run_exit(options: argparse.Namespace) -> int:
     """Ask for the stake back, unless that was done."""
-    staker = Staker(load(UserConfig, options.config))
-    member = _registered(staker)
+    staker, member = _registered(options)
     if member.exit_at_s == 0:
         staker.chain.request_exit(staker.network_id)
-        member = _registered(staker)
+        staker, member = _registered(options)
     else:
         _say("the exit was asked for before; nothing was sent")
     _say(f"{member.stake_wei / SNO:.6f} SNO can be withdrawn {_when(staker, member)}")
@@ -132,8 +131,7 @@ def run_exit(options: argparse.Namespace) -> int:
 
 def run_withdraw(options: argparse.Namespace) -> int:
     """Take the stake back."""
-    staker = Staker(load(UserConfig, options.config))
-    member = _registered(staker)
+    staker, member = _registered(options)
     if member.exit_at_s == 0:
         raise ConfigError("no exit was asked for: give `tensorlink stake exit` first; nothing was sent")
     if staker.withdrawable_at_s(member) > staker.now_s:
@@ -163,14 +161,16 @@ def run_status(options: argparse.Namespace) -> int:
     return 0
 
 
-def _registered(staker: Staker) -> Member:
+def _registered(options: argparse.Namespace) -> tuple[Staker, Member]:
+    """The account's place in the network as it is now. Raises ConfigError where it has none."""
+    staker = Staker(load(UserConfig, options.config))
     member = staker.member()
     if member is None:
         raise ConfigError(
             f"{staker.name} is not registered in network {staker.network_id}: check `account` and `network_id`, or "
             "give `tensorlink stake deposit`; nothing was sent"
         )
-    return member
+    return staker, member
 
 
 def _say_registered(staker: Staker, member: Member, role: Role, hashed: bytes) -> int:

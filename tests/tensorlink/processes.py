@@ -7,6 +7,8 @@ import threading
 import time
 from pathlib import Path
 
+MOST_PATIENCE = 8.0
+
 
 def descendants(pid):
     """Process ids of everything that `pid` has started, directly or not."""
@@ -33,11 +35,16 @@ def alive(pids):
     return running
 
 
+def patience_s(seconds):
+    """What takes `seconds` where nothing else runs may take as many times longer as there is work for the cores."""
+    return seconds * min(MOST_PATIENCE, max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)))
+
+
 def wait_until(condition, timeout_s):
-    """Seconds until `condition()` held, or None."""
+    """Seconds until `condition()` held, or None after `timeout_s`, stretched as `patience_s` says."""
     began = time.monotonic()
     pause = threading.Event()
-    while time.monotonic() - began < timeout_s:
+    while time.monotonic() - began < patience_s(timeout_s):
         if condition():
             return time.monotonic() - began
         pause.wait(0.02)

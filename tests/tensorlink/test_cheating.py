@@ -15,6 +15,8 @@ from smartnodes_core.errors import NoWorkersError, SmartnodesError
 from tensorlink import placement
 from tensorlink.network import LocalNetwork
 
+pytestmark = pytest.mark.starts_network
+
 CHEATING = str(Path(__file__).with_name("cheating_worker.py"))
 CHEATS = {"worker-0": "scaled-gx", "worker-1": "skipped-weight-gradient"}
 FOUND_WITHIN_S = 40.0

@@ -17,6 +17,8 @@ from tensorlink.errors import CheckpointError, OptimizerError
 from tensorlink.remote_state import parts
 from tensorlink.shards import INDEX, ShardReader
 
+pytestmark = pytest.mark.starts_network
+
 
 class Net(nn.Module):
     """Masks, statistics, a weight with two names, a frozen one, an unused one, a constant, a buffer in no file."""

@@ -47,10 +47,9 @@ def parts_of(expected, state):
 class Node:
     """A rig's node reduced to what moves messages; links are function calls."""
 
-    def __init__(self, index=0, num_stages=1, limits=None, command=None):
-        self.index, self.num_stages, self.peers = index, num_stages, []
-        self.events, self.exits = queue.Queue(), queue.Queue()
-        self.tensors, self.losses, self.released = {}, {}, threading.Semaphore(0)
+    def __init__(self, limits=None, command=None):
+        self.exits = queue.Queue()
+        self.begin()
         self.sandbox = Sandbox(
             command or COMMAND,
             limits=limits or Limits(),
@@ -60,6 +59,21 @@ class Node:
             on_exit=self.exits.put,
         )
         self.sandbox.start()
+
+    def begin(self, index=0, num_stages=1):
+        """Nothing is loaded, and nothing has happened."""
+        self.index, self.num_stages, self.peers, self.keys = index, num_stages, [], set()
+        self.events, self.released = queue.Queue(), threading.Semaphore(0)
+        self.tensors, self.losses = {}, {}
+
+    def is_idle(self):
+        """Whether the process lives; its stages are unloaded, and it has said what it had to say of them."""
+        try:
+            for key in self.keys:
+                self.call("unload", key=key)
+        except SandboxError:
+            return False
+        return self.exits.empty()
 
     def call(self, method, **params):
         return self.sandbox.call(method, {"key": "k", **params}, TIMEOUT_S)
@@ -79,6 +93,7 @@ class Node:
             "state_interval_steps": 1,
             "limits": {},
         }  # fmt: skip
+        self.keys.add(changes.get("key", "k"))
         begun = self.call("load", **{**params, **changes})
         place = {"key": changes["key"]} if "key" in changes else {}
         return {**begun, **self.send(program, state, **place)}
@@ -147,16 +162,34 @@ class Node:
             assert name != "failed" or wanted == "failed", params
 
 
-@pytest.fixture
-def nodes(rig):
-    made = []
+@pytest.fixture(scope="module")
+def idle():
+    """What tests have left idle, with the usual limits: starting one takes seconds."""
+    waiting = []
+    yield waiting
+    for node in waiting:
+        node.sandbox.stop()
 
-    def make(*args, **kwargs):
-        made.append(Node(*args, **kwargs))
-        return made[-1]
+
+@pytest.fixture
+def nodes(idle):
+    """Makes nodes, each with a process; one of the usual kind is a fresh one or an idle one."""
+    usual, others = [], []
+
+    def make(index=0, num_stages=1, limits=None, command=None):
+        if limits is None and command is None:
+            node = idle.pop() if idle else Node()
+            usual.append(node)
+        else:
+            node = Node(limits, command)
+            others.append(node)
+        node.begin(index, num_stages)
+        return node
 
     yield make
-    for node in made:
+    for node in usual:
+        (idle if node.is_idle() else others).append(node)
+    for node in others:
         node.sandbox.stop()
 
 
@@ -249,7 +282,7 @@ def test_a_rig_measures_itself_in_no_time(nodes):
 
 def test_shared_memory_comes_back_when_its_last_reader_is_done(nodes, gpt, rig):
     programs, states, x = gpt
-    node = nodes()
+    node = nodes(limits=Limits())  # one that has nothing to give back yet
     node.load(only(programs[0]), states[0], rig.JOB)
     assert node.released.acquire(timeout=10)  # the weights
     node.post("begin", **begin(n=2, type="forward", schedule="gpipe", training=False, grad=False))

@@ -195,6 +195,7 @@ print(json.dumps(measured))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.timeout(300)
+@pytest.mark.starts_network
 def test_nobody_but_the_workers_holds_the_model(tmp_path):
     for width in (8, WIDTH):
         (tmp_path / str(width)).mkdir()

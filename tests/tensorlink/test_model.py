@@ -26,6 +26,8 @@ from tensorlink.errors import (
     TraceError,
 )
 
+pytestmark = pytest.mark.starts_network
+
 
 class Mlp(nn.Module):
     def __init__(self):

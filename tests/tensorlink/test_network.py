@@ -32,6 +32,8 @@ from smartnodes_core.payments import Price
 from smartnodes_core.records import Announcement
 from tensorlink.network import LocalNetwork
 
+pytestmark = pytest.mark.starts_network
+
 #: Accounts of the devnet that no node of the network has, and no other test's.
 ACCOUNTS = itertools.count(56)
 

@@ -14,6 +14,8 @@ import tensorlink
 from tensorlink.errors import OptimizerError
 from tensorlink.stage_optimizer import ALLOWED
 
+pytestmark = pytest.mark.starts_network
+
 X, Y = torch.randn(8, 6), torch.randint(0, 4, (8,))
 
 

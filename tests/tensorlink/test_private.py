@@ -480,9 +480,7 @@ def _records(message):
     yield from (value for value in message.params.values() if isinstance(value, bytes))
 
 
-@pytest.mark.parametrize(
-    ("private", "seen"), [("both", set()), ("first", {"y"}), ("last", {"x"}), ((), {"x", "y"})], ids=str
-)
+@pytest.mark.parametrize(("private", "seen"), [("both", ""), ("first", "y"), ("last", "x"), ((), "xy")], ids=str)
 def test_inputs_and_labels_leave_the_machine_only_where_no_private_layer_hides_them(inside, private, seen):
     torch.manual_seed(0)
     x, y = classes(9, 32, 5, (8,)), classes(9, 32, 6, (8,))

@@ -76,7 +76,7 @@ def test_an_interrupted_save_leaves_the_last_whole_one(tmp_path, monkeypatch, be
     if before:
         save(tmp_path)
     held = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    count, flush = 0, shards._flush
+    count, flush = 0, shards.make_durable
 
     def failing(path):
         nonlocal count
@@ -85,7 +85,7 @@ def test_an_interrupted_save_leaves_the_last_whole_one(tmp_path, monkeypatch, be
             raise Killed
         flush(path)
 
-    monkeypatch.setattr(shards, "_flush", failing)
+    monkeypatch.setattr(shards, "make_durable", failing)
     try:
         save(tmp_path, 1)
     except Killed:

@@ -13,6 +13,8 @@ import tensorlink
 from tensorlink.errors import PartitionError
 from tensorlink.network import LocalNetwork
 
+pytestmark = pytest.mark.starts_network
+
 SMALL_BYTES = 500 << 20
 WIDTH, LAYERS, ROWS = 2560, 6, 8
 X, Y = torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH)

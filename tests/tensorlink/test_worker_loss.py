@@ -20,6 +20,8 @@ from smartnodes_core.errors import DeadlineError, NoWorkersError, SmartnodesErro
 from tensorlink import placement
 from tensorlink.network import LocalNetwork
 
+pytestmark = pytest.mark.starts_network
+
 WITHIN_S = 5.0
 X, Y = torch.randn(8, 6), torch.randint(0, 4, (8,))
 
@@ -31,7 +33,7 @@ def fragile(processes):
         everything = set(processes.descendants(os.getpid())) - before
         yield network
         began = time.monotonic()
-    assert time.monotonic() - began < WITHIN_S
+    assert time.monotonic() - began < processes.patience_s(WITHIN_S)
     assert processes.wait_until(lambda: not processes.alive(everything), 1.0) is not None
     assert not network.log_dir.exists()
 
@@ -40,6 +42,7 @@ class Rig:
     """A job of two stages on the network, and the processes of its workers."""
 
     def __init__(self, network, processes, **options):
+        self.patience_s = processes.patience_s
         torch.manual_seed(0)
         module = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
         self.model = tensorlink.DistributedModel(
@@ -71,16 +74,17 @@ def kill_soon(node):
     timer.start()
 
 
-def raises_lost(stage, act):
+def raises_lost(rig, stage, act):
     began = time.monotonic()
     with pytest.raises(WorkerLostError, match=f"stage {stage}"):
         act()
-    assert time.monotonic() - began < WITHIN_S
+    assert time.monotonic() - began < rig.patience_s(WITHIN_S)
 
 
 def test_a_worker_that_falls_silent_is_given_up_after_the_timeout(fragile, processes):
-    rig = Rig(fragile, processes, timeout_s=2.0)
+    rig = Rig(fragile, processes)
     rig.step()
+    rig.model._placement.driver._progress.timeout_s = 2.0  # least: a machine that is slow has more patience
     os.kill(rig.compute[1], signal.SIGSTOP)
     try:
         with pytest.raises(DeadlineError, match=r"waited for the outputs of a forward pass.*raise timeout_s"):
@@ -92,7 +96,7 @@ def test_a_worker_that_falls_silent_is_given_up_after_the_timeout(fragile, proce
 
 def test_the_computing_process_dies_and_the_node_lives(rig, fragile, processes):
     os.kill(rig.compute[1], signal.SIGKILL)
-    raises_lost(1, rig.step)
+    raises_lost(rig, 1, rig.step)
     with pytest.raises(WorkerLostError, match="SIGKILL"):
         rig.step()
     assert rig.nodes[1].poll() is None
@@ -114,21 +118,21 @@ def _trains(network, processes):
 def test_a_worker_is_killed_during_a_forward(rig):
     os.kill(rig.compute[1], signal.SIGSTOP)
     kill_soon(rig.nodes[1])
-    raises_lost(1, lambda: rig.model(X))
-    raises_lost(1, lambda: rig.model.state_dict())
+    raises_lost(rig, 1, lambda: rig.model(X))
+    raises_lost(rig, 1, lambda: rig.model.state_dict())
 
 
 def test_a_worker_is_killed_during_a_backward(rig):
     loss = rig.model(X).sum()
     os.kill(rig.compute[0], signal.SIGSTOP)
     kill_soon(rig.nodes[0])
-    raises_lost(0, loss.backward)
+    raises_lost(rig, 0, loss.backward)
 
 
 def test_a_worker_is_killed_between_steps_and_too_few_are_left(rig, fragile, monkeypatch):
     rig.nodes[0].kill()
     rig.nodes[0].wait()
-    raises_lost(0, rig.step)
+    raises_lost(rig, 0, rig.step)
     monkeypatch.setattr(placement, "WAIT_FOR_WORKERS_S", 0.5)
     with pytest.raises(NoWorkersError, match=r"found \d free workers .*needed 3"):
         tensorlink.DistributedModel(

@@ -19,7 +19,7 @@ from io import FileIO
 from pathlib import Path
 
 from smartnodes_core.errors import ConfigError
-from smartnodes_core.journal import sync_directory
+from smartnodes_core.journal import make_durable
 
 MAX_TRANSACTION_BYTES = 1 << 20
 _HEAD = struct.Struct(">II")
@@ -131,7 +131,7 @@ class DevnetJournal:
             raise ConfigError(f"{self.path} is not a devnet journal: name a new file")
         identifier = secrets.token_bytes(_ID_BYTES)
         self._write(0, _MAGIC + identifier)
-        sync_directory(self.path.parent)
+        make_durable(self.path.parent)
         return identifier
 
     def _entry_at(self, position: int) -> tuple[bytes, bytes] | None:

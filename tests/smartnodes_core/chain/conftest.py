@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -46,6 +52,26 @@ def rpc(url: str, method: str, *params: Any) -> Any:
     if "error" in answer:
         raise AssertionError(answer["error"])
     return answer["result"]
+
+
+def dies_with_its_starter(start: str) -> bool:
+    """Whether the chain that the expression `start` starts is gone soon after its starter was killed."""
+    script = f"import os; p = {start}; print(p.process.pid, p.url, flush=True); os.kill(os.getpid(), 9)"
+    script = (
+        "from smartnodes_core.chain.devnet.anvil import start_chain\n"
+        f"from smartnodes_core.chain.devnet.launcher import DevnetProcess\n{script}"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    pid, url = done.stdout.split()
+    deadline, pause = time.monotonic() + 20.0, threading.Event()
+    while time.monotonic() < deadline:
+        try:
+            rpc(url, "eth_chainId")
+        except OSError:
+            return True
+        pause.wait(0.05)
+    os.kill(int(pid), signal.SIGKILL)
+    return False
 
 
 class World:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -19,7 +16,7 @@ from smartnodes_core.chain.devnet.launcher import DevnetProcess
 from smartnodes_core.chain.signing import checksum, new_key
 from smartnodes_core.errors import ChainError, PortInUseError
 
-from .conftest import SETTINGS, rpc
+from .conftest import SETTINGS, dies_with_its_starter, rpc
 
 SENDER = "0x" + devnet_accounts()[20].hex()
 RECEIVER = "0x" + "ab" * 20
@@ -187,20 +184,7 @@ def test_sigterm_ends_it_cleanly() -> None:
 
 
 def test_it_ends_when_its_starter_dies() -> None:
-    script = (
-        "from smartnodes_core.chain.devnet.launcher import DevnetProcess as D; import os;"
-        "d = D(); print(d.process.pid, d.url, flush=True); os.kill(os.getpid(), 9)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
-    pid, url = done.stdout.split()
-    for _ in range(100):
-        try:
-            rpc(url, "eth_chainId")
-        except OSError:
-            break
-    else:
-        os.kill(int(pid), signal.SIGKILL)
-        pytest.fail("the devnet outlived its starter")
+    assert dies_with_its_starter("DevnetProcess()")
 
 
 def test_its_keys_are_known_and_funded(devnet: DevnetProcess) -> None:

@@ -252,13 +252,13 @@ def test_a_validator_that_has_seen_more_votes_for_another_proposal_says_so(net, 
     proposal, _ = booth.proposal()
     assert booth.vote(proposal).signature
     by_account = {validator.account: validator for validator in net.validators}
+    voter = by_account[booth.order[2]]
+    assert booth.vote(proposal, voter=voter).signature  # so that it knows of the first
     rival = by_account[booth.order[1]].role.rounds
     eventually(lambda: rival._clock.at(state_of(net)).number >= 1)
     candidate = rival._propose(booth.state, 1, 4)
     other = replace(candidate.content, until_s=candidate.content.until_s + 1)
     named = msgspec.structs.replace(candidate.proposal, content=other.encode())
-    voter = by_account[booth.order[2]]
-    assert booth.vote(proposal, voter=voter).signature  # so that it knows of the first
     signed = [
         (1).to_bytes(4, "big") + sign_digest(by_account[booth.order[1]].account_key, net.model.domain.digest(other))
     ]

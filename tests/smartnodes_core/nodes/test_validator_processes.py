@@ -25,6 +25,8 @@ from smartnodes_core.chain.signing import address_of
 from smartnodes_core.identity import Identity
 from smartnodes_core.nodes.membership import Membership
 
+pytestmark = [pytest.mark.starts_network, pytest.mark.timeout(300)]
+
 NETWORK = 1
 INTERVAL_S, TIMEOUT_S = 1, 1.5
 CHILD = Path(__file__).with_name("validator_child.py")

@@ -15,6 +15,8 @@ from smartnodes_core.chain.signing import checksum
 from smartnodes_core.identity import Identity
 from tensorlink.cli.main import main
 
+pytestmark = pytest.mark.starts_network
+
 STRANGER = 40
 DEADLINE_S = 60
 

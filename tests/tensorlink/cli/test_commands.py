@@ -18,6 +18,8 @@ from smartnodes_core.chain.settings import Addresses
 from smartnodes_core.identity import Identity
 from tensorlink.cli.main import main
 
+pytestmark = pytest.mark.starts_network
+
 TIMEOUT_S = 60
 #: Accounts that no node of the network has.
 ACCOUNTS = itertools.count(20)

@@ -6,6 +6,7 @@ The sweep goes through a part of `architectures.py`; with TENSORLINK_ALL_ARCHITE
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from typing import Any
 
@@ -38,29 +39,21 @@ WITHOUT_PADDING = tuple(
 )
 
 
-@pytest.fixture(scope="module")
-def traced_models() -> dict[str, Any]:
-    """The models that are cut, each traced once when it is first asked for."""
-    return {}
-
-
-def _traced(cache: dict[str, Any], name: str) -> Any:
-    if name not in cache:
-        module, example = build(name), ARCHITECTURES[name].inputs(4)
-        if name == "t5":  # three uses of one embedding, whose gradients are added in another order in several stages
-            module.decoder.embed_tokens = copy.deepcopy(module.decoder.embed_tokens)
-        traced = trace(module, example)
-        cache[name] = module, traced, profile(traced, example, measured=False)
-    return cache[name]
+@functools.cache
+def _traced(name: str) -> Any:
+    """A model that is cut, traced once when it is first asked for."""
+    module, example = build(name), ARCHITECTURES[name].inputs(4)
+    if name == "t5":  # three uses of one embedding, whose gradients are added in another order in several stages
+        module.decoder.embed_tokens = copy.deepcopy(module.decoder.embed_tokens)
+    traced = trace(module, example)
+    return module, traced, profile(traced, example, measured=False)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 5])
 @pytest.mark.parametrize("name", CUT)
-def test_an_architecture_cut_into_stages_is_bitwise_equal_to_eager(
-    traced_models: dict[str, Any], name: str, num_stages: int, training: bool
-) -> None:
-    module, traced, measured = _traced(traced_models, name)
+def test_an_architecture_cut_into_stages_is_bitwise_equal_to_eager(name: str, num_stages: int, training: bool) -> None:
+    module, traced, measured = _traced(name)
     programs = partition(traced, measured, num_stages)
     assert_equal_to_eager(module, traced, programs, ARCHITECTURES[name].inputs, training, sizes=(4, 1, 3), steps=2)
 
@@ -77,12 +70,17 @@ def test_without_padding_an_architecture_is_bitwise_equal_to_eager(name: str, tr
 HALF = {"gpt2": tokens, "llama": masked, "bert": masked, "t5": masked_pair}
 
 
+@functools.cache
+def _under_autocast(name: str) -> Any:
+    module = build(name)
+    return module, trace(module, HALF[name](4), autocast=torch.bfloat16)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", HALF)
 def test_an_architecture_under_autocast_is_bitwise_equal_to_eager(name: str, training: bool) -> None:
-    module, inputs = build(name), HALF[name]
-    traced = trace(module, inputs(4), autocast=torch.bfloat16)
-    programs = [traced.whole()]
+    module, traced = _under_autocast(name)
+    inputs, programs = HALF[name], [traced.whole()]
     assert_equal_to_eager(module, traced, programs, inputs, training, sizes=(4, 1), steps=2, autocast=torch.bfloat16)
 
 

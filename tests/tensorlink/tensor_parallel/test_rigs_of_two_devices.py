@@ -20,6 +20,8 @@ from smartnodes_core.errors import WorkerLostError
 from smartnodes_core.sandbox import Limits
 from tensorlink.network import LocalNetwork
 
+pytestmark = pytest.mark.starts_network
+
 _spec = importlib.util.spec_from_file_location("compute_tests", Path(__file__).parents[1] / "test_compute.py")
 compute_tests = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(compute_tests)

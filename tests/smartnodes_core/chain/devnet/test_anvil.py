@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +11,7 @@ from smartnodes_core.chain.devnet.anvil import AnvilProcess, start_chain
 from smartnodes_core.chain.devnet.launcher import DevnetProcess
 from smartnodes_core.errors import ChainError
 
-from ..conftest import rpc
+from ..conftest import dies_with_its_starter, rpc
 
 
 def test_without_anvil_the_embedded_chain_is_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -37,17 +33,4 @@ def test_its_accounts_have_the_funds_of_the_embedded_chain(anvil: AnvilProcess) 
 
 
 def test_it_ends_when_its_starter_is_killed(anvil: AnvilProcess) -> None:
-    script = (
-        "from smartnodes_core.chain.devnet.anvil import start_chain; import os;"
-        "p = start_chain(); print(p.process.pid, p.url, flush=True); os.kill(os.getpid(), 9)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
-    pid, url = done.stdout.split()
-    for _ in range(200):
-        try:
-            rpc(url, "eth_chainId")
-        except OSError:
-            break
-    else:
-        os.killpg(int(pid), signal.SIGKILL)
-        pytest.fail("anvil outlived its starter")
+    assert dies_with_its_starter("start_chain()")
