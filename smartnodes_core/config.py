@@ -53,6 +53,11 @@ class NodeConfig:
             if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
                 raise ConfigError(f"{field.name} is {value}: it cannot be negative")
 
+    def need_bootstrap(self) -> None:
+        """Raises ConfigError where no validator is named through which a network could be joined."""
+        if not self.bootstrap:
+            raise ConfigError("no bootstrap validator is named: set `bootstrap` to host:port of one")
+
 
 @dataclasses.dataclass(frozen=True)
 class ValidatorConfig(NodeConfig):

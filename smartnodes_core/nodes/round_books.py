@@ -27,6 +27,7 @@ from smartnodes_core.nodes.reward_books import MAX_PUBLISHED, RewardBooks, trim
 from smartnodes_core.nodes.root_checks import RootChecks
 from smartnodes_core.nodes.settleable import MAX_NAMED, Settleable
 from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, NodeKey, Proposal, Signed, Verdict
+from smartnodes_core.reputation import ReputationRule, next_reputation
 from smartnodes_core.rounds import (
     RoundContext,
     RoundEvidence,
@@ -73,7 +74,9 @@ class RoundBooks:
         membership: Membership,
         wanted: Parameters | None = None,
         announced: Callable[[NodeKey], Signed | None] = lambda node_key: None,
+        reputation_rule: ReputationRule = next_reputation,
     ):
+        self._reputation_rule = reputation_rule
         self.node, self.chain, self.network_id, self.account = node, chain, network_id, account
         self.audits, self.membership, self.wanted = audits, membership, wanted
         self.executed: deque[RoundProposal] = deque(maxlen=MAX_PUBLISHED)
@@ -284,4 +287,5 @@ class RoundBooks:
             totals_wei=self.rewards.totals_wei,
             frozen_from=state.frozen_from,
             correction=self.roots.correction(state),
+            reputation_rule=self._reputation_rule,
         )

@@ -22,7 +22,7 @@ from smartnodes_core.config import NodeConfig
 from smartnodes_core.dht.announcer import Announcer
 from smartnodes_core.dht.directory import Directory, find
 from smartnodes_core.dht.storage import RecordStore
-from smartnodes_core.errors import AuthorityError, ChainError, ConfigError, SmartnodesError, Unavailable
+from smartnodes_core.errors import AuthorityError, ChainError, SmartnodesError, Unavailable
 from smartnodes_core.identity import Identity, make_binding
 from smartnodes_core.nodes.authority import ChainAuthority
 from smartnodes_core.nodes.base import Node
@@ -99,14 +99,16 @@ class Station:
         """
         if self.role == "validator":
             self.directory = Directory(self.node, RecordStore(self.config.network_id))
-        failure: SmartnodesError = ConfigError("no bootstrap validator is named: set `bootstrap` to host:port of one")
+        if self.role != "validator":
+            self.config.need_bootstrap()
+        failure: SmartnodesError | None = None
         for endpoint in self.config.bootstrap:
             try:
                 self.bootstrap_keys.append(self._reach(endpoint))
             except SmartnodesError as error:
                 failure = error
                 logger.warning("bootstrap %s: %s", endpoint, error)
-        if not self.bootstrap_keys and self.role != "validator":
+        if failure is not None and not self.bootstrap_keys and self.role != "validator":
             raise failure
         for key in self.bootstrap_keys:
             if self.directory is not None:
