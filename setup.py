@@ -36,6 +36,8 @@ setup(
         "tqdm>=4.66",
         "tbb>=2022; sys_platform == 'linux' and platform_machine == 'x86_64'",
         "matplotlib>=3.9",
+        "miniupnpc>=2.2",
+        "prometheus-client>=0.21",
     ],
     extras_require={
         "dev": [

@@ -38,6 +38,8 @@ class NodeConfig:
     bootstrap: Annotated[list[str], "host:port of validators through which the network is joined"] = dataclasses.field(
         default_factory=list
     )
+    port_mapping: Annotated[bool, "ask the router for a port when a validator does not reach this node"] = True
+    relay: Annotated[str, "host:port on which peers that cannot reach each other are joined; empty: nowhere"] = ""
     network_id: Annotated[int, "number of the network among those that share the contracts"] = 1
     log_level: Annotated[str, "DEBUG, INFO, WARNING or ERROR"] = "INFO"
     chain_poll_interval_s: Annotated[float, "seconds between looks at the chain"] = 15.0

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
 import pytest
 from hypothesis import settings
 
@@ -28,3 +34,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=0,
         help="how often two of four validators, and then the chain, are killed at a random instant (the long mode: 5)",
     )
+
+
+def _namespaces_module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("namespaces", Path(__file__).with_name("namespaces.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def namespaces() -> Iterator[Any]:
+    """Network namespaces to be machines; skips with the reason where there can be none."""
+    module = _namespaces_module()
+    if reason := module.why_not():
+        pytest.skip(reason)
+    made = module.Namespaces()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def homes(namespaces: Any) -> Callable[..., Any]:
+    """`homes(symmetric=…)` makes two homes behind routers that translate, and public machines; see namespaces.py."""
+    module = _namespaces_module()
+    if reason := module.why_not(translating=True):
+        pytest.skip(reason)
+
+    def make(**options: Any) -> Any:
+        module.two_homes(namespaces, **options)
+        return namespaces
+
+    return make

@@ -7,6 +7,7 @@ client: the authority is given, and a node listens before web3 is loaded.
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 DIAL_TIMEOUT_S = 10.0
 _INBOUND_WAIT_S = 1.0
+#: So long a peer is dialled before others are asked to introduce us.
+DIRECT_S = 4.0
 
 
 class Node:
@@ -64,6 +67,8 @@ class Node:
         self._addresses = AddressBook()
         self._links = Links(self.node_key)
         self._lost_callbacks: list[Callable[[bytes, str], None]] = []
+        #: Asked for a connection to a peer that cannot be dialled, with the deadline and the failure; None: nobody is.
+        self.on_unreachable: Callable[[bytes, float, SmartnodesError], Connection] | None = None
         self._rpc = RpcEndpoint(f"calls {self.node_key.hex()[:8]}", opened=self._opened, lost=self._lost)
         self._listener: Listener | None = None
         self._lock = threading.Lock()
@@ -239,10 +244,17 @@ class Node:
 
     def _dial_any(self, node_key: bytes, deadline_s: float) -> Connection:
         failure: SmartnodesError | None = None
-        for endpoint in self._addresses.of(node_key):
-            while time.monotonic() < deadline_s:
+        others = self.on_unreachable is not None and any(peer.node_key != node_key for peer in self.peers())
+        endpoints: list[str] = []
+        try:
+            endpoints = self._addresses.of(node_key)
+        except PeerUnreachableError as error:
+            failure = error
+        dial_by_s = min(deadline_s, time.monotonic() + DIRECT_S) if others else deadline_s
+        for endpoint in endpoints:
+            while time.monotonic() < dial_by_s:
                 try:
-                    return self._dial(endpoint, node_key, deadline_s)
+                    return self._dial(endpoint, node_key, dial_by_s)
                 except DuplicateConnectionError as error:
                     failure = error
                     wait_until_s = min(deadline_s, time.monotonic() + _INBOUND_WAIT_S)
@@ -252,7 +264,16 @@ class Node:
                 except (Unavailable, AuthorityError) as error:
                     failure = error
                     break
-        raise failure or PeerUnreachableError(f"node {node_key.hex()[:16]} was not reached in time")
+        failure = failure or PeerUnreachableError(f"node {node_key.hex()[:16]} was not reached in time")
+        if self.on_unreachable is None or not others or isinstance(failure, DuplicateConnectionError | AuthorityError):
+            raise failure
+        try:
+            return self.on_unreachable(node_key, deadline_s, failure)
+        except DuplicateConnectionError:
+            found = self._links.wait_for(node_key, min(deadline_s, time.monotonic() + _INBOUND_WAIT_S))
+            if found is None:
+                raise
+            return found
 
     def _dial_unknown(self, endpoint: str, deadline_s: float) -> Connection:
         """Dials an endpoint of which only the address is known; a connection to who answers there is used again."""
@@ -283,6 +304,36 @@ class Node:
         timeout_s = max(0.001, deadline_s - time.monotonic())
         connection = self._transport.dial(endpoint, self._rpc, admit or self._admit_dialled, node_key, timeout_s)
         self._links.wait_for(connection.peer.node_key, deadline_s)  # `_opened` runs on its own thread
+        return connection
+
+    def local_address_to(self, node_key: bytes) -> tuple[str, int] | None:
+        """The address from which this node dialled a connected peer; None where the peer dialled, or there is none."""
+        connection = self._links.get(node_key)
+        if connection is None or not connection.dialled:
+            return None
+        found: tuple[str, int] | None = getattr(connection, "local_address", None)
+        return found
+
+    def adopt(
+        self, tcp: socket.socket, node_key: bytes, endpoint: str, deadline_s: float, *, asked: bool
+    ) -> Connection:
+        """Makes a TCP connection with the owner of `node_key`, however it came about, one of this node's. `asked` says
+        that this side wanted it. Of both sides the one with the smaller key begins the handshake. Raises as `call`.
+        """
+        adopt = getattr(self._transport, "adopt", None)
+        if adopt is None:
+            tcp.close()
+            raise ConfigError("this transport makes its own connections only")
+        connection: Connection = adopt(
+            tcp,
+            self._rpc,
+            self._admit_dialled if asked else self._admit_inbound,
+            node_key,
+            dialled=self.node_key < node_key,
+            endpoint=endpoint,
+            deadline_s=deadline_s,
+        )
+        self._links.wait_for(node_key, deadline_s)
         return connection
 
     def _admit_dialled(self, peer: Peer) -> None:

@@ -26,8 +26,11 @@ from smartnodes_core.errors import AuthorityError, ChainError, SmartnodesError, 
 from smartnodes_core.identity import Identity, make_binding
 from smartnodes_core.nodes.authority import ChainAuthority
 from smartnodes_core.nodes.base import Node
+from smartnodes_core.nodes.introducing import IntroductionDesk
 from smartnodes_core.nodes.membership import Membership
+from smartnodes_core.nodes.reachability import Reachability, assess
 from smartnodes_core.records import Announcement, NodeKey, Role, Signed
+from smartnodes_core.transport.relay import Relay
 from smartnodes_core.transport.tls import TlsTransport
 
 logger = logging.getLogger(__name__)
@@ -50,8 +53,12 @@ class Station:
     chain: Chain
     membership: Membership
     node: Node
+    introductions: IntroductionDesk
+    relay: Relay | None = None
     bootstrap_keys: list[NodeKey] = field(default_factory=list)
     directory: Directory | None = None
+    #: How others reach this node, once a worker or a validator has joined.
+    reachability: Reachability | None = None
     _announcer: Announcer | None = None
     _learn_at_s: float = 0.0
     _num_learnt: int = 0
@@ -79,8 +86,12 @@ class Station:
         )
         endpoint = None if role == "user" else config.endpoint
         node = Node(identity, binding, TlsTransport(identity, binding), authority, endpoint)
-        node.start()  # before web3 is imported: a node listens at once
+        relay = Relay(config.relay) if config.relay else None
+        introductions = IntroductionDesk(node, relay)
         try:
+            if relay is not None:
+                relay.start()
+            node.start()  # before web3 is imported: a node listens at once
             from smartnodes_core.chain.client import ChainClient
 
             chain = ChainClient(config.rpc_url, addresses, account_key)
@@ -90,8 +101,10 @@ class Station:
         except BaseException:
             connecting.cancel()
             node.stop()
+            if relay is not None:
+                relay.stop()
             raise
-        return cls(config, role, identity, account_key, chain, membership, node)
+        return cls(config, role, identity, account_key, chain, membership, node, introductions, relay)
 
     def join(self) -> None:
         """Reach the bootstrap validators; a validator also serves the directory. Raises the last error when none is
@@ -134,11 +147,21 @@ class Station:
             self.role,
             self.config.network_id,
             offers,
-            endpoints=self.config.announce_as or None,
+            endpoints=self.config.announce_as or self._endpoints(),
             directory=self.directory,
         )
         announcer.start()
         self._announcer = announcer
+
+    def _endpoints(self) -> list[str]:
+        """Where this node is to be dialled, as found out now."""
+        if self.reachability is None:
+            asked = [key for key in self.bootstrap_keys if key != self.node.node_key]
+            self.reachability = assess(self.node, asked, may_map=self.config.port_mapping)
+            logger.info("how others reach this node: %s", self.reachability)
+            if self.reachability.mapping is not None:
+                self.reachability.mapping.keep()
+        return list(self.reachability.endpoints)
 
     def update_announcement(self) -> None:
         """Something in what this node offers has changed."""
@@ -180,7 +203,11 @@ class Station:
             self._announcer.stop()
         if self.directory is not None:
             self.directory.stop()
+        if self.reachability is not None:
+            self.reachability.close()
         self.node.stop()
+        if self.relay is not None:
+            self.relay.stop()
 
 
 def _members(connecting: Future[Membership]) -> Sequence[Member]:

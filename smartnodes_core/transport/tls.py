@@ -19,12 +19,13 @@ from concurrent.futures import TimeoutError as FutureTimeout
 
 from OpenSSL import SSL
 
-from smartnodes_core.errors import ConfigError, DeadlineError, PeerUnreachableError, PortInUseError
+from smartnodes_core.errors import ConfigError, DeadlineError, PortInUseError
 from smartnodes_core.identity import Identity
 from smartnodes_core.records import SignedBinding
 from smartnodes_core.transport.base import Admit, FrameSink, join_endpoint, split_endpoint
 from smartnodes_core.transport.certificate import Expectations, make_certificate
 from smartnodes_core.transport.handshake import Terms
+from smartnodes_core.transport.tcp import open_tcp
 from smartnodes_core.transport.tls_connection import TlsConnection
 
 logger = logging.getLogger(__name__)
@@ -85,19 +86,30 @@ class TlsTransport:
     ) -> TlsConnection:
         """See `transport.base.Transport.dial`."""
         deadline_s = time.monotonic() + timeout_s
-        try:
-            tcp = socket.create_connection(split_endpoint(endpoint), timeout_s)
-        except TimeoutError:
-            raise DeadlineError(f"{endpoint} did not answer in {timeout_s:g} s") from None
-        except OSError as error:
-            raise PeerUnreachableError(f"nobody can be reached at {endpoint}: {error.strerror or error}") from None
+        tcp = open_tcp(endpoint, timeout_s)
+        return self.adopt(tcp, sink, admit, expected_node_key, dialled=True, endpoint=endpoint, deadline_s=deadline_s)
+
+    def adopt(
+        self,
+        tcp: socket.socket,
+        sink: FrameSink,
+        admit: Admit,
+        expected_node_key: bytes | None,
+        *,
+        dialled: bool,
+        endpoint: str,
+        deadline_s: float,
+    ) -> TlsConnection:
+        """A connection over a TCP connection that came about in some other way; of the two sides one has `dialled`.
+        Ends by `deadline_s` of the monotonic clock. Raises as `dial` does.
+        """
         tune(tcp)
         ready: Future[TlsConnection] = Future()
         connection = TlsConnection(
             tcp,
             self.context,
             Terms(sink, admit, self.expectations, expected_node_key, deadline_s),
-            dialled=True,
+            dialled=dialled,
             endpoint=endpoint,
             on_ready=lambda made, error: ready.set_exception(error) if error else ready.set_result(made),
             on_ended=lambda _: None,
@@ -109,7 +121,7 @@ class TlsTransport:
             )  # the owner thread keeps the deadline
         except FutureTimeout:
             connection.close("not admitted in time")
-            raise DeadlineError(f"the checks on {endpoint} did not end in {timeout_s:g} s") from None
+            raise DeadlineError(f"the checks on {endpoint} did not end in time") from None
 
 
 class TlsListener:

@@ -83,6 +83,15 @@ class TlsConnection:
         return self._peer
 
     @property
+    def local_address(self) -> tuple[str, int] | None:
+        """Host and port from which this connection goes out; None once it has ended."""
+        try:
+            host, port = self._tcp.getsockname()[:2]
+        except OSError:
+            return None
+        return str(host), int(port)
+
+    @property
     def closed(self) -> bool:
         return self._ended or self._close_by_s is not None
 
