@@ -43,7 +43,7 @@ _FIRST_GUEST = 4
 
 @dataclass(frozen=True)
 class HomeSettings:
-    """Of the first machine. It listens at `address` on three ports from `port` on: validator, gate, worker."""
+    """Of the first machine. It listens at `address` on four ports from `port` on: validator, gate, worker, relay."""
 
     folder: Path
     address: str
@@ -78,7 +78,9 @@ class Home:
             self._make_keys(name)
         if not (self.folder / "addresses.json").exists():
             self._found()
-        validator = self._launch("validator", 0, {"round-interval-s": self.settings.round_interval_s})
+        relay = join_endpoint(self.settings.address, self.settings.port + 3)
+        more = {"round-interval-s": self.settings.round_interval_s, "relay": relay}
+        validator = self._launch("validator", 0, more)
         validator.wait_ready(READY_TIMEOUT_S)
         if self.settings.worker:
             self._launch("worker", 2, {}).wait_ready(READY_TIMEOUT_S)

@@ -34,6 +34,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=0,
         help="how often two of four validators, and then the chain, are killed at a random instant (the long mode: 5)",
     )
+    parser.addoption(
+        "--across-routers",
+        action="store_true",
+        help="have rigs at two homes, in network namespaces, train a model together (root; a minute)",
+    )
 
 
 def _namespaces_module() -> ModuleType:

@@ -138,8 +138,8 @@ class IntroductionDesk:
 
     @allow(max_body_bytes=0)
     def rpc_observe(self, caller: Peer, params: dict[str, Any], body: memoryview) -> dict[str, Any]:
-        """From which address this node sees the caller, which dialled it, and whether it relays."""
-        return {"endpoint": caller.endpoint, "relays": self._relay is not None}
+        """From which address this node sees the caller, which dialled it; whether it relays; its clock (Unix time)."""
+        return {"endpoint": caller.endpoint, "relays": self._relay is not None, "now_s": int(time.time())}
 
     @allow(max_body_bytes=0)
     def rpc_dial_back(self, caller: Peer, params: dict[str, Any], body: memoryview) -> dict[str, Any]:

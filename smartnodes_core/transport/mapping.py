@@ -12,7 +12,6 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from smartnodes_core.errors import PeerUnreachableError
@@ -28,30 +27,24 @@ _MAP_TCP, _ADDRESS = 2, 0
 _RESULTS = {1: "version", 2: "refused by the router's settings", 3: "it has no connection", 4: "it has no room"}
 
 
-@dataclass
 class PortMapping:
     """`endpoint` on the router leads to a port of this machine, until `close`; `means` is "NAT-PMP" or "UPnP"."""
 
-    endpoint: str
-    means: str
-    _renew: Callable[[], None]
-    _close: Callable[[], None]
-
-    def keep(self) -> PortMapping:
-        """Renews the lease from now on, in the background."""
+    def __init__(self, endpoint: str, means: str, renew: Callable[[], None], give_back: Callable[[], None]) -> None:
+        self.endpoint, self.means = endpoint, means
+        self._renew, self._give_back = renew, give_back
         self._ended = threading.Event()
+
+    def keep(self) -> None:
+        """Renews the lease from now on, in the background."""
         threading.Thread(target=self._run, name="port mapping", daemon=True).start()
-        return self
 
     def close(self) -> None:
-        """Gives the port back. Harmless when repeated."""
-        ended = getattr(self, "_ended", None)
-        if ended is not None and ended.is_set():
-            return
-        if ended is not None:
-            ended.set()
-        with contextlib.suppress(PeerUnreachableError):
-            self._close()
+        """Gives the port back, if the router still listens. Harmless when repeated."""
+        if not self._ended.is_set():
+            self._ended.set()
+            with contextlib.suppress(PeerUnreachableError):
+                self._give_back()
 
     def _run(self) -> None:
         while not self._ended.wait(LEASE_S / 2):

@@ -22,7 +22,7 @@ def add_commands(commands: Any) -> None:
     parts = home.add_subparsers(dest="part", required=True, metavar="part")
     start = parts.add_parser("start", help="on the first machine: chain, validator, worker, and the code for others")
     start.add_argument("--address", help="this machine's address for the others (default: towards the internet)")
-    start.add_argument("--port", type=int, default=9000, help="first of three ports (default: %(default)s)")
+    start.add_argument("--port", type=int, default=9000, help="first of four ports (default: %(default)s)")
     start.add_argument("--no-worker", action="store_true", help="this machine computes nothing")
     start.add_argument(
         "--round-interval-s", type=int, default=5, help="a machine is admitted after a round (default: %(default)s)"

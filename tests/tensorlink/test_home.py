@@ -34,6 +34,16 @@ with tensorlink.connect("~/.tensorlink/home/config.toml") as network:
 print(losses[1] < losses[0], *sorted(endpoints))
 """
 
+SNIFF = """
+import socket, sys
+tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.ntohs(3))
+tap.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 20)
+with open(sys.argv[1], "wb", buffering=0) as file:
+    print("ready", flush=True)
+    while True:
+        file.write(tap.recv(65536))
+"""
+
 
 class Machine:
     def __init__(self, namespaces, name, home):
@@ -53,9 +63,13 @@ class Machine:
             text=True,
         )
 
+    def start_python(self, program, *arguments):
+        command = [sys.executable, "-c", program, *arguments]
+        return self.namespaces.popen(self.name, command, stdout=subprocess.PIPE, text=True)
+
     @property
     def errors(self):
-        return (self.home / "errors").read_text()[-3000:]
+        return (self.home / "errors").read_text()[-20_000:]
 
 
 def until(process, pattern, machine):
@@ -86,6 +100,34 @@ def test_two_machines_train_after_three_commands(namespaces, tmp_path):
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0, owner.errors
     assert "Traceback" not in desk.errors + shed.errors
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(("symmetric", "route"), [(False, "punched"), (True, "relayed")])
+def test_rigs_at_two_homes_train_one_model(homes, tmp_path, pytestconfig, symmetric, route):
+    if not pytestconfig.getoption("--across-routers"):
+        pytest.skip("half a minute each: --across-routers runs them")
+    net = homes(symmetric=symmetric)
+    public, one, other = (Machine(net, name, tmp_path / name) for name in ("public0", "homeA", "homeB"))
+    capture = tmp_path / "capture"
+    sniffer = public.start_python(SNIFF, str(capture))
+    assert sniffer.stdout.readline() == "ready\n"
+    first = public.start("tensorlink home start --address 203.0.113.50 --no-worker")
+    join = until(first, r"(tensorlink home join 203\.0\.113\.50:9001 \w+)", public)[1]
+    rigs = [rig.start(join) for rig in (one, other)]
+    until(rigs[0], r'"endpoint": "192.168.1.2:9002"', one)
+    until(rigs[1], r'"endpoint": "192.168.2.2:9002"', other)
+    (public.home / "train.py").write_text(TRAIN)
+    done = public.start("python train.py")
+    assert done.stdout.read().split() == ["True", "192.168.1.2:9002", "192.168.2.2:9002"], public.errors
+    ways = re.findall(r"is reached (\w+): through", one.errors + other.errors)
+    assert set(ways) == {route}
+    assert len(ways) >= 3  # each other, told by both, and the user
+    seen = capture.read_bytes()
+    assert len(seen) > 100_000
+    for name in (b"activation", b"micro_batch", b"aten."):
+        assert name not in seen
+    assert (b"SNR1" in seen) == symmetric
 
 
 def test_a_code_names_the_gate_and_the_secret():
