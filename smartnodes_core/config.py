@@ -42,6 +42,8 @@ class NodeConfig:
     relay: Annotated[str, "host:port on which peers that cannot reach each other are joined; empty: nowhere"] = ""
     network_id: Annotated[int, "number of the network among those that share the contracts"] = 1
     log_level: Annotated[str, "DEBUG, INFO, WARNING or ERROR"] = "INFO"
+    log_json: Annotated[bool, "log lines as JSON objects"] = False
+    metrics: Annotated[str, "port (on loopback) or host:port where Prometheus reads metrics; empty: nowhere"] = ""
     chain_poll_interval_s: Annotated[float, "seconds between looks at the chain"] = 15.0
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from smartnodes_core.counters import COUNTERS
 from smartnodes_core.errors import (
     AuthorityError,
     ConfigError,
@@ -187,6 +188,7 @@ class Node:
         deadline_s = time.monotonic() + timeout_s
         connection = self._connection(node_key, timeout_s)
         left_s = max(0.001, deadline_s - time.monotonic())
+        COUNTERS.add("calls_made", method)
         return self._rpc.begin_call(connection, method, params, body, left_s, max_body_bytes)
 
     def notify(
@@ -344,17 +346,23 @@ class Node:
     def _admit_inbound(self, peer: Peer) -> None:
         if self._stopped:
             raise ConnectionLostError("this node is stopping")
-        self._authority.admit(peer)
+        try:
+            self._authority.admit(peer)
+        except AuthorityError:
+            COUNTERS.add("refused_peers", "at the door")
+            raise
         self._links.check_inbound(peer)
 
     def _opened(self, connection: Connection) -> None:
         self._links.add(connection)
+        COUNTERS.add("connections", connection.peer.role or "none")
         if self._stopped:
             connection.close("the node is stopping")
 
     def _lost(self, connection: Connection, error: Exception | None) -> None:
         if not self._links.remove(connection) or self._stopped:
             return
+        COUNTERS.add("lost_connections", connection.peer.role or "none")
         reason = str(error) if error is not None else "closed by this node"
         logger.info("lost %s: %s", connection.peer, reason)
         for callback in self._lost_callbacks:
@@ -371,4 +379,5 @@ class Node:
                 self._authority.check(connection.peer)
             except AuthorityError as error:
                 logger.warning("dropping %s: %s", connection.peer, error)
+                COUNTERS.add("refused_peers", "while connected")
                 connection.close(str(error))

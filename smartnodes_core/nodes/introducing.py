@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from smartnodes_core.counters import COUNTERS
 from smartnodes_core.errors import (
     AuthorityError,
     BusyError,
@@ -126,6 +127,7 @@ class IntroductionDesk:
 
     def _took(self, node_key: NodeKey, kind: str, introducer: Peer, tried: list[str]) -> None:
         route = Route(kind, f"through {introducer}, because: {'; '.join(tried)}")
+        COUNTERS.add("introductions", kind)
         with self._lock:
             self._routes[node_key] = route
         logger.info("%s is reached %s", node_key.hex()[:8], route)

@@ -15,6 +15,7 @@ from typing import Any
 
 from smartnodes_core.chain.base import Chain, RoundState
 from smartnodes_core.chain.proposal import NO_HASH, Parameters
+from smartnodes_core.counters import COUNTERS
 from smartnodes_core.errors import ChainError, RecordError, SmartnodesError
 from smartnodes_core.nodes.admitting import AdmissionDesk
 from smartnodes_core.nodes.auditing import AuditDesk
@@ -160,6 +161,8 @@ class RoundBooks:
 
     def _note(self, number: int, digest: bytes) -> None:
         with self._lock:
+            if self._rounds.get(number) != digest:
+                COUNTERS.add("rounds", "followed")
             self._rounds[number] = digest
             trim(self._rounds, MAX_PUBLISHED)
             known, kept = self._candidates.get(digest), self._kept.get(digest)

@@ -17,6 +17,7 @@ from smartnodes_core.ballots import BallotBox, Motion, proposers_in
 from smartnodes_core.chain.base import Chain, RefusedError, RoundState
 from smartnodes_core.chain.proposal import Equivocation, Parameters
 from smartnodes_core.chain.signing import address_of
+from smartnodes_core.counters import COUNTERS
 from smartnodes_core.errors import ChainError, SmartnodesError
 from smartnodes_core.journal import EquivocationError, Journal
 from smartnodes_core.nodes.auditing import AuditDesk
@@ -214,6 +215,7 @@ class RoundDesk:
                 raise
             logger.info("round %s: %s", content.round, error)
             return error.reason in ("WrongRound", "WrongPrevious")
+        COUNTERS.add("rounds", "executed")
         logger.info(
             "round %s executed: %d signatures, %d verdicts, %d commitments settled",
             content.round,

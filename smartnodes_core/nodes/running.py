@@ -45,7 +45,8 @@ def running_validator(config: ValidatorConfig, auditor: Auditor, settings: Valid
         station.join()
         station.announce(dict)
         validator.start()
-        yield station
+        with _metrics(station):
+            yield station
         validator.stop()
         journal.close()
     finally:
@@ -81,11 +82,27 @@ def running_worker(
         station.join()
         announced = offers or handler.offers
         station.announce(lambda: {**announced(), "free_slots": worker.num_free_slots})
-        yield station
+        with _metrics(station):
+            yield station
         worker.drain("the rig is stopping")
         journal.close()
     finally:
         station.close()
+
+
+@contextmanager
+def _metrics(station: Station) -> Iterator[None]:
+    """Serves the node's metrics where the settings say so."""
+    if not station.config.metrics:
+        yield
+        return
+    from smartnodes_core.nodes.metrics import MetricsServer
+
+    server = MetricsServer(station, station.config.metrics)
+    try:
+        yield
+    finally:
+        server.close()
 
 
 def _chain_secret(path: Path) -> bytes:

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from smartnodes_core.counters import COUNTERS
 from smartnodes_core.errors import ConnectionLostError, PeerFault, ProtocolError, SmartnodesError
 from smartnodes_core.remote_errors import from_wire
 from smartnodes_core.rpc.inbound import InboundCalls
@@ -184,6 +185,7 @@ class RpcEndpoint:
         elif kind in ("reply", "error"):
             self._settle(connection, header, body)
         else:
+            COUNTERS.add("calls_served", header["method"])
             self._inbound.take(connection, self._methods[header["method"]], header, body)
 
     def on_closed(self, connection: Connection, error: Exception | None) -> None:

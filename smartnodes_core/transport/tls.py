@@ -19,6 +19,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 
 from OpenSSL import SSL
 
+from smartnodes_core.counters import COUNTERS
 from smartnodes_core.errors import ConfigError, DeadlineError, PortInUseError
 from smartnodes_core.identity import Identity
 from smartnodes_core.records import SignedBinding
@@ -205,6 +206,7 @@ class TlsListener:
             self._forget(connection)
             return
         self.num_refused += 1
+        COUNTERS.add("refused_peers", "in the handshake")
         logger.info("refused a connection: %s", error)
 
     def _forget(self, connection: TlsConnection) -> None:

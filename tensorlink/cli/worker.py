@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     life = Life(options.exit_with_parent)
     try:
         config = config_from(RigConfig, options)
-        start_logging(config.log_level)
+        start_logging(config.log_level, config.log_json)
         _run(config, life)
     except SmartnodesError as error:
         return fail(PROGRAM, error)
