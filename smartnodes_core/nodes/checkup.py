@@ -18,12 +18,14 @@ from smartnodes_core.chain.signing import address_of, checksum
 from smartnodes_core.config import NodeConfig
 from smartnodes_core.errors import PortInUseError, SmartnodesError
 from smartnodes_core.identity import Identity, make_binding
+from smartnodes_core.journal import is_in_use
 from smartnodes_core.nodes.authority import ChainAuthority
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.introducing import IntroductionDesk
 from smartnodes_core.nodes.membership import key_hash
 from smartnodes_core.nodes.params import count_in
 from smartnodes_core.nodes.reachability import assess
+from smartnodes_core.nodes.running import JOURNAL
 from smartnodes_core.records import Role
 from smartnodes_core.transport.tls import TlsTransport
 
@@ -127,7 +129,12 @@ def _registration(member: Member | None, identity: Identity, network_id: int) ->
 
 
 def _network(config: NodeConfig, role: Role, identity: Identity, account: bytes, chain: Chain) -> Iterator[Finding]:
-    """Listens as the node would, and asks the validators. While the node itself runs there is nothing to be tried."""
+    """Listens as the node would, and asks the validators; not while it runs, for it would lose its connections."""
+    data_dir = getattr(config, "data_dir", None)
+    if data_dir is not None and is_in_use(data_dir / JOURNAL):
+        words = "this node is running: `tensorlink status --node` asks it, if it has --metrics, and its log tells"
+        yield Finding("warning", "reachability", f"not tried, {words} how others reach it")
+        return
     addresses = Addresses.read(config.addresses)
     expires_at_s = int(time.time()) + _BINDING_S
     binding = make_binding(

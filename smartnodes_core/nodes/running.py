@@ -20,6 +20,9 @@ from smartnodes_core.nodes.station import Station
 from smartnodes_core.nodes.validator import ValidatorNode, ValidatorSettings
 from smartnodes_core.nodes.worker import WorkerNode
 
+#: In the data directory: what this node has signed. It is locked while the node runs.
+JOURNAL = "signed.journal"
+
 
 @contextmanager
 def running_validator(config: ValidatorConfig, auditor: Auditor, settings: ValidatorSettings) -> Iterator[Station]:
@@ -28,7 +31,7 @@ def running_validator(config: ValidatorConfig, auditor: Auditor, settings: Valid
     hash_chain = HashChain(_chain_secret(config.data_dir / "hash_chain.json"))
     station = Station.open(config, "validator", hash_chain.tip)
     try:
-        journal = Journal(config.data_dir / "signed.journal")
+        journal = Journal(config.data_dir / JOURNAL)
         validator = ValidatorNode(
             station.node,
             station.identity,
@@ -67,7 +70,7 @@ def running_worker(
     config.data_dir.mkdir(parents=True, exist_ok=True)
     station = Station.open(config, "worker")
     try:
-        journal = Journal(config.data_dir / "signed.journal")
+        journal = Journal(config.data_dir / JOURNAL)
         worker = WorkerNode(
             station.node,
             station.identity,

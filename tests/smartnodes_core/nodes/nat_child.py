@@ -15,7 +15,7 @@ from smartnodes_core.identity import Identity
 from smartnodes_core.nodes.authority import OpenAuthority
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.introducing import IntroductionDesk
-from smartnodes_core.nodes.reachability import assess
+from smartnodes_core.nodes.reachability import Reachability, assess
 from smartnodes_core.rpc import Result
 from smartnodes_core.transport.base import Peer
 from smartnodes_core.transport.relay import Relay
@@ -39,13 +39,15 @@ def main() -> None:
     node.serve(Echo())
     node.start()
     introducers: list[bytes] = []
+    reached: list[Reachability] = []
 
     def do(order: dict[str, Any]) -> dict[str, Any]:
         if order["do"] == "connect":
             introducers.append(node.connect(order["endpoint"]).node_key)
             return {}
         if order["do"] == "assess":
-            found = assess(node, introducers, may_map=False)
+            found = assess(node, introducers)
+            reached.append(found)
             return {"kind": found.kind, "endpoints": found.endpoints, "why": found.why}
         peer = bytes.fromhex(order["node"])
         for endpoint in order.get("endpoints", []):
@@ -63,6 +65,8 @@ def main() -> None:
             told = {"error": str(error)}
         sys.stdout.write(json.dumps(told) + "\n")
         sys.stdout.flush()
+    for found in reached:
+        found.close()
     node.stop()
     if relay is not None:
         relay.stop()

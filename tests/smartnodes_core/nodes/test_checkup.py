@@ -12,14 +12,16 @@ from smartnodes_core.chain.memory import MemoryChain
 from smartnodes_core.chain.model import CHAIN_ID, REGISTRY, ChainModel
 from smartnodes_core.chain.settings import SNO, Addresses, ChainSettings
 from smartnodes_core.chain.signing import address_of
-from smartnodes_core.config import NodeConfig
+from smartnodes_core.config import NodeConfig, WorkerConfig
 from smartnodes_core.identity import Identity, make_binding
+from smartnodes_core.journal import Journal
 from smartnodes_core.nodes import checkup
 from smartnodes_core.nodes.authority import ChainAuthority
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.checkup import check_up, congestion_control, summary
 from smartnodes_core.nodes.introducing import IntroductionDesk
 from smartnodes_core.nodes.membership import Membership
+from smartnodes_core.nodes.running import JOURNAL
 from smartnodes_core.transport.tls import TlsTransport
 
 KEYS = {"worker": b"w" * 32, "validator": b"v" * 32}
@@ -123,6 +125,18 @@ def test_a_port_that_is_taken_is_named(place):
     place.register("worker", place.identity)
     found = place.findings(endpoint=place.validator.endpoint)["listening"]
     assert (found.level, "its log tells" in found.words) == ("warning", True)
+
+
+def test_a_node_that_runs_is_left_alone(place, tmp_path):
+    place.register("worker", place.identity)
+    fields = {name: getattr(place.config, name) for name in ("identity", "account", "addresses", "bootstrap")}
+    config = WorkerConfig(**fields, data_dir=tmp_path)
+    journal = Journal(tmp_path / JOURNAL)
+    found = {finding.name: finding for finding in check_up(config)}
+    assert found["reachability"].words.startswith("not tried, this node is running")
+    assert place.validator.peers() == []
+    journal.close()
+    assert "admits this node" in {f.name: f for f in check_up(config)}[f"validator {place.validator.endpoint}"].words
 
 
 def test_a_validator_that_is_not_there_is_a_failure_and_none_named_a_warning(place):

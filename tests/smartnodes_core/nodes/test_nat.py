@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-CHILD = Path(__file__).with_name("nat_child.py")
+CHILD, ROUTER = (Path(__file__).with_name(name) for name in ("nat_child.py", "nat_pmp_router.py"))
 SECRET = "the gradient of somebody's model; "
 SNIFF = """
 import socket, sys
@@ -104,6 +104,23 @@ def test_a_rig_that_a_validator_reaches_says_so(homes, tmp_path):
     rig.do(do="connect", endpoint="203.0.113.50:9000")
     told = rig.do(do="assess")
     assert (told["kind"], told["endpoints"]) == ("direct", ["203.0.113.51:9100"])
+
+
+def test_a_router_that_gives_ports_makes_a_rig_dialled(homes, tmp_path):
+    net = homes(symmetric=True)
+    router = net.popen(
+        "routerA", [sys.executable, str(ROUTER), "203.0.113.11", "to-inet"], stdout=subprocess.PIPE, text=True
+    )
+    assert router.stdout.readline() == "ready\n"
+    _, one, other = neighbourhood(net, tmp_path)
+    told = one.do(do="assess")
+    assert (told["kind"], told["endpoints"]) == ("mapped", ["203.0.113.11:40000", "192.168.1.2:9100"])
+    assert "by NAT-PMP the router gave 203.0.113.11:40000" in told["why"]
+    told = other.do(do="call", node=one.node, endpoints=told["endpoints"][:1], text=SECRET)
+    assert told["route"] == "direct"
+    one.process.stdin.close()
+    assert one.process.wait(20) == 0  # and gives its port back
+    assert "40000" not in net.run("routerA", "iptables", "-t", "nat", "-S")
 
 
 def test_without_a_relay_the_error_says_what_was_tried(homes, tmp_path):

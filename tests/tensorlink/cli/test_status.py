@@ -38,7 +38,7 @@ def test_who_it_is_how_it_is_reached_and_who_is_connected(port):
 
 
 def test_a_node_that_is_not_there_and_what_is_no_node_are_told_apart():
-    with pytest.raises(PeerUnreachableError, match="start it with --metrics 127.0.0.1:9"):
+    with pytest.raises(PeerUnreachableError, match=r"start it with --metrics 127.0.0.1:9"):
         list(node_rows("127.0.0.1:9"))
     other = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
     threading.Thread(target=other.serve_forever, args=(0.05,), daemon=True).start()
