@@ -269,13 +269,7 @@ class Node:
         failure = failure or PeerUnreachableError(f"node {node_key.hex()[:16]} was not reached in time")
         if self.on_unreachable is None or not others or isinstance(failure, DuplicateConnectionError | AuthorityError):
             raise failure
-        try:
-            return self.on_unreachable(node_key, deadline_s, failure)
-        except DuplicateConnectionError:
-            found = self._links.wait_for(node_key, min(deadline_s, time.monotonic() + _INBOUND_WAIT_S))
-            if found is None:
-                raise
-            return found
+        return self.on_unreachable(node_key, deadline_s, failure)
 
     def _dial_unknown(self, endpoint: str, deadline_s: float) -> Connection:
         """Dials an endpoint of which only the address is known; a connection to who answers there is used again."""
@@ -307,6 +301,10 @@ class Node:
         connection = self._transport.dial(endpoint, self._rpc, admit or self._admit_dialled, node_key, timeout_s)
         self._links.wait_for(connection.peer.node_key, deadline_s)  # `_opened` runs on its own thread
         return connection
+
+    def wait_connected(self, node_key: bytes, deadline_s: float) -> Connection | None:
+        """The connection to a peer that is being made by others, or None if there is none by then."""
+        return self._links.wait_for(node_key, deadline_s)
 
     def local_address_to(self, node_key: bytes) -> tuple[str, int] | None:
         """The address from which this node dialled a connected peer; None where the peer dialled, or there is none."""

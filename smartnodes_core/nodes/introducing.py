@@ -66,7 +66,8 @@ class IntroductionDesk:
         self._node, self._relay = node, relay
         self._lock = threading.Lock()
         self._routes: dict[NodeKey, Route] = {}
-        self._num_meetings = 0
+        self._reaching: set[NodeKey] = set()  # by our wish
+        self._meeting: set[NodeKey] = set()  # by theirs
         self._dialled_back_s: dict[NodeKey, list[float]] = {}
         node.serve(self)
         node.on_unreachable = self.reach
@@ -80,8 +81,21 @@ class IntroductionDesk:
     # -- for a node that cannot reach somebody ------------------------------------------------------------------------
 
     def reach(self, node_key: NodeKey, deadline_s: float, failure: SmartnodesError) -> Connection:
-        """A connection to a peer that could not be dialled. Raises `failure`, with what was tried added to it."""
-        tried = [str(failure)]
+        """A connection to a peer that could not be dialled. Raises PeerUnreachableError that says what was tried.
+
+        When both want each other at once, the one with the smaller key has itself introduced, and the other waits.
+        """
+        with self._lock:
+            is_met = node_key in self._meeting
+            self._reaching.add(node_key)
+        try:
+            found = self._node.wait_connected(node_key, _wait_until(deadline_s)) if is_met else None
+            return found or self._reach(node_key, deadline_s, [str(failure)])
+        finally:
+            with self._lock:
+                self._reaching.discard(node_key)
+
+    def _reach(self, node_key: NodeKey, deadline_s: float, tried: list[str]) -> Connection:
         introducers = self._introducers(node_key)
         for means in ("punch", "circuit"):
             for introducer in introducers:
@@ -89,9 +103,13 @@ class IntroductionDesk:
                     break
                 try:
                     connection = self._reach_by(means, introducer, node_key, deadline_s)
-                except (DuplicateConnectionError, AuthorityError):
+                except AuthorityError:
                     raise
                 except SmartnodesError as error:
+                    if isinstance(error, DuplicateConnectionError):
+                        found = self._node.wait_connected(node_key, _wait_until(deadline_s))
+                        if found is not None:
+                            return found
                     tried.append(f"{means} through {introducer}: {error}")
                     logger.info("%s is not reached by %s through %s: %s", node_key.hex()[:8], means, introducer, error)
                     continue
@@ -218,9 +236,11 @@ class IntroductionDesk:
 
     def _meet(self, node_key: NodeKey, kind: str, caller: Peer, endpoint: str, connect: Callable[[], Any]) -> None:
         with self._lock:
-            if self._num_meetings >= MAX_MEETINGS:
+            if node_key in self._meeting or (node_key in self._reaching and self._node.node_key < node_key):
+                raise DuplicateConnectionError("a connection between us is just being made")
+            if len(self._meeting) >= MAX_MEETINGS:
                 raise BusyError(f"{MAX_MEETINGS} nodes are being met here: ask again in a moment")
-            self._num_meetings += 1
+            self._meeting.add(node_key)
 
         def run() -> None:
             try:
@@ -230,9 +250,14 @@ class IntroductionDesk:
                 logger.info("%s was not met: %s", node_key.hex()[:8], error)
             finally:
                 with self._lock:
-                    self._num_meetings -= 1
+                    self._meeting.discard(node_key)
 
         threading.Thread(target=run, name="meet", daemon=True).start()
+
+
+def _wait_until(deadline_s: float) -> float:
+    """So long the other side's introduction may take before another is tried."""
+    return min(deadline_s, time.monotonic() + MEET_S + 1.0)
 
 
 def _beside(peer: Peer, port: int) -> str:
