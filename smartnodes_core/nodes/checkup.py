@@ -21,7 +21,6 @@ from smartnodes_core.identity import Identity, make_binding
 from smartnodes_core.journal import is_in_use
 from smartnodes_core.nodes.authority import ChainAuthority
 from smartnodes_core.nodes.base import Node
-from smartnodes_core.nodes.introducing import IntroductionDesk
 from smartnodes_core.nodes.membership import key_hash
 from smartnodes_core.nodes.params import count_in
 from smartnodes_core.nodes.reachability import assess
@@ -143,7 +142,6 @@ def _network(config: NodeConfig, role: Role, identity: Identity, account: bytes,
     authority = ChainAuthority(lambda: chain.members(config.network_id))
     endpoint = None if role == "user" else config.endpoint
     node = Node(identity, binding, TlsTransport(identity, binding), authority, endpoint)
-    IntroductionDesk(node)
     try:
         node.start()
     except PortInUseError as error:

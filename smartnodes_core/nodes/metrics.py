@@ -68,7 +68,7 @@ class StationCollector:
     def _peers(self) -> Counter[tuple[str, str]]:
         station = self._station
         return Counter(
-            (peer.role or "none", station.introductions.route_to(peer.node_key).kind) for peer in station.node.peers()
+            (peer.role or "none", station.meetings.route_to(peer.node_key).kind) for peer in station.node.peers()
         )
 
 

@@ -1,7 +1,7 @@
 """How others reach this node, found out at its start: what a validator sees, dialling back, and a port of the router.
 
 In this order: directly; through a port that the router gives away (`transport/mapping.py`); else by introduction
-(`introducing.py`), which needs nothing here. The result says which it is and why, in words.
+(`meeting.py`), which needs nothing here. The result says which it is and why, in words.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from smartnodes_core.identity import Identity, make_binding
 from smartnodes_core.nodes.authority import ChainAuthority
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.introducing import IntroductionDesk
+from smartnodes_core.nodes.meeting import MeetingDesk
 from smartnodes_core.nodes.membership import Membership
 from smartnodes_core.nodes.reachability import Reachability, assess
 from smartnodes_core.records import Announcement, NodeKey, Role, Signed
@@ -53,7 +54,7 @@ class Station:
     chain: Chain
     membership: Membership
     node: Node
-    introductions: IntroductionDesk
+    meetings: MeetingDesk
     relay: Relay | None = None
     bootstrap_keys: list[NodeKey] = field(default_factory=list)
     directory: Directory | None = None
@@ -87,7 +88,8 @@ class Station:
         endpoint = None if role == "user" else config.endpoint
         node = Node(identity, binding, TlsTransport(identity, binding), authority, endpoint)
         relay = Relay(config.relay) if config.relay else None
-        introductions = IntroductionDesk(node, relay)
+        IntroductionDesk(node, relay)
+        meetings = MeetingDesk(node)
         try:
             if relay is not None:
                 relay.start()
@@ -104,7 +106,7 @@ class Station:
             if relay is not None:
                 relay.stop()
             raise
-        return cls(config, role, identity, account_key, chain, membership, node, introductions, relay)
+        return cls(config, role, identity, account_key, chain, membership, node, meetings, relay)
 
     def join(self) -> None:
         """Reach the bootstrap validators; a validator also serves the directory. Raises the last error when none is

@@ -15,6 +15,7 @@ from smartnodes_core.identity import Identity
 from smartnodes_core.nodes.authority import OpenAuthority
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.introducing import IntroductionDesk
+from smartnodes_core.nodes.meeting import MeetingDesk
 from smartnodes_core.nodes.reachability import Reachability, assess
 from smartnodes_core.rpc import Result
 from smartnodes_core.transport.base import Peer
@@ -33,7 +34,8 @@ def main() -> None:
     identity = Identity.from_seed(bytes([settings["number"]] * 32))
     node = Node(identity, None, TlsTransport(identity, None), OpenAuthority(), settings["endpoint"])
     relay = Relay(settings["relay"]) if "relay" in settings else None
-    desk = IntroductionDesk(node, relay)
+    IntroductionDesk(node, relay)
+    meetings = MeetingDesk(node)
     if relay is not None:
         relay.start()
     node.serve(Echo())
@@ -53,7 +55,7 @@ def main() -> None:
         for endpoint in order.get("endpoints", []):
             node.add_address(peer, endpoint)
         reply = node.call(peer, "echo", {}, [order["text"].encode() * order.get("times", 1)], timeout_s=20)
-        route = desk.route_to(peer)
+        route = meetings.route_to(peer)
         return {"num_bytes": len(reply.body), "from": reply.params["from"], "route": route.kind, "why": route.why}
 
     sys.stdout.write(json.dumps({"node": identity.node_key.hex()}) + "\n")

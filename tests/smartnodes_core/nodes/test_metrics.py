@@ -9,7 +9,7 @@ import pytest
 
 from smartnodes_core.counters import HELP, Counters
 from smartnodes_core.errors import ConfigError, PortInUseError
-from smartnodes_core.nodes.introducing import Route
+from smartnodes_core.nodes.meeting import Route
 from smartnodes_core.nodes.metrics import MetricsServer
 from smartnodes_core.nodes.reachability import Reachability
 
@@ -23,7 +23,7 @@ def station():
     return SimpleNamespace(
         role="worker",
         node=SimpleNamespace(node_key=b"n" * 32, peers=lambda: peers),
-        introductions=SimpleNamespace(route_to=routes.get),
+        meetings=SimpleNamespace(route_to=routes.get),
         relay=SimpleNamespace(accounts=SimpleNamespace(num_circuits=2, num_bytes=4096)),
         reachability=Reachability("mapped", ("203.0.113.7:9000",), "by NAT-PMP the router gave it"),
     )

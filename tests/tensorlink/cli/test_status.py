@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from smartnodes_core.errors import PeerUnreachableError, ProtocolError
-from smartnodes_core.nodes.introducing import Route
+from smartnodes_core.nodes.meeting import Route
 from smartnodes_core.nodes.metrics import MetricsServer
 from smartnodes_core.nodes.reachability import Reachability
 from tensorlink.cli.status import node_rows
@@ -21,7 +21,7 @@ def port():
     station = SimpleNamespace(
         role="worker",
         node=SimpleNamespace(node_key=b"n" * 32, peers=lambda: [peer]),
-        introductions=SimpleNamespace(route_to=lambda key: Route("direct", "because")),
+        meetings=SimpleNamespace(route_to=lambda key: Route("direct", "because")),
         relay=None,
         reachability=Reachability("introduced", ("192.168.1.2:9000",), 'the router gave no port: "none"'),
     )

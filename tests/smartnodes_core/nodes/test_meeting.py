@@ -8,10 +8,11 @@ import pytest
 
 from smartnodes_core.errors import AuthorityError, BusyError, PeerUnreachableError, ProtocolError
 from smartnodes_core.identity import Identity
-from smartnodes_core.nodes import introducing
+from smartnodes_core.nodes import introducing, meeting
 from smartnodes_core.nodes.authority import OpenAuthority
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.introducing import IntroductionDesk
+from smartnodes_core.nodes.meeting import MeetingDesk
 from smartnodes_core.transport.base import Peer
 from smartnodes_core.transport.relay import Relay
 from smartnodes_core.transport.tls import TlsTransport
@@ -35,12 +36,13 @@ class Town:
     """A public node that relays, and others that only dial, hence cannot be dialled."""
 
     def __init__(self, monkeypatch, num=2, relays=True):
-        monkeypatch.setattr(introducing, "MEET_S", 0.2)  # on loopback nobody meets: the first SYN is answered
+        monkeypatch.setattr(meeting, "MEET_S", 0.2)  # on loopback nobody meets: the first SYN is answered
         self.refused = set()
         self.relay = Relay("127.0.0.1:0") if relays else None
         if self.relay:
             self.relay.start()
-        self.public, self.desk = self.node(1, "127.0.0.1:0", self.relay)
+        self.public, self.meetings = self.node(1, "127.0.0.1:0", self.relay)
+        self.introductions = self.desk
         self.others = [self.node(number, None) for number in range(2, 2 + num)]
         for node, _ in self.others:
             node.connect(self.public.endpoint)
@@ -48,10 +50,11 @@ class Town:
     def node(self, number, endpoint, relay=None):
         identity = Identity.from_seed(bytes([number] * 32))
         node = Node(identity, None, TlsTransport(identity, None), Choosy(self.refused), endpoint)
-        desk = IntroductionDesk(node, relay)
+        self.desk = IntroductionDesk(node, relay)
+        meetings = MeetingDesk(node)
         node.serve(Echo())
         node.start()
-        return node, desk
+        return node, meetings
 
     def stop(self):
         for node, _ in [*self.others, (self.public, None)]:
@@ -127,8 +130,8 @@ def test_an_introduced_peer_is_admitted_as_any_other(make_town):
 def test_a_relay_that_joins_another_than_was_asked_for_is_found_out(make_town, monkeypatch):
     town = make_town(num=3)
     (one, _), (other, _), (third, _) = town.others
-    connected = town.desk._connected
-    monkeypatch.setattr(town.desk, "_connected", lambda key: connected(third.node_key))
+    connected = town.introductions._connected
+    monkeypatch.setattr(town.introductions, "_connected", lambda key: connected(third.node_key))
     with pytest.raises(AuthorityError, match="expected was"):
         one.call(other.node_key, "echo")
 
@@ -165,7 +168,7 @@ def test_only_validators_name_addresses_to_be_dialled(make_town):
     town = make_town()
     worker = Peer(b"w" * 32, None, "worker", "127.0.0.1:9")
     with pytest.raises(AuthorityError, match="only validators"):
-        town.desk.rpc_meet(worker, {"node": b"n" * 32, "endpoint": "192.0.2.1:80"}, memoryview(b""))
+        town.meetings.rpc_meet(worker, {"node": b"n" * 32, "endpoint": "192.0.2.1:80"}, memoryview(b""))
 
 
 def test_a_port_is_looked_at_at_the_callers_own_address_and_not_often(make_town):
