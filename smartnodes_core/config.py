@@ -40,6 +40,7 @@ class NodeConfig:
     )
     port_mapping: Annotated[bool, "ask the router for a port when a validator does not reach this node"] = True
     relay: Annotated[str, "host:port on which peers that cannot reach each other are joined; empty: nowhere"] = ""
+    relay_mbit: Annotated[int, "Mbit/s that the relay passes on for each peer"] = 200
     network_id: Annotated[int, "number of the network among those that share the contracts"] = 1
     log_level: Annotated[str, "DEBUG, INFO, WARNING or ERROR"] = "INFO"
     log_json: Annotated[bool, "log lines as JSON objects"] = False
@@ -56,6 +57,8 @@ class NodeConfig:
                 object.__setattr__(self, field.name, value.expanduser())
             if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
                 raise ConfigError(f"{field.name} is {value}: it cannot be negative")
+        if self.relay and self.relay_mbit < 1:
+            raise ConfigError("relay_mbit is 0: at least 1 is needed where a relay is set")
 
     def need_bootstrap(self) -> None:
         """Raises ConfigError where no validator is named through which a network could be joined."""

@@ -63,6 +63,8 @@ NODE_SIDE = (
     "tensorlink.records",
     "tensorlink.errors",
     "tensorlink.local",
+    "tensorlink.home",
+    "tensorlink.cli.home",
     "tensorlink.cli.worker",
     "tensorlink.cli.validator",
     "tensorlink.cli.options",

@@ -17,7 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from smartnodes_core.counters import COUNTERS
-from smartnodes_core.errors import AuthorityError, BusyError, PeerUnreachableError, ProtocolError, SmartnodesError
+from smartnodes_core.errors import (
+    AuthorityError,
+    BusyError,
+    DeadlineError,
+    PeerUnreachableError,
+    ProtocolError,
+    SmartnodesError,
+)
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.params import bytes_in, count_in, digest_in, text_in
 from smartnodes_core.records import NodeKey
@@ -100,6 +107,8 @@ class MeetingDesk:
                             return found
                     tried.append(f"{means} through {introducer}: {error}")
                     logger.info("%s is not reached by %s through %s: %s", node_key.hex()[:8], means, introducer, error)
+                    if isinstance(error, DeadlineError):  # another introducer would see the same routers
+                        break
                     continue
                 self._took(node_key, "punched" if means == "punch" else "relayed", introducer, tried)
                 return connection

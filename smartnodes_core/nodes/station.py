@@ -32,6 +32,7 @@ from smartnodes_core.nodes.membership import Membership
 from smartnodes_core.nodes.reachability import Reachability, assess
 from smartnodes_core.records import Announcement, NodeKey, Role, Signed
 from smartnodes_core.transport.relay import Relay
+from smartnodes_core.transport.relay_quotas import RelayQuotas
 from smartnodes_core.transport.tls import TlsTransport
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,8 @@ class Station:
         )
         endpoint = None if role == "user" else config.endpoint
         node = Node(identity, binding, TlsTransport(identity, binding), authority, endpoint)
-        relay = Relay(config.relay) if config.relay else None
+        quotas = RelayQuotas(peer_bytes_per_s=config.relay_mbit * 125_000)
+        relay = Relay(config.relay, quotas) if config.relay else None
         IntroductionDesk(node, relay)
         meetings = MeetingDesk(node)
         try:

@@ -36,6 +36,7 @@ class _End:
     """One socket, with what was read from it and is still to be written to the other."""
 
     tcp: socket.socket
+    host: str
     circuit: _Circuit | None = None
     other: _End | None = None
     preface: bytes = b""
@@ -113,15 +114,17 @@ class Relay:
 
     def _accept(self) -> None:
         try:
-            tcp, _ = self._server.accept()
+            tcp, address = self._server.accept()
         except OSError:
             return
-        if sum(end.circuit is None for end in self._ends) >= self.quotas.num_unjoined:
+        unjoined = [end.host for end in self._ends if end.circuit is None]
+        full = len(unjoined) >= self.quotas.num_unjoined
+        if full or unjoined.count(address[0]) >= self.quotas.unjoined_per_host:
             tcp.close()
             return
         tcp.setblocking(False)
         tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        end = _End(tcp, until_s=time.monotonic() + self.quotas.wait_s)
+        end = _End(tcp, str(address[0]), until_s=time.monotonic() + self.quotas.wait_s)
         self._ends.add(end)
         self._selector.register(tcp, selectors.EVENT_READ, end)
 

@@ -17,7 +17,8 @@ MAX_ACCOUNTS = 10_000
 @dataclass(frozen=True)
 class RelayQuotas:
     """Both directions of a circuit count. `peer_bytes` are per `window_s`; a circuit has `wait_s` to be joined from
-    both sides and ends after `idle_s` without a byte; `num_unjoined` connections may have shown no token yet.
+    both sides and ends after `idle_s` without a byte; `num_unjoined` connections, and
+    `unjoined_per_host` from one address, may have shown no token yet.
     """
 
     num_circuits: int = 64
@@ -27,7 +28,8 @@ class RelayQuotas:
     peer_bytes_per_s: int = 25 << 20
     wait_s: float = 10.0
     idle_s: float = 120.0
-    num_unjoined: int = 128
+    num_unjoined: int = 256
+    unjoined_per_host: int = 16
 
 
 @dataclass

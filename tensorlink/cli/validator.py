@@ -57,7 +57,7 @@ def _run(config: AuditorConfig, life: Life) -> None:
     )
     try:
         with running_validator(config, auditor, settings) as station:
-            life.say_ready(station.node)
+            life.say_ready(station.node, reached=str(station.reachability))
             life.wait()
     finally:
         auditor.stop()

@@ -73,7 +73,7 @@ def _run(config: RigConfig, life: Life) -> None:
     try:
         line = {"up_mbit": config.up_mbit, "down_mbit": config.down_mbit}
         with running_worker(config, handler, config.num_slots, lambda: {**handler.offers(), **line}) as station:
-            life.say_ready(station.node, confinement=handler.confinement)
+            life.say_ready(station.node, confinement=handler.confinement, reached=str(station.reachability))
             life.wait()
     finally:
         handler.stop()

@@ -156,8 +156,9 @@ def test_bytes_are_no_faster_than_their_owner_may_send(relays):
         assert time.monotonic() - began > 0.35  # a tenth of a second's worth is saved up
 
 
-def test_connections_without_a_token_are_few(relays):
-    relay = relays(num_unjoined=4)
+@pytest.mark.parametrize("quota", ["num_unjoined", "unjoined_per_host"])
+def test_connections_without_a_token_are_few(relays, quota):
+    relay = relays(**{quota: 4})
     strangers = [socket.create_connection(("127.0.0.1", relay.port), 5.0) for _ in range(8)]
     eventually(lambda: len(relay._ends) == 4)
     for stranger in strangers:
