@@ -11,9 +11,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from smartnodes_core.errors import (
     AuthorityError,
+    BusyError,
     ConfigError,
     ConnectionLostError,
     PeerUnreachableError,
@@ -22,6 +24,7 @@ from smartnodes_core.errors import (
 )
 from smartnodes_core.identity import Identity
 from smartnodes_core.nodes.authority import Authority, WatchingAuthority
+from smartnodes_core.nodes.bulk_links import ARRIVAL_S, BulkLinks
 from smartnodes_core.nodes.links import AddressBook, Links
 from smartnodes_core.records import SignedBinding
 from smartnodes_core.rpc import CALL_TIMEOUT_S, MAX_REPLY_BODY_BYTES, PendingCall, Reply, Result, RpcEndpoint, allow
@@ -63,6 +66,8 @@ class Node:
         self._transport, self._authority, self._wanted_endpoint = transport, authority, endpoint
         self._addresses = AddressBook()
         self._links = Links(self.node_key)
+        self._bulk = BulkLinks()
+        self._reasons: WeakKeyDictionary[Connection, str] = WeakKeyDictionary()  # why we closed what is ending
         self._lost_callbacks: list[Callable[[bytes, str], None]] = []
         self._rpc = RpcEndpoint(f"calls {self.node_key.hex()[:8]}", opened=self._opened, lost=self._lost)
         self._listener: Listener | None = None
@@ -95,7 +100,7 @@ class Node:
             self._listener.close()
         if isinstance(self._authority, WatchingAuthority):
             self._authority.stop()
-        connections = self._links.all()
+        connections = [*self._links.all(), *self._bulk.all()]
         for connection in connections:
             connection.close("the node is stopping")
         for connection in connections:
@@ -137,6 +142,15 @@ class Node:
         if self.signed_binding is None:
             raise ConfigError("this node has no account")
         return {}, [self.signed_binding.encode()]
+
+    @allow(max_body_bytes=0)
+    def rpc_open_bulk(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
+        """Dials a bulk connection to a peer that we dialled: it has tensors for us, and may not be able to reach us."""
+        calls = self._links.get(caller.node_key)
+        if calls is None or not calls.dialled:
+            raise BusyError("the connection between us is just being replaced: ask again")
+        self._open_bulk(calls, time.monotonic() + DIAL_TIMEOUT_S)
+        return {}
 
     # -- whom it calls ------------------------------------------------------------------------------------------------
 
@@ -206,8 +220,11 @@ class Node:
         on_sent: Callable[[], None] | None = None,
         timeout_s: float = SEND_TIMEOUT_S,
     ) -> None:
-        """Sends a tensor, uncopied: `body` must not change until `on_sent` (see `Connection.send`)."""
-        self._rpc.stream(self._connection(node_key, timeout_s), topic, header, body, on_sent, timeout_s)
+        """Sends a tensor, uncopied: `body` must not change until `on_sent` (see `Connection.send`).
+
+        It goes over a bulk connection: in order with other tensors to this peer, not with calls and notifications.
+        """
+        self._rpc.stream(self._bulk_connection(node_key, timeout_s), topic, header, body, on_sent, timeout_s)
 
     def peers(self) -> list[Peer]:
         """Those connected now."""
@@ -218,7 +235,7 @@ class Node:
         connection = self._links.get(node_key)
         if connection is not None:
             logger.info("dropping %s: %s", connection.peer, reason)
-            connection.close(reason)
+            self._close(connection, reason)
 
     # -- connections --------------------------------------------------------------------------------------------------
 
@@ -236,6 +253,24 @@ class Node:
             return self._dial_any(node_key, deadline_s)
         finally:
             self._links.end_dialling(node_key)
+
+    def _bulk_connection(self, node_key: bytes, timeout_s: float) -> Connection:
+        deadline_s = time.monotonic() + timeout_s
+        return self._open_bulk(self._connection(node_key, timeout_s), deadline_s)
+
+    def _open_bulk(self, calls: Connection, deadline_s: float) -> Connection:
+        """The bulk connection beside `calls`, made by whoever dialled that one."""
+        deadline_s = min(deadline_s, time.monotonic() + DIAL_TIMEOUT_S)
+
+        def open_one() -> None:
+            left_s = max(0.001, deadline_s - time.monotonic())
+            peer = calls.peer
+            if calls.dialled:
+                self._transport.dial(peer.endpoint, self._rpc, self._admit_dialled, peer.node_key, left_s, bulk=True)
+            else:
+                self._rpc.call(calls, "open_bulk", timeout_s=left_s)
+
+        return self._bulk.get(calls, deadline_s, open_one)
 
     def _dial_any(self, node_key: bytes, deadline_s: float) -> Connection:
         failure: SmartnodesError | None = None
@@ -294,23 +329,50 @@ class Node:
         if self._stopped:
             raise ConnectionLostError("this node is stopping")
         self._authority.admit(peer)
-        self._links.check_inbound(peer)
+        if peer.bulk:
+            self._bulk.check(peer, self._links.wait_for(peer.node_key, time.monotonic() + ARRIVAL_S))
+        else:
+            self._links.check_inbound(peer)
 
     def _opened(self, connection: Connection) -> None:
-        self._links.add(connection)
+        if connection.peer.bulk:
+            calls = self._links.get(connection.peer.node_key)
+            if calls is None:
+                connection.close("the connection for calls has ended")
+                return
+            self._bulk.add(connection, calls)
+            if calls.closed:  # it may have ended before it knew of this one
+                self._close_bulk(calls, "the connection for calls has ended")
+        else:
+            self._links.add(connection)
         if self._stopped:
             connection.close("the node is stopping")
 
+    def _close(self, connection: Connection, reason: str) -> None:
+        self._reasons[connection] = reason
+        connection.close(reason)
+
     def _lost(self, connection: Connection, error: Exception | None) -> None:
+        reason = str(error) if error is not None else "closed by this node"
+        if connection.peer.bulk:
+            calls = self._bulk.remove(connection)
+            if calls is not None and not calls.closed and not self._stopped:
+                self._close(calls, f"its bulk connection ended: {reason}")
+            return
+        reason = self._reasons.pop(connection, reason)
+        self._close_bulk(connection, reason)
         if not self._links.remove(connection) or self._stopped:
             return
-        reason = str(error) if error is not None else "closed by this node"
         logger.info("lost %s: %s", connection.peer, reason)
         for callback in self._lost_callbacks:
             try:
                 callback(connection.peer.node_key, reason)
             except Exception:
                 logger.exception("a callback for lost peers failed")
+
+    def _close_bulk(self, calls: Connection, reason: str) -> None:
+        for bulk in self._bulk.take_beside(calls):
+            bulk.close(reason)
 
     def _check_live_peers(self) -> None:
         if not isinstance(self._authority, WatchingAuthority):
@@ -320,4 +382,4 @@ class Node:
                 self._authority.check(connection.peer)
             except AuthorityError as error:
                 logger.warning("dropping %s: %s", connection.peer, error)
-                connection.close(str(error))
+                self._close(connection, str(error))

@@ -6,7 +6,8 @@
     {"kind": "notify", "method", "params"}                      + body     not answered
     {"kind": "stream", "topic", "header"}                       + body     not answered
 
-Calls from one peer run side by side; its notifications one after the other, as they came. Unknown fields are ignored.
+Streams go over bulk connections, and nothing else does. Calls from one peer run side by side; its notifications one
+after the other, as they came. Unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -151,7 +152,9 @@ class RpcEndpoint:
         on_sent: Callable[[], None] | None = None,
         timeout_s: float = SEND_TIMEOUT_S,
     ) -> None:
-        """Sends a tensor to the peer's receiver of `topic`. `body` must not change until `on_sent`."""
+        """Sends a tensor to the peer's receiver of `topic` over a bulk connection. `body` must not change until
+        `on_sent`.
+        """
         connection.send({"kind": "stream", "topic": topic, "header": header}, body, on_sent, timeout_s)
 
     def stop(self, timeout_s: float = 2.0) -> None:
@@ -168,6 +171,8 @@ class RpcEndpoint:
     def allocate(self, connection: Connection, header: Header, num_bytes: int) -> memoryview | None:
         """Checks a frame by its header alone; None, after an error reply where one is due, has the body skipped."""
         kind = header.get("kind")
+        if connection.peer.bulk is not (kind == "stream"):
+            raise ProtocolError(f"{connection.peer} sent a {kind!r} on a connection of the other kind")
         if kind in ("call", "notify"):
             return self._allocate_call(connection, header, num_bytes)
         if kind == "stream":

@@ -94,19 +94,20 @@ class MemoryTransport:
         admit: Admit,
         expected_node_key: bytes | None = None,
         timeout_s: float = 10.0,
+        *,
+        bulk: bool = False,
     ) -> MemoryConnection:
         """See `transport.base.Transport.dial`. Both sides' checks run on the dialling thread."""
         deadline_s = time.monotonic() + timeout_s
         listener = self.hub._find(endpoint)
         server = listener.transport
-        peer = check_peer(server.node_key, server.signed_binding, self.expectations, endpoint)
+        peer = check_peer(server.node_key, server.signed_binding, self.expectations, endpoint, bulk=bulk)
         check_expected(peer, expected_node_key)
         admit(peer)
         dialler = None
         try:
-            dialler = check_peer(
-                self.node_key, self.signed_binding, server.expectations, f"memory:{self.node_key.hex()[:8]}"
-            )
+            own_endpoint = f"memory:{self.node_key.hex()[:8]}"
+            dialler = check_peer(self.node_key, self.signed_binding, server.expectations, own_endpoint, bulk=bulk)
             listener.admit(dialler)
         except SmartnodesError as error:
             raise from_wire(dict(to_wire(error)), f"{peer} at {endpoint} refused us", peer.node_key) from None

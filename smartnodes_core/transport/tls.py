@@ -1,8 +1,7 @@
 """Connections over TCP with TLS 1.3, both sides proving their node keys (see `certificate.py`).
 
-Neighbours: `tls_connection.py` is one connection, `memory.py` the twin that most tests use. No resumption, no early
-data: every handshake proves its keys afresh. Tensors may later travel on connections of their own behind the same
-interface.
+Neighbours: `tls_connection.py` is one connection, `sealed.py` what a bulk one sends once its TLS handshake is done,
+`memory.py` the twin that most tests use. No resumption, no early data: every handshake proves its keys afresh.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from smartnodes_core.identity import Identity
 from smartnodes_core.records import SignedBinding
 from smartnodes_core.transport.base import Admit, FrameSink, join_endpoint, split_endpoint
 from smartnodes_core.transport.certificate import Expectations, make_certificate
-from smartnodes_core.transport.handshake import Terms
+from smartnodes_core.transport.handshake import ALPN_BULK, ALPN_CALLS, Terms
 from smartnodes_core.transport.tls_connection import TlsConnection
 
 logger = logging.getLogger(__name__)
@@ -82,6 +81,8 @@ class TlsTransport:
         admit: Admit,
         expected_node_key: bytes | None = None,
         timeout_s: float = 10.0,
+        *,
+        bulk: bool = False,
     ) -> TlsConnection:
         """See `transport.base.Transport.dial`."""
         deadline_s = time.monotonic() + timeout_s
@@ -96,7 +97,7 @@ class TlsTransport:
         connection = TlsConnection(
             tcp,
             self.context,
-            Terms(sink, admit, self.expectations, expected_node_key, deadline_s),
+            Terms(sink, admit, self.expectations, expected_node_key, deadline_s, bulk),
             dialled=True,
             endpoint=endpoint,
             on_ready=lambda made, error: ready.set_exception(error) if error else ready.set_result(made),
@@ -222,6 +223,7 @@ def _make_context(identity: Identity, signed_binding: SignedBinding | None) -> S
     key, certificate = make_certificate(identity, signed_binding)
     context.use_privatekey(key)
     context.use_certificate(certificate)
+    context.set_alpn_select_callback(_choose_kind)
     context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, _accept_self_signed)
     return context
 
@@ -231,3 +233,7 @@ def _accept_self_signed(
 ) -> bool:
     """TLS proves possession of the key; who it belongs to is checked after the handshake, from the extension."""
     return depth == 0
+
+
+def _choose_kind(connection: SSL.Connection, offered: list[bytes]) -> bytes | SSL._NoOverlappingProtocols:
+    return next((kind for kind in offered if kind in (ALPN_CALLS, ALPN_BULK)), SSL.NO_OVERLAPPING_PROTOCOLS)
