@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 from weakref import WeakKeyDictionary
 
 from smartnodes_core.errors import (
@@ -27,7 +27,8 @@ from smartnodes_core.nodes.authority import Authority, WatchingAuthority
 from smartnodes_core.nodes.bulk_links import ARRIVAL_S, BulkLinks
 from smartnodes_core.nodes.links import AddressBook, Links
 from smartnodes_core.records import SignedBinding
-from smartnodes_core.rpc import CALL_TIMEOUT_S, MAX_REPLY_BODY_BYTES, PendingCall, Reply, Result, RpcEndpoint, allow
+from smartnodes_core.rpc import CallOptions, PendingCall, Reply, Result, RpcEndpoint, allow
+from smartnodes_core.rpc.pace import MAX_DEADLINE_S
 from smartnodes_core.transport.base import (
     SEND_TIMEOUT_S,
     Admit,
@@ -48,6 +49,8 @@ _INBOUND_WAIT_S = 1.0
 class Node:
     """A node of the network; `start` listens at `endpoint` (port 0: any free one; None: dial only).
 
+    Beside a connection that it dials it has `num_bulk_connections` for tensors: several where losses hold one back.
+
     Methods taking a `node_key` dial by themselves when there is no connection, at the endpoints given to
     `add_address`. They raise PeerUnreachableError, AuthorityError, DeadlineError, ConnectionLostError, BusyError, or
     what the peer raised.
@@ -60,6 +63,7 @@ class Node:
         transport: Transport,
         authority: Authority,
         endpoint: str | None = "127.0.0.1:0",
+        num_bulk_connections: int = 1,
     ) -> None:
         self.identity, self.signed_binding = identity, signed_binding
         self.node_key = identity.node_key
@@ -67,6 +71,7 @@ class Node:
         self._addresses = AddressBook()
         self._links = Links(self.node_key)
         self._bulk = BulkLinks()
+        self._num_bulk_connections = num_bulk_connections
         self._reasons: WeakKeyDictionary[Connection, str] = WeakKeyDictionary()  # why we closed what is ending
         self._lost_callbacks: list[Callable[[bytes, str], None]] = []
         self._rpc = RpcEndpoint(f"calls {self.node_key.hex()[:8]}", opened=self._opened, lost=self._lost)
@@ -177,11 +182,14 @@ class Node:
         method: str,
         params: dict[str, Any] | None = None,
         body: Sequence[Buffer] = (),
-        timeout_s: float = CALL_TIMEOUT_S,
-        max_body_bytes: int = MAX_REPLY_BODY_BYTES,
+        *,
+        bulk: bool = False,
+        **options: Unpack[CallOptions],
     ) -> Reply:
-        """Calls `method` of a peer; `timeout_s` covers dialling too. `max_body_bytes` caps the reply's body."""
-        return self.begin_call(node_key, method, params, body, timeout_s, max_body_bytes).result()
+        """Calls `method` of a peer; `timeout_s` covers dialling too. With `bulk` it goes over a bulk connection, which
+        is better for bodies and replies of megabytes.
+        """
+        return self.begin_call(node_key, method, params, body, bulk=bulk, **options).result()
 
     def begin_call(
         self,
@@ -189,14 +197,19 @@ class Node:
         method: str,
         params: dict[str, Any] | None = None,
         body: Sequence[Buffer] = (),
-        timeout_s: float = CALL_TIMEOUT_S,
-        max_body_bytes: int = MAX_REPLY_BODY_BYTES,
+        *,
+        bulk: bool = False,
+        **options: Unpack[CallOptions],
     ) -> PendingCall:
         """As `call`, but returns when the call is queued; see `RpcEndpoint.begin_call`."""
+        timeout_s = options.get("timeout_s", MAX_DEADLINE_S)
         deadline_s = time.monotonic() + timeout_s
         connection = self._connection(node_key, timeout_s)
-        left_s = max(0.001, deadline_s - time.monotonic())
-        return self._rpc.begin_call(connection, method, params, body, left_s, max_body_bytes)
+        if bulk:
+            connection = self._open_bulk(connection, deadline_s)[0]
+        if "timeout_s" in options:
+            options["timeout_s"] = max(0.001, deadline_s - time.monotonic())
+        return self._rpc.begin_call(connection, method, params, body, **options)
 
     def notify(
         self,
@@ -222,9 +235,11 @@ class Node:
     ) -> None:
         """Sends a tensor, uncopied: `body` must not change until `on_sent` (see `Connection.send`).
 
-        It goes over a bulk connection: in order with other tensors to this peer, not with calls and notifications.
+        It goes over bulk connections, in no order with anything else: large ones in pieces over all that there are.
         """
-        self._rpc.stream(self._bulk_connection(node_key, timeout_s), topic, header, body, on_sent, timeout_s)
+        deadline_s = time.monotonic() + timeout_s
+        connections = self._open_bulk(self._connection(node_key, timeout_s), deadline_s)
+        self._rpc.stream(connections, topic, header, body, on_sent, timeout_s)
 
     def peers(self) -> list[Peer]:
         """Those connected now."""
@@ -254,23 +269,20 @@ class Node:
         finally:
             self._links.end_dialling(node_key)
 
-    def _bulk_connection(self, node_key: bytes, timeout_s: float) -> Connection:
-        deadline_s = time.monotonic() + timeout_s
-        return self._open_bulk(self._connection(node_key, timeout_s), deadline_s)
-
-    def _open_bulk(self, calls: Connection, deadline_s: float) -> Connection:
-        """The bulk connection beside `calls`, made by whoever dialled that one."""
+    def _open_bulk(self, calls: Connection, deadline_s: float) -> list[Connection]:
+        """The bulk connections beside `calls`, made by whoever dialled that one."""
         deadline_s = min(deadline_s, time.monotonic() + DIAL_TIMEOUT_S)
 
-        def open_one() -> None:
+        def open_all() -> None:
             left_s = max(0.001, deadline_s - time.monotonic())
-            peer = calls.peer
-            if calls.dialled:
-                self._transport.dial(peer.endpoint, self._rpc, self._admit_dialled, peer.node_key, left_s, bulk=True)
-            else:
+            peer, dial = calls.peer, self._transport.dial
+            if not calls.dialled:
                 self._rpc.call(calls, "open_bulk", timeout_s=left_s)
+                return
+            for _ in range(self._num_bulk_connections):
+                dial(peer.endpoint, self._rpc, self._admit_dialled, peer.node_key, left_s, bulk=True)
 
-        return self._bulk.get(calls, deadline_s, open_one)
+        return self._bulk.get(calls, deadline_s, open_all)
 
     def _dial_any(self, node_key: bytes, deadline_s: float) -> Connection:
         failure: SmartnodesError | None = None

@@ -11,10 +11,10 @@ import threading
 import time
 from collections.abc import Callable
 
+from smartnodes_core.config import MAX_BULK_CONNECTIONS
 from smartnodes_core.errors import AuthorityError, BusyError, DeadlineError
 from smartnodes_core.transport.base import Connection, Peer
 
-MAX_PER_PEER = 8
 ARRIVAL_S = 2.0
 
 
@@ -39,8 +39,8 @@ class BulkLinks:
         if calls is None:
             raise AuthorityError(f"{peer} has no connection for calls: bulk connections come beside one")
         with self._changed:
-            if len(self._beside.get(calls, ())) >= MAX_PER_PEER:
-                raise BusyError(f"{peer} has {MAX_PER_PEER} bulk connections already: use those")
+            if len(self._beside.get(calls, ())) >= MAX_BULK_CONNECTIONS:
+                raise BusyError(f"{peer} has {MAX_BULK_CONNECTIONS} bulk connections already: use those")
 
     def add(self, bulk: Connection, calls: Connection) -> None:
         """Takes an open bulk connection in."""
@@ -64,15 +64,15 @@ class BulkLinks:
             self._changed.notify_all()
         return taken
 
-    def get(self, calls: Connection, deadline_s: float, open_one: Callable[[], None]) -> Connection:
-        """A live one beside `calls`. Where there is none, one caller runs `open_one`, and the others wait for it.
+    def get(self, calls: Connection, deadline_s: float, open_all: Callable[[], None]) -> list[Connection]:
+        """The live ones beside `calls`. Where there is none, one caller runs `open_all`, and the others wait for it.
 
-        Raises what `open_one` raises, DeadlineError when none is there by `deadline_s` (of the monotonic clock).
+        Raises what `open_all` raises, DeadlineError when none is there by `deadline_s` (of the monotonic clock).
         """
         while True:
             with self._changed:
                 found = self._live(calls)
-                if found is not None:
+                if found and calls not in self._opening:
                     return found
                 ours = calls not in self._opening
                 if ours:
@@ -83,21 +83,22 @@ class BulkLinks:
                     self._changed.wait(deadline_s - time.monotonic())
                     continue
             try:
-                open_one()
+                open_all()
                 return self._wait(calls, min(deadline_s, time.monotonic() + ARRIVAL_S))
             finally:
                 with self._changed:
                     self._opening.discard(calls)
                     self._changed.notify_all()
 
-    def _wait(self, calls: Connection, deadline_s: float) -> Connection:
+    def _wait(self, calls: Connection, deadline_s: float) -> list[Connection]:
+        """`add` runs on a thread of the connection's own."""
         with self._changed:
-            while (found := self._live(calls)) is None:
+            while not (found := self._live(calls)):
                 left_s = deadline_s - time.monotonic()
                 if left_s <= 0 or calls.closed:
                     raise DeadlineError(f"the bulk connection to {calls.peer} did not come")
                 self._changed.wait(left_s)
             return found
 
-    def _live(self, calls: Connection) -> Connection | None:
-        return next((bulk for bulk in self._beside.get(calls, ()) if not bulk.closed), None)
+    def _live(self, calls: Connection) -> list[Connection]:
+        return [bulk for bulk in self._beside.get(calls, ()) if not bulk.closed]

@@ -78,7 +78,8 @@ class Station:
             lambda: _members(connecting), poll_interval_s=config.chain_poll_interval_s, min_refresh_interval_s=0.5
         )
         endpoint = None if role == "user" else config.endpoint
-        node = Node(identity, binding, TlsTransport(identity, binding), authority, endpoint)
+        transport = TlsTransport(identity, binding, congestion_control=config.congestion_control)
+        node = Node(identity, binding, transport, authority, endpoint, config.num_bulk_connections)
         node.start()  # before web3 is imported: a node listens at once
         try:
             from smartnodes_core.chain.client import ChainClient

@@ -24,6 +24,7 @@ from smartnodes_core.records import SignedBinding
 from smartnodes_core.transport.base import Admit, FrameSink, join_endpoint, split_endpoint
 from smartnodes_core.transport.certificate import Expectations, make_certificate
 from smartnodes_core.transport.handshake import ALPN_BULK, ALPN_CALLS, Terms
+from smartnodes_core.transport.sockets import check_congestion_control, tune
 from smartnodes_core.transport.tls_connection import TlsConnection
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,11 @@ class TlsTransport:
         *,
         handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
         max_pending_handshakes: int = MAX_PENDING_HANDSHAKES,
+        congestion_control: str = "",
     ) -> None:
+        """`congestion_control` is TCP's, by its name in the kernel; empty leaves the system's. Raises ConfigError."""
+        check_congestion_control(congestion_control)
+        self.congestion_control = congestion_control
         self.handshake_timeout_s = handshake_timeout_s
         self.max_pending_handshakes = max_pending_handshakes
         self.expectations = Expectations.of(signed_binding)
@@ -92,12 +97,20 @@ class TlsTransport:
             raise DeadlineError(f"{endpoint} did not answer in {timeout_s:g} s") from None
         except OSError as error:
             raise PeerUnreachableError(f"nobody can be reached at {endpoint}: {error.strerror or error}") from None
-        tune(tcp)
+        terms = Terms(sink, admit, self.expectations, expected_node_key, deadline_s, bulk)
+        return self.dial_over(tcp, endpoint, terms)
+
+    def dial_over(self, tcp: socket.socket, endpoint: str, terms: Terms) -> TlsConnection:
+        """As `dial`, over a TCP socket that is connected already: a hole that was punched, or a relay's. Takes `tcp`.
+
+        The other side's is given to `TlsListener.take`.
+        """
+        tune(tcp, self.congestion_control)
         ready: Future[TlsConnection] = Future()
         connection = TlsConnection(
             tcp,
             self.context,
-            Terms(sink, admit, self.expectations, expected_node_key, deadline_s, bulk),
+            terms,
             dialled=True,
             endpoint=endpoint,
             on_ready=lambda made, error: ready.set_exception(error) if error else ready.set_result(made),
@@ -105,12 +118,11 @@ class TlsTransport:
         )
         connection.start()
         try:
-            return ready.result(
-                timeout=max(0.0, deadline_s - time.monotonic()) + 1.0
-            )  # the owner thread keeps the deadline
+            # the owner thread keeps the deadline
+            return ready.result(timeout=max(0.0, terms.deadline_s - time.monotonic()) + 1.0)
         except FutureTimeout:
             connection.close("not admitted in time")
-            raise DeadlineError(f"the checks on {endpoint} did not end in {timeout_s:g} s") from None
+            raise DeadlineError(f"the checks on {endpoint} did not end in time") from None
 
 
 class TlsListener:
@@ -162,19 +174,20 @@ class TlsListener:
                     return
                 continue
             try:
-                self._take(tcp, join_endpoint(*address[:2]))
+                self.take(tcp, join_endpoint(*address[:2]))
             except (OSError, RuntimeError) as error:  # no descriptors or threads left, or the peer is gone again
                 logger.warning("a connection from %s could not be taken: %s", address, error)
                 tcp.close()
 
-    def _take(self, tcp: socket.socket, endpoint: str) -> None:
+    def take(self, tcp: socket.socket, endpoint: str) -> None:
+        """Has a connected socket shake hands as one that was accepted; `endpoint` is how messages call it."""
         with self._lock:
             full = len(self._pending) >= self._transport.max_pending_handshakes
         if full:
             self.num_refused += 1
             tcp.close()
             return
-        tune(tcp)
+        tune(tcp, self._transport.congestion_control)
         deadline_s = time.monotonic() + self._transport.handshake_timeout_s
         connection = TlsConnection(
             tcp,
@@ -199,16 +212,6 @@ class TlsListener:
     def _forget(self, connection: TlsConnection) -> None:
         with self._lock:
             self._pending.discard(connection)
-
-
-def tune(tcp: socket.socket) -> None:
-    """No Nagle, for delayed acknowledgements would hold calls up; dead links are noticed within about half a minute."""
-    tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    tcp.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 30_000)):
-        option = getattr(socket, name, None)  # not every system has each
-        if option is not None:
-            tcp.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _make_context(identity: Identity, signed_binding: SignedBinding | None) -> SSL.Context:
