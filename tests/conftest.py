@@ -28,3 +28,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=0,
         help="how often two of four validators, and then the chain, are killed at a random instant (the long mode: 5)",
     )
+    parser.addoption(
+        "--fault-schedules",
+        type=int,
+        default=140,
+        help="seeded schedules of faults under which calls are made over the memory transport (the long mode: 10000)",
+    )

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from smartnodes_core.config import MAX_BULK_CONNECTIONS
-from smartnodes_core.errors import AuthorityError, BusyError, DeadlineError
+from smartnodes_core.errors import BusyError, ConnectionLostError, DeadlineError
 from smartnodes_core.transport.base import Connection, Peer
 
 ARRIVAL_S = 2.0
@@ -35,9 +35,11 @@ class BulkLinks:
             return [bulk for beside in self._beside.values() for bulk in beside]
 
     def check(self, peer: Peer, calls: Connection | None) -> None:
-        """Raises AuthorityError or BusyError when `peer` may not have another; `calls` is its connection for calls."""
+        """Raises ConnectionLostError or BusyError when `peer`, whose connection for calls is `calls`, may not have one
+        more.
+        """
         if calls is None:
-            raise AuthorityError(f"{peer} has no connection for calls: bulk connections come beside one")
+            raise ConnectionLostError(f"{peer} has no connection for calls, beside which a bulk one could stand")
         with self._changed:
             if len(self._beside.get(calls, ())) >= MAX_BULK_CONNECTIONS:
                 raise BusyError(f"{peer} has {MAX_BULK_CONNECTIONS} bulk connections already: use those")

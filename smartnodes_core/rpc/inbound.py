@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 MAX_CALLS_PER_PEER = 16
 MAX_WAITING_CALLS_PER_PEER = 64
+ID_WINDOW = 4096  # how far behind the highest id of its connection a call may come
 MAX_NOTIFICATIONS = 4096
 MAX_NOTIFICATION_BYTES = 256 << 20
 _NOTIFICATIONS_IN_A_ROW = 16  # then the next peer has its turn
@@ -45,6 +46,24 @@ def is_cancelled() -> bool:
     return inbound is not None and (inbound.cancelled.is_set() or inbound.connection.closed)
 
 
+class _SeenIds:
+    """Which ids a connection's calls had: each is run once. Ids rise, but for calls that overtake each other."""
+
+    def __init__(self) -> None:
+        self._highest = 0
+        self._seen: set[int] = set()
+
+    def is_new(self, call_id: int) -> bool:
+        """False for an id that was there before, or is too old to tell."""
+        if call_id in self._seen or call_id <= self._highest - ID_WINDOW:
+            return False
+        self._seen.add(call_id)
+        self._highest = max(self._highest, call_id)
+        if len(self._seen) > 2 * ID_WINDOW:
+            self._seen = {each for each in self._seen if each > self._highest - ID_WINDOW}
+        return True
+
+
 @dataclass
 class _Load:
     """What one peer has given us to do."""
@@ -65,6 +84,12 @@ class InboundCalls:
         self._pool = pool
         self._lock = threading.Lock()
         self._loads: dict[bytes, _Load] = {}
+        self._seen: dict[Connection, _SeenIds] = {}
+
+    def is_new(self, connection: Connection, call_id: int) -> bool:
+        """Whether a call has not come before on its connection."""
+        with self._lock:
+            return self._seen.setdefault(connection, _SeenIds()).is_new(call_id)
 
     def reserve(self, connection: Connection, *, is_call: bool, num_bytes: int) -> None:
         """Counts a frame whose body is about to be read. Raises BusyError when the peer has too much waiting here.
@@ -122,6 +147,7 @@ class InboundCalls:
     def forget(self, connection: Connection) -> None:
         """The connection ended: nobody waits for what has not begun. Notifications that arrived are still handled."""
         with self._lock:
+            self._seen.pop(connection, None)
             load = self._loads.get(connection.peer.node_key)
             if load is None:
                 return

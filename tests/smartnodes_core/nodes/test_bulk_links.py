@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from smartnodes_core.config import MAX_BULK_CONNECTIONS
-from smartnodes_core.errors import AuthorityError, BusyError, Unavailable
+from smartnodes_core.errors import BusyError, ConnectionLostError, Unavailable
 from smartnodes_core.identity import Identity
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.transport.base import Peer
@@ -73,7 +73,7 @@ def test_nobody_gets_one_without_a_connection_for_calls(party: Any, monkeypatch:
     far = party.node("worker")
     stranger = Identity.create()
     transport = party.transport(stranger, party.bind(stranger, "user"))
-    with pytest.raises(AuthorityError, match="no connection for calls"):
+    with pytest.raises(ConnectionLostError, match="no connection for calls"):
         transport.dial(far.endpoint, far._rpc, lambda peer: None, bulk=True)
 
 
