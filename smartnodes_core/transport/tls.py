@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 HANDSHAKE_TIMEOUT_S = 10.0
 MAX_PENDING_HANDSHAKES = 128
+MAX_PENDING_PER_HOST = 32  # so that a flood from one address leaves room for others
 _SUITES = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"
 _SSL_MODE_ENABLE_PARTIAL_WRITE = 1
 
@@ -47,6 +48,7 @@ class TlsTransport:
         *,
         handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
         max_pending_handshakes: int = MAX_PENDING_HANDSHAKES,
+        max_pending_per_host: int = MAX_PENDING_PER_HOST,
         congestion_control: str = "",
     ) -> None:
         """`congestion_control` is TCP's, by its name in the kernel; empty leaves the system's. Raises ConfigError."""
@@ -54,6 +56,7 @@ class TlsTransport:
         self.congestion_control = congestion_control
         self.handshake_timeout_s = handshake_timeout_s
         self.max_pending_handshakes = max_pending_handshakes
+        self.max_pending_per_host = max_pending_per_host
         self.expectations = Expectations.of(signed_binding)
         self.context = _make_context(identity, signed_binding)
 
@@ -127,14 +130,14 @@ class TlsTransport:
 
 class TlsListener:
     """Accepts connections until closed; each shakes hands on its own thread, at most `max_pending_handshakes` at
-    once.
+    once, and `max_pending_per_host` from one address.
     """
 
     def __init__(self, transport: TlsTransport, server: socket.socket, sink: FrameSink, admit: Admit) -> None:
         self._transport, self._server, self._sink, self._admit = transport, server, sink, admit
         self.endpoint = join_endpoint(*server.getsockname()[:2])
         self._closed = False
-        self._pending: set[TlsConnection] = set()
+        self._pending: dict[TlsConnection, str] = {}  # with the addresses that they come from
         self._lock = threading.Lock()
         self.num_refused = 0
         self._thread = threading.Thread(target=self._accept_all, name=f"listen {self.endpoint}", daemon=True)
@@ -181,9 +184,11 @@ class TlsListener:
 
     def take(self, tcp: socket.socket, endpoint: str) -> None:
         """Has a connected socket shake hands as one that was accepted; `endpoint` is how messages call it."""
+        host = endpoint.rpartition(":")[0]
         with self._lock:
             full = len(self._pending) >= self._transport.max_pending_handshakes
-        if full:
+            crowded = list(self._pending.values()).count(host) >= self._transport.max_pending_per_host
+        if full or crowded:
             self.num_refused += 1
             tcp.close()
             return
@@ -199,7 +204,7 @@ class TlsListener:
             on_ended=self._forget,
         )
         with self._lock:
-            self._pending.add(connection)
+            self._pending[connection] = host
         connection.start()
 
     def _on_ready(self, connection: TlsConnection, error: Exception | None) -> None:
@@ -211,7 +216,7 @@ class TlsListener:
 
     def _forget(self, connection: TlsConnection) -> None:
         with self._lock:
-            self._pending.discard(connection)
+            self._pending.pop(connection, None)
 
 
 def _make_context(identity: Identity, signed_binding: SignedBinding | None) -> SSL.Context:

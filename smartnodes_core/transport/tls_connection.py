@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 _RECORD_BYTES = 16 << 10  # a TLS record: what one read can give
 _WRITE_BYTES = MAX_RECORD_BYTES  # handed on at a time, so that reading gets its turn
+_STALL_S = 120.0  # a frame that is begun brings _STALL_BYTES, or its end, in as much waiting
+_STALL_BYTES = 64 << 10
 _READ_BYTES = 1 << 20  # read in a row, so that writing gets its turn
 
 
@@ -70,6 +72,8 @@ class TlsConnection:
         self._unsent: list[memoryview] = []  # of `_sending`
         self._record = memoryview(bytearray(_RECORD_BYTES))
         self._max_read_bytes = _RECORD_BYTES
+        self._stalled_s = 0.0  # waited within a frame
+        self._stalled_bytes = 0  # and what came meanwhile
         self._close_by_s: float | None = None
         self._asleep = True  # so that closing interrupts the handshake
         self._wake_lock = threading.Lock()
@@ -205,14 +209,27 @@ class TlsConnection:
             if len(self._outbox) and not blocked:
                 return  # put between the last look and `_asleep`
             closing = self._close_by_s
-            timeout_ms = None if closing is None else max(0.0, closing - time.monotonic()) * 1000
+            began_s = time.monotonic()
+            timeout_ms = None if closing is None else max(0.0, closing - began_s) * 1000
             if closing is not None and not len(self._outbox):
                 return
+            if closing is None and not self._reader.between_frames:
+                timeout_ms = max(0.0, _STALL_S - self._stalled_s) * 1000
             ready = self._poll.poll(timeout_ms)
         finally:
             self._asleep = False
+        self._watch_stall(time.monotonic() - began_s)
         if any(descriptor == self._wake_read for descriptor, _ in ready):
             os.read(self._wake_read, 4096)
+
+    def _watch_stall(self, waited_s: float) -> None:
+        """Ends a connection that holds the memory of a frame which hardly comes on."""
+        if self._reader.between_frames or self._stalled_bytes >= _STALL_BYTES:
+            self._stalled_s, self._stalled_bytes = 0.0, 0
+            return
+        self._stalled_s += waited_s
+        if self._stalled_s >= _STALL_S:
+            raise ProtocolError(f"{self._peer} began a frame and sent {self._stalled_bytes} bytes in {_STALL_S:g} s")
 
     def _read_some(self) -> bool:
         """Reads what has arrived, delivering whole frames. True when it stopped only to let writing have its turn."""
@@ -228,6 +245,7 @@ class TlsConnection:
             except SSL.WantReadError:
                 return False
             USAGE.add("received_bytes", count)
+            self._stalled_bytes += count
             num_bytes += count
             if few:
                 for frame in reader.feed(self._record[:count]):
