@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 
 from smartnodes_core.errors import ConfigError
 
+MAX_BULK_CONNECTIONS = 8
 PREFIXES = ("SMARTNODES_", "TENSORLINK_")
 
 Settings = TypeVar("Settings", bound="NodeConfig")
@@ -47,10 +48,17 @@ class NodeConfig:
     metrics: Annotated[str, "port (on loopback) or host:port where Prometheus reads metrics; empty: nowhere"] = ""
     chain_poll_interval_s: Annotated[float, "seconds between looks at the chain"] = 15.0
 
+    congestion_control: Annotated[str, "TCP's, by its name in the kernel (bbr); empty leaves the system's"] = ""
+    num_bulk_connections: Annotated[int, "connections for tensors to each peer; several help on links with losses"] = 1
+
     def __post_init__(self) -> None:
         """Checks ranges and expands ~; subclasses extend it. Raises ConfigError."""
         if self.log_level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             raise ConfigError(f"log_level is {self.log_level!r}: DEBUG, INFO, WARNING or ERROR is needed")
+        if not 1 <= self.num_bulk_connections <= MAX_BULK_CONNECTIONS:
+            raise ConfigError(
+                f"num_bulk_connections is {self.num_bulk_connections}: 1 to {MAX_BULK_CONNECTIONS} are possible"
+            )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Path):

@@ -39,6 +39,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="have rigs at two homes, in network namespaces, train a model together (root; a minute)",
     )
+    parser.addoption(
+        "--fault-schedules",
+        type=int,
+        default=140,
+        help="seeded schedules of faults under which calls are made over the memory transport (the long mode: 10000)",
+    )
 
 
 def _namespaces_module() -> ModuleType:

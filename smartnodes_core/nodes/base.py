@@ -11,11 +11,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
+from weakref import WeakKeyDictionary
 
 from smartnodes_core.counters import COUNTERS
 from smartnodes_core.errors import (
     AuthorityError,
+    BusyError,
     ConfigError,
     ConnectionLostError,
     PeerUnreachableError,
@@ -24,9 +26,11 @@ from smartnodes_core.errors import (
 )
 from smartnodes_core.identity import Identity
 from smartnodes_core.nodes.authority import Authority, WatchingAuthority
+from smartnodes_core.nodes.bulk_links import ARRIVAL_S, BulkLinks
 from smartnodes_core.nodes.links import AddressBook, Links
 from smartnodes_core.records import SignedBinding
-from smartnodes_core.rpc import CALL_TIMEOUT_S, MAX_REPLY_BODY_BYTES, PendingCall, Reply, Result, RpcEndpoint, allow
+from smartnodes_core.rpc import CallOptions, PendingCall, Reply, Result, RpcEndpoint, allow
+from smartnodes_core.rpc.pace import MAX_DEADLINE_S
 from smartnodes_core.transport.base import (
     SEND_TIMEOUT_S,
     Admit,
@@ -49,6 +53,8 @@ DIRECT_S = 4.0
 class Node:
     """A node of the network; `start` listens at `endpoint` (port 0: any free one; None: dial only).
 
+    Beside a connection that it dials it has `num_bulk_connections` for tensors: several where losses hold one back.
+
     Methods taking a `node_key` dial by themselves when there is no connection, at the endpoints given to
     `add_address`. They raise PeerUnreachableError, AuthorityError, DeadlineError, ConnectionLostError, BusyError, or
     what the peer raised.
@@ -61,12 +67,16 @@ class Node:
         transport: Transport,
         authority: Authority,
         endpoint: str | None = "127.0.0.1:0",
+        num_bulk_connections: int = 1,
     ) -> None:
         self.identity, self.signed_binding = identity, signed_binding
         self.node_key = identity.node_key
         self._transport, self._authority, self._wanted_endpoint = transport, authority, endpoint
         self._addresses = AddressBook()
         self._links = Links(self.node_key)
+        self._bulk = BulkLinks()
+        self._num_bulk_connections = num_bulk_connections
+        self._reasons: WeakKeyDictionary[Connection, str] = WeakKeyDictionary()  # why we closed what is ending
         self._lost_callbacks: list[Callable[[bytes, str], None]] = []
         #: Asked for a connection to a peer that cannot be dialled, with the deadline and the failure; None: nobody is.
         self.on_unreachable: Callable[[bytes, float, SmartnodesError], Connection] | None = None
@@ -101,7 +111,7 @@ class Node:
             self._listener.close()
         if isinstance(self._authority, WatchingAuthority):
             self._authority.stop()
-        connections = self._links.all()
+        connections = [*self._links.all(), *self._bulk.all()]
         for connection in connections:
             connection.close("the node is stopping")
         for connection in connections:
@@ -144,6 +154,15 @@ class Node:
             raise ConfigError("this node has no account")
         return {}, [self.signed_binding.encode()]
 
+    @allow(max_body_bytes=0)
+    def rpc_open_bulk(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
+        """Dials a bulk connection to a peer that we dialled: it has tensors for us, and may not be able to reach us."""
+        calls = self._links.get(caller.node_key)
+        if calls is None or not calls.dialled:
+            raise BusyError("the connection between us is just being replaced: ask again")
+        self._open_bulk(calls, time.monotonic() + DIAL_TIMEOUT_S)
+        return {}
+
     # -- whom it calls ------------------------------------------------------------------------------------------------
 
     def connect(self, endpoint: str, node_key: bytes | None = None, timeout_s: float = DIAL_TIMEOUT_S) -> Peer:
@@ -169,11 +188,14 @@ class Node:
         method: str,
         params: dict[str, Any] | None = None,
         body: Sequence[Buffer] = (),
-        timeout_s: float = CALL_TIMEOUT_S,
-        max_body_bytes: int = MAX_REPLY_BODY_BYTES,
+        *,
+        bulk: bool = False,
+        **options: Unpack[CallOptions],
     ) -> Reply:
-        """Calls `method` of a peer; `timeout_s` covers dialling too. `max_body_bytes` caps the reply's body."""
-        return self.begin_call(node_key, method, params, body, timeout_s, max_body_bytes).result()
+        """Calls `method` of a peer; `timeout_s` covers dialling too. With `bulk` it goes over a bulk connection, which
+        is better for bodies and replies of megabytes.
+        """
+        return self.begin_call(node_key, method, params, body, bulk=bulk, **options).result()
 
     def begin_call(
         self,
@@ -181,15 +203,20 @@ class Node:
         method: str,
         params: dict[str, Any] | None = None,
         body: Sequence[Buffer] = (),
-        timeout_s: float = CALL_TIMEOUT_S,
-        max_body_bytes: int = MAX_REPLY_BODY_BYTES,
+        *,
+        bulk: bool = False,
+        **options: Unpack[CallOptions],
     ) -> PendingCall:
         """As `call`, but returns when the call is queued; see `RpcEndpoint.begin_call`."""
+        timeout_s = options.get("timeout_s", MAX_DEADLINE_S)
         deadline_s = time.monotonic() + timeout_s
         connection = self._connection(node_key, timeout_s)
-        left_s = max(0.001, deadline_s - time.monotonic())
         COUNTERS.add("calls_made", method)
-        return self._rpc.begin_call(connection, method, params, body, left_s, max_body_bytes)
+        if bulk:
+            connection = self._open_bulk(connection, deadline_s)[0]
+        if "timeout_s" in options:
+            options["timeout_s"] = max(0.001, deadline_s - time.monotonic())
+        return self._rpc.begin_call(connection, method, params, body, **options)
 
     def notify(
         self,
@@ -213,8 +240,13 @@ class Node:
         on_sent: Callable[[], None] | None = None,
         timeout_s: float = SEND_TIMEOUT_S,
     ) -> None:
-        """Sends a tensor, uncopied: `body` must not change until `on_sent` (see `Connection.send`)."""
-        self._rpc.stream(self._connection(node_key, timeout_s), topic, header, body, on_sent, timeout_s)
+        """Sends a tensor, uncopied: `body` must not change until `on_sent` (see `Connection.send`).
+
+        It goes over bulk connections, in no order with anything else: large ones in pieces over all that there are.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        connections = self._open_bulk(self._connection(node_key, timeout_s), deadline_s)
+        self._rpc.stream(connections, topic, header, body, on_sent, timeout_s)
 
     def peers(self) -> list[Peer]:
         """Those connected now."""
@@ -225,7 +257,7 @@ class Node:
         connection = self._links.get(node_key)
         if connection is not None:
             logger.info("dropping %s: %s", connection.peer, reason)
-            connection.close(reason)
+            self._close(connection, reason)
 
     # -- connections --------------------------------------------------------------------------------------------------
 
@@ -243,6 +275,25 @@ class Node:
             return self._dial_any(node_key, deadline_s)
         finally:
             self._links.end_dialling(node_key)
+
+    def _open_bulk(self, calls: Connection, deadline_s: float) -> list[Connection]:
+        """The bulk connections beside `calls`, made by whoever dialled that one; beside one that came about by
+        introduction there are none, and it carries tensors itself.
+        """
+        if getattr(calls, "introduced", False):
+            return [calls]
+        deadline_s = min(deadline_s, time.monotonic() + DIAL_TIMEOUT_S)
+
+        def open_all() -> None:
+            left_s = max(0.001, deadline_s - time.monotonic())
+            peer, dial = calls.peer, self._transport.dial
+            if not calls.dialled:
+                self._rpc.call(calls, "open_bulk", timeout_s=left_s)
+                return
+            for _ in range(self._num_bulk_connections):
+                dial(peer.endpoint, self._rpc, self._admit_dialled, peer.node_key, left_s, bulk=True)
+
+        return self._bulk.get(calls, deadline_s, open_all)
 
     def _dial_any(self, node_key: bytes, deadline_s: float) -> Connection:
         failure: SmartnodesError | None = None
@@ -349,25 +400,52 @@ class Node:
         except AuthorityError:
             COUNTERS.add("refused_peers", "at the door")
             raise
-        self._links.check_inbound(peer)
+        if peer.bulk:
+            self._bulk.check(peer, self._links.wait_for(peer.node_key, time.monotonic() + ARRIVAL_S))
+        else:
+            self._links.check_inbound(peer)
 
     def _opened(self, connection: Connection) -> None:
-        self._links.add(connection)
-        COUNTERS.add("connections", connection.peer.role or "none")
+        if connection.peer.bulk:
+            calls = self._links.get(connection.peer.node_key)
+            if calls is None:
+                connection.close("the connection for calls has ended")
+                return
+            self._bulk.add(connection, calls)
+            if calls.closed:  # it may have ended before it knew of this one
+                self._close_bulk(calls, "the connection for calls has ended")
+        else:
+            self._links.add(connection)
+            COUNTERS.add("connections", connection.peer.role or "none")
         if self._stopped:
             connection.close("the node is stopping")
 
+    def _close(self, connection: Connection, reason: str) -> None:
+        self._reasons[connection] = reason
+        connection.close(reason)
+
     def _lost(self, connection: Connection, error: Exception | None) -> None:
+        reason = str(error) if error is not None else "closed by this node"
+        if connection.peer.bulk:
+            calls = self._bulk.remove(connection)
+            if calls is not None and not calls.closed and not self._stopped:
+                self._close(calls, f"its bulk connection ended: {reason}")
+            return
+        reason = self._reasons.pop(connection, reason)
+        self._close_bulk(connection, reason)
         if not self._links.remove(connection) or self._stopped:
             return
         COUNTERS.add("lost_connections", connection.peer.role or "none")
-        reason = str(error) if error is not None else "closed by this node"
         logger.info("lost %s: %s", connection.peer, reason)
         for callback in self._lost_callbacks:
             try:
                 callback(connection.peer.node_key, reason)
             except Exception:
                 logger.exception("a callback for lost peers failed")
+
+    def _close_bulk(self, calls: Connection, reason: str) -> None:
+        for bulk in self._bulk.take_beside(calls):
+            bulk.close(reason)
 
     def _check_live_peers(self) -> None:
         if not isinstance(self._authority, WatchingAuthority):
@@ -378,4 +456,4 @@ class Node:
             except AuthorityError as error:
                 logger.warning("dropping %s: %s", connection.peer, error)
                 COUNTERS.add("refused_peers", "while connected")
-                connection.close(str(error))
+                self._close(connection, str(error))

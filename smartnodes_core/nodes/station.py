@@ -87,7 +87,8 @@ class Station:
             lambda: _members(connecting), poll_interval_s=config.chain_poll_interval_s, min_refresh_interval_s=0.5
         )
         endpoint = None if role == "user" else config.endpoint
-        node = Node(identity, binding, TlsTransport(identity, binding), authority, endpoint)
+        transport = TlsTransport(identity, binding, congestion_control=config.congestion_control)
+        node = Node(identity, binding, transport, authority, endpoint, config.num_bulk_connections)
         quotas = RelayQuotas(peer_bytes_per_s=config.relay_mbit * 125_000)
         relay = Relay(config.relay, quotas) if config.relay else None
         IntroductionDesk(node, relay)

@@ -85,7 +85,9 @@ def make_certificate(
     return key, certificate
 
 
-def check_certificate(certificate: x509.Certificate, expectations: Expectations | None, endpoint: str) -> Peer:
+def check_certificate(
+    certificate: x509.Certificate, expectations: Expectations | None, endpoint: str, *, bulk: bool = False
+) -> Peer:
     """The peer that `certificate` proves. Raises SignatureError, RecordError, AuthorityError."""
     size = len(certificate.public_bytes(Encoding.DER))
     if size > MAX_CERTIFICATE_BYTES:
@@ -101,15 +103,20 @@ def check_certificate(certificate: x509.Certificate, expectations: Expectations 
     public = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     verify_bytes(certified.node_key, _DOMAIN, public, certified.signature)
     signed = SignedBinding.decode(certified.binding) if certified.binding else None
-    return check_peer(certified.node_key, signed, expectations, endpoint)
+    return check_peer(certified.node_key, signed, expectations, endpoint, bulk=bulk)
 
 
 def check_peer(
-    node_key: bytes, signed_binding: SignedBinding | None, expectations: Expectations | None, endpoint: str
+    node_key: bytes,
+    signed_binding: SignedBinding | None,
+    expectations: Expectations | None,
+    endpoint: str,
+    *,
+    bulk: bool = False,
 ) -> Peer:
     """The peer with a proven `node_key` and its binding, which must be that key's own and meet `expectations`."""
     if signed_binding is None or expectations is None:
-        return Peer(node_key=node_key, binding=None, role=None, endpoint=endpoint)
+        return Peer(node_key=node_key, binding=None, role=None, endpoint=endpoint, bulk=bulk)
     binding = check_binding(
         signed_binding,
         now_s=int(time.time()),
@@ -119,7 +126,7 @@ def check_peer(
     )
     if binding.node_key != node_key:
         raise AuthorityError(f"node {node_key.hex()[:16]} shows the binding of another, {binding.node_key.hex()[:16]}")
-    return Peer(node_key=node_key, binding=binding, role=binding.role, endpoint=endpoint)
+    return Peer(node_key=node_key, binding=binding, role=binding.role, endpoint=endpoint, bulk=bulk)
 
 
 def check_expected(peer: Peer, expected_node_key: bytes | None) -> None:
