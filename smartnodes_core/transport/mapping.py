@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 LEASE_S = 3600
 NAT_PMP_PORT = 5351
 _FIRST_WAIT_S, _NUM_TRIES = 0.25, 3
-_DISCOVERY_MS = 2000
+_DISCOVERY_MS = 500  # for each of four kinds of device
 _MAP_TCP, _ADDRESS = 2, 0
 _RESULTS = {1: "version", 2: "refused by the router's settings", 3: "it has no connection", 4: "it has no room"}
 
