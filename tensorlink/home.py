@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smartnodes_core.chain.account import load_account_key, save_account_key
 from smartnodes_core.chain.devnet.accounts import devnet_key
 from smartnodes_core.chain.devnet.launcher import DevnetProcess
 from smartnodes_core.chain.proposal import UNCAPPED
@@ -27,17 +26,17 @@ from smartnodes_core.errors import ConfigError, ProtocolError
 from smartnodes_core.identity import Identity
 from smartnodes_core.keyfile import read_key_file, write_key_file
 from smartnodes_core.nodes.chain_gate import ChainDoor, ChainGate
-from smartnodes_core.nodes.membership import Membership
+from smartnodes_core.nodes.founding import ADDRESSES, found, make_keys, settings_of
 from smartnodes_core.nodes.params import map_in, text_in
+from smartnodes_core.nodes.process import NodeProcess
 from smartnodes_core.records import NodeKey, Role
 from smartnodes_core.transport.base import join_endpoint
-from tensorlink.local_process import NodeProcess
 
 NETWORK_ID = 1
 READY_TIMEOUT_S, STOP_TIMEOUT_S = 60.0, 10.0
 SECRET_BYTES = 16
 #: Accounts of the embedded chain: 0 deploys, the first machine's nodes come next, then those that join.
-_ROLES: dict[str, tuple[int, Role]] = {"user": (1, "user"), "validator": (2, "validator"), "worker": (3, "worker")}
+_MEMBERS: dict[str, tuple[Role, int]] = {"user": ("user", 1), "validator": ("validator", 2), "worker": ("worker", 3)}
 _FIRST_GUEST = 4
 
 
@@ -74,10 +73,8 @@ class Home:
         """Brings everything up; returns the code with which other machines join. Raises SmartnodesError."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._devnet = DevnetProcess(journal=self.folder / "chain.journal")
-        for name in _ROLES:
-            self._make_keys(name)
-        if not (self.folder / "addresses.json").exists():
-            self._found()
+        if not (self.folder / ADDRESSES).exists():
+            found(self.folder, self._url, NETWORK_ID, _MEMBERS, self._chain_settings())
         relay = join_endpoint(self.settings.address, self.settings.port + 3)
         more = {"round-interval-s": self.settings.round_interval_s, "relay": relay}
         validator = self._launch("validator", 0, more)
@@ -100,29 +97,13 @@ class Home:
             self._devnet.stop()
             self._devnet = None
 
-    def _make_keys(self, name: str) -> None:
-        folder = self.folder / name
-        if not folder.exists():
-            folder.mkdir(mode=0o700)
-            Identity.create().save(folder / "identity.json")
-            save_account_key(folder / "account.json", devnet_key(_ROLES[name][0]))
-
-    def _found(self) -> None:
-        """The contracts, and everybody of this machine registered before the first round."""
-        from smartnodes_core.chain.client import ChainClient
-        from smartnodes_core.chain.deploy import deploy
-
-        settings = ChainSettings(
+    def _chain_settings(self) -> ChainSettings:
+        return ChainSettings(
             round_interval_s=self.settings.round_interval_s,
             claim_delay_s=self.settings.round_interval_s,
             kappa_bps=UNCAPPED,
-            genesis={address_of(devnet_key(_ROLES["validator"][0])): 1_000_000 * SNO},
+            genesis={address_of(devnet_key(_MEMBERS["validator"][1])): 1_000_000 * SNO},
         )
-        addresses = deploy(self._url, devnet_key(0), settings)
-        for name, (_, role) in _ROLES.items():
-            chain = ChainClient(self._url, addresses, load_account_key(self.folder / name / "account.json"))
-            Membership(chain, NETWORK_ID).join(role, Identity.load(self.folder / name / "identity.json").node_key)
-        addresses.write(self.folder / "addresses.json")
 
     @property
     def _url(self) -> str:
@@ -132,11 +113,8 @@ class Home:
 
     def _launch(self, role: str, offset: int, more: dict[str, Any]) -> NodeProcess:
         flags = {
-            "identity": self.folder / role / "identity.json",
-            "account": self.folder / role / "account.json",
-            "addresses": self.folder / "addresses.json",
+            **settings_of(self.folder, role, self._url),
             "data-dir": self.folder / role,
-            "rpc-url": self._url,
             "network-id": NETWORK_ID,
             "chain-poll-interval-s": 5.0,
             "endpoint": join_endpoint(self.settings.address, self.settings.port + offset),
@@ -146,18 +124,13 @@ class Home:
             flags["bootstrap"] = join_endpoint(self.settings.address, self.settings.port)
         command = [sys.executable, "-m", f"tensorlink.cli.{role}", "--exit-with-parent"]
         for key, value in flags.items():
-            command += [f"--{key}", str(value)]
+            command += [f"--{key.replace('_', '-')}", str(value)]
         node = NodeProcess(role, command, self.folder / f"{role}.log")
         self._nodes.append(node)
         return node
 
     def _write_config(self) -> None:
-        values = {
-            "identity": str(self.folder / "user" / "identity.json"),
-            "account": str(self.folder / "user" / "account.json"),
-            "addresses": str(self.folder / "addresses.json"),
-            "rpc_url": self._url,
-        }
+        values = settings_of(self.folder, "user", self._url)
         lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
         bootstrap = join_endpoint(self.settings.address, self.settings.port)
         lines += [f"bootstrap = [{json.dumps(bootstrap)}]", "chain_poll_interval_s = 5.0"]
@@ -180,7 +153,7 @@ class Home:
         """What a machine that joins needs to run a worker; `number` is its place among them."""
         return {
             "account": _FIRST_GUEST + number,
-            "addresses": json.loads((self.folder / "addresses.json").read_text()),
+            "addresses": json.loads((self.folder / ADDRESSES).read_text()),
             "bootstrap": join_endpoint(self.settings.address, self.settings.port),
         }
 
@@ -220,17 +193,13 @@ class Guest:
         account, addresses = welcome.get("account"), map_in(welcome, "addresses")
         if type(account) is not int:
             raise ProtocolError("the first machine gave no account")
-        if not (self._folder / "account.json").exists():
-            save_account_key(self._folder / "account.json", devnet_key(account))
-        path = self._folder / "addresses.json"
+        make_keys(self._folder, account)
+        path = self._folder / ADDRESSES
         path.write_text(json.dumps(addresses))
         Addresses.read(path)
         return {
-            "identity": str(self._folder / "identity.json"),
-            "account": str(self._folder / "account.json"),
-            "addresses": str(path),
+            **settings_of(self._folder, "", self._door.open()),
             "data-dir": str(self._folder),
-            "rpc-url": self._door.open(),
             "network-id": str(NETWORK_ID),
             "bootstrap": text_in(welcome, "bootstrap"),
             "chain-poll-interval-s": "5",

@@ -74,7 +74,7 @@ def run_join(options: argparse.Namespace) -> int:
     guest = Guest(options.folder.expanduser() / "guest", options.gate, options.code)
     try:
         flags = {**guest.join(), "endpoint": endpoint}
-        given = [f"--{name}={value}" for name, value in flags.items()] + options.worker_flags
+        given = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()] + options.worker_flags
         return worker.main([*given, *(["--exit-with-parent"] if options.exit_with_parent else [])])
     finally:
         guest.close()
