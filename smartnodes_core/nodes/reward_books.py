@@ -1,5 +1,5 @@
 """The cumulative rewards that a validator knows: under the last root, as the base of the next round, and under earlier
-ones, for members that claim. The last ones are on disk before they are signed: a validator that is alone in its network
+ones, for members that claim. The last ones are on disk before anybody has the signature: a validator that is alone in its network
 has nobody to ask for them when it starts again, and without them no round could follow.
 """
 
@@ -84,7 +84,7 @@ class RewardBooks:
         self.keep(totals_wei)
 
     def keep(self, totals_wei: dict[bytes, int]) -> None:
-        """These may be the totals under the last root soon: they are about to be signed."""
+        """These may be the totals under the last root soon: they were signed, and nobody was told yet."""
         root = reward_root(self._chain, self._network_id, totals_wei)
         with self._lock:
             self._published.pop(root, None)

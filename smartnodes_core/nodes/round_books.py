@@ -252,7 +252,7 @@ class RoundBooks:
     # -- candidates ---------------------------------------------------------------------------------------------------
 
     def remember(self, digest: bytes, candidate: Candidate) -> None:
-        """Keep a proposal that this validator signs, before it does."""
+        """Keep a proposal that this validator has signed, before it tells anybody."""
         self.rewards.keep(candidate.totals_wei)
         with self._lock:
             self._candidates[digest] = candidate
