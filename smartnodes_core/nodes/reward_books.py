@@ -1,6 +1,6 @@
 """The cumulative rewards that a validator knows: under the last root, as the base of the next round, and under earlier
-ones, for members that claim. The last ones are on disk before anybody has the signature: a validator that is alone in its network
-has nobody to ask for them when it starts again, and without them no round could follow.
+ones, for members that claim. The last ones are on disk before anybody has the signature: a validator that is alone in
+its network has nobody to ask for them when it starts again, and without them no round could follow.
 """
 
 from __future__ import annotations
