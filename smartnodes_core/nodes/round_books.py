@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from smartnodes_core.chain.base import Chain, RoundState
@@ -76,6 +77,7 @@ class RoundBooks:
         wanted: Parameters | None = None,
         announced: Callable[[NodeKey], Signed | None] = lambda node_key: None,
         reputation_rule: ReputationRule = next_reputation,
+        rewards_path: Path | None = None,
     ):
         self._reputation_rule = reputation_rule
         self.node, self.chain, self.network_id, self.account = node, chain, network_id, account
@@ -96,7 +98,7 @@ class RoundBooks:
         self.news = JobNews(node, network_id, membership.role_of)
         self.escrows = Escrows(chain, network_id, membership)
         self.records = Settleable(audits, membership, self.escrows, self.is_settled)
-        self.rewards = RewardBooks(node, chain, network_id, self.others, self._signed_totals)
+        self.rewards = RewardBooks(node, chain, network_id, self.others, self._signed_totals, rewards_path)
         node.serve(self)
 
     # -- following the chain ------------------------------------------------------------------------------------------
@@ -250,7 +252,8 @@ class RoundBooks:
     # -- candidates ---------------------------------------------------------------------------------------------------
 
     def remember(self, digest: bytes, candidate: Candidate) -> None:
-        """Keep a proposal that this validator signs."""
+        """Keep a proposal that this validator has signed, before it tells anybody."""
+        self.rewards.keep(candidate.totals_wei)
         with self._lock:
             self._candidates[digest] = candidate
 

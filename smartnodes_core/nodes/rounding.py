@@ -46,9 +46,10 @@ class RoundDesk:
     """Carries what this validator and its peers verified on chain, one round after the other.
 
     `poll_s` is how often the chain is looked at while a round is due, `proposer_timeout_s` after how long the view
-    rises: the next in the draw leads, more may propose. `folder` keeps proofs of equivocation (None: in memory only).
-    `wanted` are parameters of the network that this validator proposes and signs for (None: those in force);
-    `announced` gives what a node announced last, where its class is read; `reputation_rule` is the network's.
+    rises: the next in the draw leads, more may propose. `folder` keeps proofs of equivocation, a file beside it the
+    last rewards (None: in memory only). `wanted` are parameters of the network that this validator proposes and signs
+    for (None: those in force); `announced` gives what a node announced last, where its class is read;
+    `reputation_rule` is the network's.
     """
 
     def __init__(
@@ -71,8 +72,9 @@ class RoundDesk:
         self._node, self._chain, self._network_id = node, chain, network_id
         self._account = address_of(account_key)
         self._membership, self._learn_validators = membership, learn_validators
+        rewards = folder.with_name("rewards.json") if folder is not None else None
         self.books = RoundBooks(
-            node, chain, network_id, self._account, audits, membership, wanted, announced, reputation_rule
+            node, chain, network_id, self._account, audits, membership, wanted, announced, reputation_rule, rewards
         )
         self.executed = self.books.executed
         others = self.books.others
