@@ -14,6 +14,7 @@ from typing import Annotated
 
 import msgspec
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -100,7 +101,10 @@ def check_certificate(
     if len(extensions) != 1 or not isinstance(value, x509.UnrecognizedExtension):
         raise SignatureError("the peer's certificate carries other extensions than a node's")
     certified = CertifiedKey.decode(value.value)
-    public = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    try:
+        public = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise SignatureError(f"the peer's certificate has a key that cannot be read: {error}") from None
     verify_bytes(certified.node_key, _DOMAIN, public, certified.signature)
     signed = SignedBinding.decode(certified.binding) if certified.binding else None
     return check_peer(certified.node_key, signed, expectations, endpoint, bulk=bulk)
