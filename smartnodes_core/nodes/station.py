@@ -27,7 +27,8 @@ from smartnodes_core.identity import Identity, make_binding
 from smartnodes_core.nodes.authority import ChainAuthority
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.membership import Membership
-from smartnodes_core.records import Announcement, NodeKey, Role, Signed
+from smartnodes_core.nodes.renewing import Renewer
+from smartnodes_core.records import Announcement, NodeKey, Role, Signed, SignedBinding
 from smartnodes_core.transport.tls import TlsTransport
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class Station:
     chain: Chain
     membership: Membership
     node: Node
+    renewer: Renewer
     bootstrap_keys: list[NodeKey] = field(default_factory=list)
     directory: Directory | None = None
     _announcer: Announcer | None = None
@@ -61,18 +63,16 @@ class Station:
         """Load the keys, listen, connect to the chain, register. Raises IdentityError, ConfigError, PortInUseError,
         ChainError,
         AuthorityError, each with the remedy."""
-        identity = Identity.load(config.identity)
-        account_key = load_account_key(config.account)
+        passphrase = config.passphrase()
+        identity = Identity.load(config.identity, passphrase)
+        account_key = load_account_key(config.account, passphrase)
         addresses = Addresses.read(config.addresses)
-        binding = make_binding(
-            identity,
-            account_key,
-            role,
-            addresses.chain_id,
-            addresses.registry,
-            config.network_id,
-            int(time.time()) + BINDING_LIFETIME_S,
-        )
+        place = (role, addresses.chain_id, addresses.registry, config.network_id)
+
+        def bind() -> SignedBinding:
+            return make_binding(identity, account_key, *place, int(time.time()) + BINDING_LIFETIME_S)
+
+        binding = bind()
         connecting: Future[Membership] = Future()
         authority = ChainAuthority(
             lambda: _members(connecting), poll_interval_s=config.chain_poll_interval_s, min_refresh_interval_s=0.5
@@ -92,7 +92,9 @@ class Station:
             connecting.cancel()
             node.stop()
             raise
-        return cls(config, role, identity, account_key, chain, membership, node)
+        renewer = Renewer(node, bind, BINDING_LIFETIME_S / 2)
+        renewer.start()
+        return cls(config, role, identity, account_key, chain, membership, node, renewer)
 
     def join(self) -> None:
         """Reach the bootstrap validators; a validator also serves the directory. Raises the last error when none is
@@ -179,6 +181,7 @@ class Station:
             self._announcer.stop()
         if self.directory is not None:
             self.directory.stop()
+        self.renewer.stop()
         self.node.stop()
 
 
