@@ -231,9 +231,9 @@ def test_connections_leave_no_threads_no_descriptors_and_no_memory(
     grown_kb, grown_objects = resident_kb() - memory_kb, num_objects() - objects
     print(f"{num_connections} connections, and as many bulk ones: {grown_kb} KB and {grown_objects} objects more")
     assert after == before
-    assert grown_objects < num_connections  # each would leave dozens
+    assert grown_objects < num_connections // 10 + 50  # each would leave dozens
     assert len(far._rpc._inbound._loads) == len(far._rpc._inbound._seen) == 0
-    assert grown_kb < 16 << 10, f"{grown_kb} KB were not given back"  # the allocator's own ups and downs are half that
+    assert grown_kb < 32 << 10, f"{grown_kb} KB were not given back"  # the allocator itself keeps up to half of that
 
 
 def resident_kb() -> int:
