@@ -49,6 +49,7 @@ class ChainClient:
         self.registry_address = addresses.registry
         self._dispute_window_s: int | None = None
         self._shares_bps: dict[int, int] = {}
+        self._members: dict[int, tuple[bytes, list[Member]]] = {}  # by network: as of which block, and who
 
     def __repr__(self) -> str:
         return f"<ChainClient of {self._gateway!r}>"
@@ -79,6 +80,14 @@ class ChainClient:
         self._gateway.transact(self._registry.postTip(network_id, tip))
 
     def members(self, network_id: int) -> list[Member]:
+        newest = self._gateway.block_hash()  # asked for first: what is read may be newer, never older
+        block, found = self._members.get(network_id, (b"", []))
+        if block != newest:
+            found = self._read_members(network_id)
+            self._members[network_id] = newest, found
+        return list(found)
+
+    def _read_members(self, network_id: int) -> list[Member]:
         found: list[Member] = []
         while True:
             page, total = self._read(self._registry.members(network_id, len(found), MEMBERS_PER_CALL))

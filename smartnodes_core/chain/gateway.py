@@ -104,6 +104,10 @@ class Gateway:
     def block_number(self) -> int:
         return self._do("read the block number", lambda: int(self._web3.eth.block_number))
 
+    def block_hash(self) -> bytes:
+        """Of the newest block: while it is the same, so is what views of the contracts' storage give."""
+        return self._do("read the newest block", lambda: bytes(self._web3.eth.get_block("latest")["hash"]))
+
     def next_nonce(self) -> int:
         return self._do("read the nonce", lambda: self._nonce())
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from smartnodes_core.chain.base import NoFundsError
+from smartnodes_core.chain.base import Member, NoFundsError
 from smartnodes_core.chain.packing import pack_reputations
 from smartnodes_core.chain.proposal import Admission
-from smartnodes_core.chain.settings import SNO
+from smartnodes_core.chain.settings import SNO, Addresses
 
 from .conftest import NETWORK, OTHER_NETWORK, SETTINGS, World
 from .test_round_execution import refused
@@ -138,3 +138,25 @@ def test_tips_are_posted_by_validators_only(world: World) -> None:
         world.chain(4).post_tip(NETWORK, b"t" * 32)
     with refused("NotRegistered"):
         world.chain(5).post_tip(NETWORK, b"t" * 32)
+
+
+def test_members_are_read_again_when_a_block_has_come_and_not_before(
+    deployed: tuple[World, Addresses], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, _ = deployed
+    world.validators(1)
+    chain = world.chain(9)
+    reads: list[int] = []
+    read = chain._read_members
+
+    def read_and_count(network_id: int) -> list[Member]:
+        reads.append(network_id)
+        return read(network_id)
+
+    monkeypatch.setattr(chain, "_read_members", read_and_count)
+    first = chain.members(NETWORK)
+    assert [chain.members(NETWORK) for _ in range(3)] == [first] * 3
+    assert len(reads) == 1
+    world.chain(1).register("validator", world.key_hash(1), NETWORK)
+    assert len(chain.members(NETWORK)) == len(first) + 1
+    assert len(reads) == 2
