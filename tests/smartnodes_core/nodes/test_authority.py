@@ -170,9 +170,11 @@ def test_a_blacklisted_peer_is_gone_with_the_next_look_at_the_chain(party: Any, 
     binding = Binding.decode(b.signed_binding.binding)
     chain.register(binding)
     authority._read_chain()
-    a.on_stream("t", lambda peer, header, size: memoryview(bytearray(size)), lambda *_: None)
+    got = threading.Event()
+    a.on_stream("t", lambda peer, header, size: memoryview(bytearray(size)), lambda *_: got.set())
     b.connect(a.endpoint)
     b.stream(a.node_key, "t", {}, [b"tensor"])
+    assert got.wait(WAIT_S)
     chain.register(binding, reputation=0)
     a._check_live_peers()
     assert len(a.peers()) == 1  # the chain has not been looked at
