@@ -10,7 +10,6 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from cryptography import x509
 from OpenSSL import SSL
 
 from smartnodes_core import audit, records
@@ -24,7 +23,7 @@ from smartnodes_core.remote_errors import from_wire
 from smartnodes_core.rpc import RpcEndpoint
 from smartnodes_core.transport import certificate
 from smartnodes_core.transport.base import Peer, split_endpoint
-from smartnodes_core.transport.certificate import Expectations, check_certificate, check_peer
+from smartnodes_core.transport.certificate import Expectations, check_certificate, check_peer, read_certificate
 from smartnodes_core.transport.sealed import SealedStream
 from smartnodes_core.transport.tls import _make_context
 from smartnodes_core.transport.welcome import check_welcome
@@ -90,11 +89,7 @@ def certificate_of_a_peer(data: bytes) -> None:
             signed = records.SignedBinding.decode(data[1:])
             check_peer(IDENTITY.node_key, signed, EXPECTATIONS, "a:1")
             return
-        try:
-            parsed = x509.load_der_x509_certificate(data[1:])
-        except ValueError:
-            return
-        check_certificate(parsed, EXPECTATIONS, "a:1")
+        check_certificate(read_certificate(data[1:]), EXPECTATIONS, "a:1")
 
 
 class Connection:
