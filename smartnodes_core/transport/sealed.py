@@ -24,8 +24,8 @@ from OpenSSL import SSL
 
 from smartnodes_core.errors import ProtocolError
 
-MAX_RECORD_BYTES: Final = 256 << 10
-RECORDS_PER_KEY: Final = 1 << 20
+MAX_RECORD_BYTES: Final = 512 << 10
+RECORDS_PER_KEY: Final = 1 << 19
 _EXPORTER_LABEL = b"EXPORTER smartnodes bulk 1"
 _SECRET_BYTES, _NONCE_BYTES, _TAG_BYTES = 48, 12, 16
 _MAX_LOW_WATER_BYTES = 64 << 10  # well within any receive buffer, which has to hold that much for us to wake
