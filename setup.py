@@ -53,6 +53,7 @@ setup(
             "transformers>=5",
             "z3-solver",
         ],
+        "fuzz": ["atheris>=2.3; python_version < '3.12'"],
     },
     entry_points={
         "console_scripts": [

@@ -47,7 +47,11 @@ class Auditor(Protocol):
 
 @dataclass(frozen=True)
 class Case:
-    """One challenged unit with everything signed about it; `spec` is what the job record names for the stage."""
+    """One challenged unit with everything signed about it; `spec` is what the job record names for the stage.
+
+    `earlier` are the stage's commitments before this one, oldest first and without a gap, as far back as the worker
+    opened them.
+    """
 
     job: JobRecord
     spec: bytes
@@ -55,6 +59,7 @@ class Case:
     challenge: Challenge
     order: bytes
     opening: bytes
+    earlier: tuple[Commitment, ...] = ()
 
 
 class Opened(Record, frozen=True, kw_only=True, tag="Opened/1"):

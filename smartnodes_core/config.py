@@ -17,6 +17,7 @@ from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from smartnodes_core.errors import ConfigError
+from smartnodes_core.keyfile import read_passphrase
 
 MAX_BULK_CONNECTIONS = 8
 PREFIXES = ("SMARTNODES_", "TENSORLINK_")
@@ -30,6 +31,7 @@ class NodeConfig:
 
     identity: Annotated[Path, "key file of the node's identity"] = Path("~/.smartnodes/identity.json")
     account: Annotated[Path, "key file of the account on chain"] = Path("~/.smartnodes/account.json")
+    passphrase_file: Annotated[Path | None, "file with the passphrase of key files that are sealed by one"] = None
     rpc_url: Annotated[str, "JSON-RPC endpoint of the chain"] = "http://127.0.0.1:8545"
     addresses: Annotated[Path, "file with the addresses of the contracts"] = Path("~/.smartnodes/addresses.json")
     endpoint: Annotated[str, "host:port to listen on; port 0 takes any free one"] = "127.0.0.1:0"
@@ -72,6 +74,10 @@ class NodeConfig:
         """Raises ConfigError where no validator is named through which a network could be joined."""
         if not self.bootstrap:
             raise ConfigError("no bootstrap validator is named: set `bootstrap` to host:port of one")
+
+    def passphrase(self) -> str | None:
+        """What seals the key files, if anything does. Raises IdentityError."""
+        return None if self.passphrase_file is None else read_passphrase(self.passphrase_file)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -176,10 +176,19 @@ class JobHandler(Protocol):
         """The job ended, or the stage was taken away: free everything."""
 
 
+#: Commitments before the challenged one that an opening may show.
+MAX_EARLIER = 16
+
+
 @dataclass(frozen=True)
 class OpenedUnit:
-    """What a worker opens: items, their bytes one after the other, and the author's signed order for the step."""
+    """What a worker opens: items, their bytes one after the other, and the author's signed order for the step.
+
+    `num_earlier` is how many commitments before this one an auditor needs, at most MAX_EARLIER; fewer where there are
+    fewer.
+    """
 
     items: list[OpeningItem]
     body: bytes | memoryview
     order: bytes
+    num_earlier: int = 0

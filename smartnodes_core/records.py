@@ -320,7 +320,7 @@ class Verdict(Record, frozen=True, kw_only=True, tag="Verdict/1"):
     decided_at_s: Count
 
 
-class Evidence(Record, frozen=True, kw_only=True, tag="Evidence/1"):
+class Evidence(Record, frozen=True, kw_only=True, tag="Evidence/2"):
     """Everything with which a stranger re-runs a verdict: signed records, and the digest of the opening's body."""
 
     max_bytes: ClassVar[int] = 128 << 20  # a spec may be 64 MiB
@@ -328,7 +328,7 @@ class Evidence(Record, frozen=True, kw_only=True, tag="Evidence/1"):
     job: bytes
     spec: bytes
     commitment: bytes
-    previous: bytes
+    earlier: Annotated[list[bytes], Meta(max_length=64)]  # signed commitments, oldest first
     order: bytes
     challenge: bytes
     opening: bytes

@@ -291,7 +291,8 @@ class Stages:
 
         def finish(state: dict[str, Tensor], digests: Mapping[str, bytes]) -> dict[str, Any]:
             batch = int(limits.get("batch", 1))
-            one = self._host(key, place, program, state, int(params["window_steps"]), bounds, batch)
+            kept = {name: int(params[name]) for name in ("window_steps", "state_interval_steps")}
+            one = self._host(key, place, program, state, kept, bounds, batch)
             one.work_units = work_units
             self._hosted[key] = one
             if params.get("loss_program"):
@@ -325,7 +326,7 @@ class Stages:
         place: Place,
         program: StageProgram,
         state: dict[str, Tensor],
-        window: int,
+        kept: dict[str, int],
         bounds: Bounds,
         batch: int,
     ) -> Hosted:
@@ -347,9 +348,9 @@ class Stages:
             buffers,
             ChannelPort(self._channel, key, place.stage, lambda to: self._neighbour(place, to)),
             pool,
-            window_steps=window,
             shared_bytes=self._channel.inbound.num_bytes // LOG_SHARE,
-            shelf=self._shelf_for(program, window),
+            shelf=self._shelf_for(program, kept["window_steps"]),
+            **kept,
             bounds=bounds,
         )
         return Hosted(key, stage, commitments.Roots(), 0, pool)
@@ -491,12 +492,15 @@ class Stages:
         Raises AuditError if it is gone."""
         one, step = self._of(params), int(params["step"])
         one.wait_for_hashing()
-        record = one.stage.log.committed(step)
-        if record is None:
+        interval = one.stage.log.interval(step)
+        if not interval:
             held = one.stage.log.steps()
             raise AuditError(f"step {step} is not held (any more): the window holds {held[:1]} to {held[-1:]}")
-        opened = opening(record, int(params["tier"]), int(params["unit"]), *one.stage.state_after(record))
-        return {"items": opened.items, "opening": self._openings.begin(one.key, opened), "num_bytes": opened.num_bytes}
+        state_after = one.stage.state_after(interval[-1])
+        opened = opening(interval, int(params["tier"]), int(params["unit"]), *state_after)
+        number = self._openings.begin(one.key, opened)
+        earlier = [record.step for record in interval[:-1]]
+        return {"items": opened.items, "earlier_steps": earlier, "opening": number, "num_bytes": opened.num_bytes}
 
     def _open_part(self, params: dict[str, Any]) -> dict[str, Any]:
         """Bytes `at` and following of what `open` named. Raises AuditError if it was given up."""

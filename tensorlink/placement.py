@@ -53,6 +53,9 @@ STEPS_IN_MEMORY = 1
 #: The audit window of a job spans this time as predicted, and at least so many steps.
 WINDOW_S = 15.0
 LEAST_WINDOW_STEPS = 2
+#: Stages commit to weights and optimizer state every so many steps: hashing and copying them costs more than all else
+#: that protects a step, and the steps between follow from gradients that are committed to anyway.
+STATE_INTERVAL_STEPS = 4
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +169,8 @@ def place(
         states = [{name: values[name] for name in program.expected_state()} for program in programs]
         roots = _roots(programs, values, progress)
         offer = network.offer
-        terms = {"seed": seed, "samples": samples, **(offer.terms() if offer is not None else {})}
+        terms: dict[str, int | str] = {"seed": seed, "samples": samples, "state_interval_steps": STATE_INTERVAL_STEPS}
+        terms |= offer.terms() if offer is not None else {}
         record = _record(network, programs, estimates, roots, terms, audit_terms)
         if offer is not None:
             offer.deposit(network.chain, network.network_id, record.digest())

@@ -63,7 +63,7 @@ class TensorId(Record, frozen=True, kw_only=True, tag="TensorId/1"):
     backward_pass: Count
 
 
-class StepOrder(Record, frozen=True, kw_only=True, tag="StepOrder/1"):
+class StepOrder(Record, frozen=True, kw_only=True, tag="StepOrder/2"):
     """What the user asks of one step, signed: nothing of it is left to a worker.
 
     `input_root` and `target_root` bind what the user sends (32 zero bytes where nothing is). `optimizer` is the name
@@ -71,7 +71,7 @@ class StepOrder(Record, frozen=True, kw_only=True, tag="StepOrder/1"):
     text, with the key
     `parameters` for the names in the group. `loss` is the digest of the loss program of `train_step` (32 zero bytes
     for the drop-in loop) and `loss_weights` what each micro-batch's loss counts, as `float.hex()`; `loss_scale` and
-    `clip_norm` likewise ("" for none).
+    `clip_norm` likewise ("" for none). `replaced` names what of the state the user has replaced since the last step.
     """
 
     job: Digest
@@ -85,6 +85,7 @@ class StepOrder(Record, frozen=True, kw_only=True, tag="StepOrder/1"):
     clip_norm: Name
     optimizer: Name
     options: Annotated[list[dict[Name, int | Name | bool | list[Name] | None]], Meta(max_length=256)]
+    replaced: Annotated[list[Literal["weights", "buffers", "optimizer"]], Meta(max_length=3)]
 
 
 class Prepare(Record, frozen=True, kw_only=True, tag="Prepare/1"):

@@ -4,17 +4,37 @@ author's signed orders."""
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from smartnodes_core.errors import JobError
+from smartnodes_core.jobs import MAX_EARLIER
 from smartnodes_core.records import digest_of
 
 #: The domain of `LossProgram.digest`, said again here because that module loads torch; a test holds them together.
 LOSS_DOMAIN = "loss program 1"
+#: Labels of what the node adds to an opening: papers, not tensors.
+LOSS_PROGRAM = "loss_program"
+_EARLIER_ORDER = "earlier/{}/order"
 #: Losses of one stage that are kept; an order that names an older one cannot be audited any more.
 MAX_LOSSES = 16
 #: Orders kept beyond the audit window, for challenges that are under way.
 SPARE_ORDERS = 16
+
+
+def earlier_order(index: int) -> str:
+    """The label of the author's signed order for a step of the interval before the one that is opened."""
+    return _EARLIER_ORDER.format(index)
+
+
+def state_interval_steps(terms: Mapping[str, Any]) -> int:
+    """After how many steps the state of a stage is committed to again, by the job's terms (1 where they do not say).
+    Raises JobError for more than an opening can show."""
+    steps = terms.get("state_interval_steps", 1)
+    if type(steps) is not int or not 1 <= steps <= MAX_EARLIER:
+        raise JobError(f"found state_interval_steps {steps!r:.20}, needed a number from 1 to {MAX_EARLIER}")
+    return steps
 
 
 @dataclass

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from smartnodes_core.errors import JobError
 from smartnodes_core.records import NO_DIGEST
@@ -41,6 +41,7 @@ class Steps:
         self._driver, self._private = placement.driver, placement.private
         self._optimizer: DistributedOptimizer | None = None
         self._clip_norm: float | None = None
+        self._replaced: set[Literal["weights", "buffers", "optimizer"]] = set()  # since the last step
 
     def set_optimizer(self, optimizer: DistributedOptimizer) -> None:
         """Every stage gets this optimizer with fresh state; gradients so far are dropped."""
@@ -48,6 +49,7 @@ class Steps:
         self._private.set_optimizer(optimizer.optimizer_name, optimizer.wire_options())
         content = {"name": optimizer.optimizer_name, "groups": optimizer.wire_options()}
         data = json.dumps(content).encode()  # in the body: the names of a large model's parameters fill no header
+        self.replaces("optimizer")
         self._driver.call_all("set_optimizer", lambda stage: {}, lambda stage: [data])
         self._optimizer = optimizer
         copies = optimizer_copies(optimizer.optimizer_name, optimizer.defaults)
@@ -84,6 +86,7 @@ class Steps:
         """What `zero_grad` means: gradients since the last step are dropped on every stage."""
         self._clip_norm = None
         if self._calls.dirty:
+            self.replaces("buffers")  # they keep what the forwards did that now belong to no step
             self._driver.call_all("zero_grad", lambda stage: {"step": self._calls.step_index})
             self._private.zero_grad()
             self._calls.end(committed=False)
@@ -92,10 +95,15 @@ class Steps:
         """Weights are about to change other than by a step: what was computed with the old ones is dropped, graphs
         too."""
         self._clip_norm = None
+        self.replaces("weights", "buffers")
         if self._calls.num_calls:
             self._driver.call_all("zero_grad", lambda stage: {"step": self._calls.step_index})
             self._private.zero_grad()
             self._calls.end(committed=False)
+
+    def replaces(self, *parts: Literal["weights", "buffers", "optimizer"]) -> None:
+        """The state is about to change other than by a step: the next order tells auditors so."""
+        self._replaced.update(parts)
 
     def prepare(self, num_units: int, told: Mapping[int, Norm] | None = None) -> list[Norm]:
         """Each stage's squared gradient norm, and the first of its gradients that is not finite ("" for none); at the
@@ -131,7 +139,9 @@ class Steps:
         else:
             self._private.abort()
         self._calls.end(committed=bad is None)
-        if bad is not None:
+        if bad is None:
+            self._replaced.clear()
+        else:
             where = f"stage {bad[0]}" if bad[0] < self._driver.num_stages else "a private layer"
             raise NonFiniteError(
                 f"the gradient of {bad[1]} ({where}) is not finite at step {order.step}: the step was dropped "
@@ -155,6 +165,7 @@ class Steps:
             clip_norm="" if clip_norm is None else clip_norm.hex(),
             optimizer=optimizer.optimizer_name,
             options=optimizer.wire_options(),
+            replaced=sorted(self._replaced),
         )
         return SignedOrder(order, self._placement.sign(order))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorlink.errors  # noqa: F401 - the computing process's errors find their classes among those that are loaded
 from smartnodes_core.audit import Case
@@ -21,10 +21,20 @@ from smartnodes_core.sandbox import Limits, Sandbox
 from tensorlink import allocator
 from tensorlink.footprint import limit_of
 from tensorlink.records import StepOrder
+from tensorlink.stage_papers import LOSS_PROGRAM, earlier_order, state_interval_steps
 
 EXAMINE_TIMEOUT_S = 600.0
 ARENA_BYTES = 16 << 30
 NICE = 10
+
+
+class _Papers(NamedTuple):
+    """What is signed in an opening, and the loss program."""
+
+    opening: Opening
+    order: StepOrder
+    earlier: list[StepOrder]
+    loss: bytes
 
 
 class ReplayAuditor:
@@ -57,30 +67,34 @@ class ReplayAuditor:
     def examine(self, case: Case, body: memoryview) -> tuple[Finding, str]:
         """Re-execute what was opened. What the worker sent wrong is a finding; what failed here is `inconclusive`."""
         try:
-            order, loss, opening = self._check(case, body)
+            papers = self._check(case, body)
         except PeerFault as fault:
             return "fraudulent", str(fault)
         try:
-            reply = self._examine(case, order, loss, opening, body)
+            reply = self._examine(case, papers, body)
         except SmartnodesError as error:
             return "inconclusive", f"the audit could not be run: {error}"
         return reply["finding"], str(reply["reason"])
 
-    def _check(self, case: Case, body: memoryview) -> tuple[StepOrder, bytes, Opening]:
-        """The order must be the author's and the one committed to. Raises PeerFault."""
-        signed = Signed.decode(case.order)
-        order = verify(signed, StepOrder)
-        if signed.signer != case.job.author or order.digest() != case.commitment.order:
-            raise PeerFault("the opened order is not the author's, or not the one committed to")
+    def _check(self, case: Case, body: memoryview) -> _Papers:
+        """The orders must be the author's, the step's own the one committed to. Raises PeerFault."""
+        order = _order(case, case.order)
+        if order.digest() != case.commitment.order:
+            raise PeerFault("the opened order is not the one committed to")
         opening = Opening.decode(case.opening)
         if sum(item.num_bytes for item in opening.items) != len(body):
             raise PeerFault("the opening's items do not add up to its body")
-        loss = b""
-        if opening.items and opening.items[-1].label == "loss_program":
-            loss = bytes(body[len(body) - opening.items[-1].num_bytes :])
-        return order, loss, opening
+        papers, at = {}, 0
+        for item in opening.items:
+            if not item.meta:  # tensors have one
+                papers[item.label] = bytes(body[at : at + item.num_bytes])
+            at += item.num_bytes
+        earlier: list[StepOrder] = []
+        while (data := papers.get(earlier_order(len(earlier)))) is not None:
+            earlier.append(_order(case, data))
+        return _Papers(opening, order, earlier, papers.get(LOSS_PROGRAM, b""))
 
-    def _examine(self, case: Case, order: StepOrder, loss: bytes, opening: Opening, body: memoryview) -> dict[str, Any]:
+    def _examine(self, case: Case, papers: _Papers, body: memoryview) -> dict[str, Any]:
         with self._lock:
             if not self._running:
                 self._sandbox.start()
@@ -89,13 +103,16 @@ class ReplayAuditor:
         piece.view[: len(body)] = body
         params = {
             "program": case.spec,
-            "loss_program": loss,
-            "optimizer": {"name": order.optimizer, "groups": order.options},
+            "loss_program": papers.loss,
             "seed": int(case.job.terms["seed"]),
             "commitment": case.commitment.encode(),
             "challenge": case.challenge.encode(),
-            "order": order.encode(),
-            "opening": opening.encode(),
+            "order": papers.order.encode(),
+            "opening": papers.opening.encode(),
+            "earlier": [commitment.encode() for commitment in case.earlier],
+            "earlier_orders": [order.encode() for order in papers.earlier],
+            "initial_root": case.job.initial_roots[case.commitment.stage],
+            "state_interval_steps": state_interval_steps(case.job.terms),
             "offset": piece.offset,
             "num_bytes": len(body),
             "numeric_class": case.commitment.numeric_class,
@@ -108,3 +125,12 @@ class ReplayAuditor:
 
     def _on_exit(self, reason: str) -> None:
         self._running = False
+
+
+def _order(case: Case, data: bytes) -> StepOrder:
+    """A step's order, signed by the job's author. Raises PeerFault."""
+    signed = Signed.decode(data)
+    order = verify(signed, StepOrder)
+    if signed.signer != case.job.author:
+        raise PeerFault("an opened order is not the author's")
+    return order

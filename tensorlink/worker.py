@@ -21,7 +21,7 @@ from smartnodes_core.usage import USAGE
 from tensorlink.pipeline.headers import MAX_TENSOR_BYTES, SHARED, counts_of, field_of, num_tensor_bytes
 from tensorlink.records import PART_BYTES, Decide, Prepare, StepOrder
 from tensorlink.stage_compute import COMPUTE, StageCompute
-from tensorlink.stage_papers import StagePapers
+from tensorlink.stage_papers import LOSS_PROGRAM, StagePapers, earlier_order, state_interval_steps
 
 JOB_TYPE = "tensorlink/1"
 
@@ -98,6 +98,7 @@ class StageHandler:
             raise JobError(f"found a job of type {record.job_type!r:.40}, this rig runs {JOB_TYPE!r}")
         if not all(isinstance(record.terms.get(name), int) for name in _TERMS):
             raise JobError(f"the terms of a {JOB_TYPE} job are {', '.join(_TERMS)}, each a number")
+        state_interval_steps(record.terms)
         with self._lock:
             self._papers.setdefault(stage.key, StagePapers(record.audit.window_steps))
         self._compute.add(stage)
@@ -171,14 +172,20 @@ class StageHandler:
         return self._papers_of(stage).the_program()
 
     def open(self, stage: StageOfJob, commitment: Commitment, tier: int, unit: int) -> OpenedUnit:
-        """What an auditor needs to re-execute, the loss program of that step included."""
-        order, loss = self._papers_of(stage).of_step(commitment.step)
+        """What an auditor needs to re-execute: the author's orders of the steps from which its state follows and the
+        loss program of the step included."""
+        papers = self._papers_of(stage)
+        order, loss = papers.of_step(commitment.step)
         reply = self._compute.call(stage, "open", {"step": commitment.step, "unit": unit, "tier": tier})
+        extra = {earlier_order(at): papers.of_step(int(step))[0] for at, step in enumerate(reply["earlier_steps"])} | {
+            LOSS_PROGRAM: loss
+        }
         items = [OpeningItem(**item) for item in reply["items"]]
-        items.append(OpeningItem(label="loss_program", meta=b"", num_bytes=len(loss)))
-        body = self._compute.take_opening(stage, reply, len(loss))
-        body[len(body) - len(loss) :] = loss
-        return OpenedUnit(items, memoryview(body), order)
+        items += [OpeningItem(label=label, meta=b"", num_bytes=len(data)) for label, data in extra.items()]
+        tail = b"".join(extra.values())
+        body = self._compute.take_opening(stage, reply, len(tail))
+        body[len(body) - len(tail) :] = tail
+        return OpenedUnit(items, memoryview(body), order, len(reply["earlier_steps"]) + 1)
 
     # -- calls of the author ------------------------------------------------------------------------------------------
 
@@ -199,6 +206,7 @@ class StageHandler:
             "optimizer": {},
             "seed": record.terms["seed"],
             "window_steps": record.audit.window_steps,
+            "state_interval_steps": state_interval_steps(record.terms),
             "limits": {"batch": record.terms["samples"]},
         }
         reply = self._compute.call(stage, "load", content)

@@ -45,6 +45,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=140,
         help="seeded schedules of faults under which calls are made over the memory transport (the long mode: 10000)",
     )
+    parser.addoption(
+        "--connections",
+        type=int,
+        default=200,
+        help="connections after which nothing may be left of them (the long mode: 10000)",
+    )
 
 
 def _namespaces_module() -> ModuleType:

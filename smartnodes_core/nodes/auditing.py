@@ -63,7 +63,7 @@ class AuditDesk:
         self._node, self._identity, self._evidence = node, identity, evidence
         self._mailer = Mailer(node, "audit-mail")
         self._challenges = ChallengeDesk(
-            node, identity, auditor, evidence, self.books, self._give_verdict, challenge_timeout_s
+            node, identity, auditor, evidence, self.books, self.take_commitment, self._give_verdict, challenge_timeout_s
         )
         self._draws = DrawDesk(
             node,

@@ -119,6 +119,13 @@ class Node:
                 logger.warning("%r did not end in time", connection)
         self._rpc.stop()
 
+    def renew(self, signed_binding: SignedBinding) -> None:
+        """Shows a new binding of this node's key to new connections. Peers drop the others when the one that they were
+        shown expires, and are reached again.
+        """
+        self._transport.renew(signed_binding)
+        self.signed_binding = signed_binding
+
     @property
     def endpoint(self) -> str:
         """Where this node listens. Raises ConfigError when it does not."""

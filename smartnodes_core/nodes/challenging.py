@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from smartnodes_core.audit import Auditor, Case, Selection, seed_of
 from smartnodes_core.errors import PeerFault, RecordError, SmartnodesError
 from smartnodes_core.identity import Identity
-from smartnodes_core.jobs import spec_digest
+from smartnodes_core.jobs import MAX_EARLIER, spec_digest
 from smartnodes_core.nodes.base import Node
-from smartnodes_core.nodes.books import AuditBooks, AuditedJob
-from smartnodes_core.nodes.evidence import EvidenceDesk, opening_of
-from smartnodes_core.nodes.params import count_in
-from smartnodes_core.records import NO_DIGEST, Challenge, Commitment, Digest, Finding
+from smartnodes_core.nodes.books import AuditBooks, AuditedJob, SecondVersionError
+from smartnodes_core.nodes.evidence import EvidenceDesk, chain_before, opening_of
+from smartnodes_core.nodes.params import count_in, counts_in
+from smartnodes_core.records import MAX_RECORD_BYTES, NO_DIGEST, Challenge, Commitment, Digest, Finding
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +59,13 @@ class ChallengeDesk:
         auditor: Auditor,
         evidence: EvidenceDesk,
         books: AuditBooks,
+        take_commitment: Callable[[bytes], None],
         on_found: Callable[[AuditedJob, Found], None],
         timeout_s: float,
     ):
         self._node, self._identity, self._auditor, self._evidence = node, identity, auditor, evidence
         self._books, self._on_found, self._timeout_s = books, on_found, timeout_s
+        self._take_commitment = take_commitment
         self._changed = threading.Condition()
         self._cases: deque[_Waiting] = deque()
         self._asked: set[bytes] = set()  # workers that are opening something now
@@ -141,7 +143,7 @@ class ChallengeDesk:
         finding: Finding = "inconclusive"
         evidence = NO_DIGEST
         try:
-            opened, signed_opening, body = self._open(
+            opened, earlier, signed_opening, body = self._open(
                 audited, commitment, challenge, lists, [reveals[key][1] for key in sorted(reveals)]
             )
         except PeerFault as fault:
@@ -151,7 +153,7 @@ class ChallengeDesk:
         else:
             finding, reason = self._compare(opened, body)
             if finding == "fraudulent":
-                evidence = self._evidence.keep(opened, signed_commitment, signed_opening, body)
+                evidence = self._evidence.keep(opened, signed_commitment, earlier, signed_opening, body)
         self._on_found(audited, Found(commitment, challenge, finding, reason, evidence))
 
     def _compare(self, case: Case, body: memoryview) -> tuple[Finding, str]:
@@ -169,8 +171,8 @@ class ChallengeDesk:
         challenge: Challenge,
         lists: list[bytes],
         reveals: list[bytes],
-    ) -> tuple[Case, bytes, memoryview]:
-        """Have the worker open the unit: the case, the worker's signed opening, the body.
+    ) -> tuple[Case, list[bytes], bytes, memoryview]:
+        """Have the worker open the unit: the case, its signed earlier commitments and opening, the body.
 
         Raises PeerFault where it refuses or answers wrongly, Unavailable where it does not answer.
         """
@@ -181,12 +183,28 @@ class ChallengeDesk:
             commitment.worker, "challenge", params, timeout_s=self._timeout_s, max_body_bytes=MAX_OPENING_BYTES
         )
         at = count_in(reply.params, "opening_bytes", len(reply.body))
-        order_end = at + count_in(reply.params, "order_bytes", len(reply.body) - at)
-        signed_opening, body = bytes(reply.body[:at]), reply.body[order_end:]
+        end = at + count_in(reply.params, "order_bytes", len(reply.body) - at)
+        signed_opening, order = bytes(reply.body[:at]), bytes(reply.body[at:end])
+        earlier: list[bytes] = []
+        for num_bytes in counts_in(reply.params, "earlier_bytes", MAX_EARLIER, MAX_RECORD_BYTES):
+            earlier.append(bytes(reply.body[end : end + num_bytes]))
+            end += num_bytes
+        body = reply.body[end:]
         opening = opening_of(signed_opening, commitment.worker, challenge.digest(), body)
-        order = bytes(reply.body[at:order_end])
-        case = Case(audited.job.record, spec, commitment, challenge, order, opening.encode())
-        return case, signed_opening, body
+        chain = chain_before(commitment, earlier)
+        self._compare_versions(earlier)
+        case = Case(audited.job.record, spec, commitment, challenge, order, opening.encode(), chain)
+        return case, earlier, signed_opening, body
+
+    def _compare_versions(self, earlier: list[bytes]) -> None:
+        """Raises SecondVersionError where the worker opens another commitment of a step than it published."""
+        for data in earlier:
+            try:
+                self._take_commitment(data)
+            except SecondVersionError:
+                raise
+            except SmartnodesError as error:  # settled long since, or of a job that has ended
+                logger.debug("a commitment that was opened is not kept: %s", error)
 
     def _spec(self, audited: AuditedJob, commitment: Commitment, key: str) -> bytes:
         """What the stage runs, fetched once from its worker and checked against the job record."""

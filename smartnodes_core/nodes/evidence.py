@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from blake3 import blake3
@@ -52,13 +52,15 @@ class EvidenceDesk:
         if self._thread.is_alive():
             self._thread.join(timeout=2)
 
-    def keep(self, case: Case, signed_commitment: bytes, signed_opening: bytes, body: memoryview) -> Digest:
+    def keep(
+        self, case: Case, signed_commitment: bytes, earlier: list[bytes], signed_opening: bytes, body: memoryview
+    ) -> Digest:
         """Keep what a fraud was found in; returns the digest that the verdict carries."""
         evidence = Evidence(
             job=case.job.encode(),
             spec=case.spec,
             commitment=signed_commitment,
-            previous=b"",
+            earlier=earlier,
             order=case.order,
             challenge=case.challenge.encode(),
             opening=signed_opening,
@@ -144,7 +146,23 @@ def case_of(evidence: Evidence, verdict: Verdict, body: memoryview) -> Case:
     if (evidence.body_digest, evidence.body_bytes) != (blake3(body).digest(), len(body)):
         raise RecordError("the opened bytes are not those of the evidence")
     opening = opening_of(evidence.opening, commitment.worker, challenge.digest(), body)
-    return Case(job, evidence.spec, commitment, challenge, evidence.order, opening.encode())
+    earlier = chain_before(commitment, evidence.earlier)
+    return Case(job, evidence.spec, commitment, challenge, evidence.order, opening.encode(), earlier)
+
+
+def chain_before(commitment: Commitment, signed: Sequence[bytes]) -> tuple[Commitment, ...]:
+    """The commitments that precede one, oldest first, each signed by its worker and named by the next. Raises
+    RecordError or SignatureError."""
+    found: list[Commitment] = []
+    following = commitment
+    for data in reversed(signed):
+        envelope = Signed.decode(data)
+        earlier = verify(envelope, Commitment)
+        if envelope.signer != commitment.worker or earlier.digest() != following.previous:
+            raise RecordError(f"what was opened as the commitment before step {following.step} is not the one it names")
+        found.append(earlier)
+        following = earlier
+    return tuple(reversed(found))
 
 
 def opening_of(signed_opening: bytes, worker: bytes, challenge: bytes, body: memoryview) -> Opening:

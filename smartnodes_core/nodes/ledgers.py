@@ -6,12 +6,12 @@ import threading
 from typing import Any
 
 from smartnodes_core.errors import AuditError, AuthorityError, JobError
-from smartnodes_core.jobs import StageOfJob
+from smartnodes_core.jobs import MAX_EARLIER, StageOfJob
 from smartnodes_core.records import Commitment, NodeKey, Unit
 from smartnodes_core.transport.base import Peer
 
 #: Commitments kept beyond the audit window, for challenges that are under way.
-SPARE_COMMITMENTS = 16
+SPARE_COMMITMENTS = MAX_EARLIER
 #: How often one unit is opened: again when an answer was lost, not without end.
 MAX_OPENINGS = 3
 
@@ -49,6 +49,12 @@ class Ledger:
             oldest = next(iter(self.commitments))
             del self.commitments[oldest]
             self._openings.pop(oldest, None)
+
+    def before(self, digest: bytes, count: int) -> list[Commitment]:
+        """The `count` commitments before one, oldest first; fewer where fewer are held."""
+        held = list(self.commitments)
+        at = held.index(digest)
+        return [self.commitments[earlier] for earlier in held[max(0, at - min(count, MAX_EARLIER)) : at]]
 
     def count_opening(self, digest: bytes, unit: int) -> None:
         """Raises AuditError when a unit has been opened often enough: each opening costs much more than asking."""

@@ -84,8 +84,15 @@ class OpeningDesk:
         opening = Opening(challenge=challenge.digest(), commitment=challenge.commitment, items=opened.items)
         signable = Opened(opening=opening.encode(), body_digest=blake3(opened.body).digest())
         signed_opening = self._identity.sign(signable).encode()
-        sizes = {"opening_bytes": len(signed_opening), "order_bytes": len(opened.order)}
-        return sizes, [signed_opening, opened.order, opened.body]
+        with self._held.lock:
+            before = ledger.before(challenge.commitment, opened.num_earlier)
+        earlier = [self._identity.sign(one).encode() for one in before]
+        sizes = {
+            "opening_bytes": len(signed_opening),
+            "order_bytes": len(opened.order),
+            "earlier_bytes": [len(one) for one in earlier],
+        }
+        return sizes, [signed_opening, opened.order, *earlier, opened.body]
 
     def _committed(self, stage: StageOfJob, challenge: Challenge) -> Commitment:
         with self._held.lock:

@@ -54,6 +54,14 @@ def count_in(params: dict[str, Any], name: str, most: int) -> int:
     return value
 
 
+def counts_in(params: dict[str, Any], name: str, max_items: int, most: int) -> list[int]:
+    """The list of whole numbers from 0 to `most` under `name`, at most `max_items` of them."""
+    value = params.get(name)
+    if not isinstance(value, list) or len(value) > max_items:
+        raise ProtocolError(f"{name}: a list of at most {max_items} numbers is needed, found {_shown(value)}")
+    return [count_in({name: item}, name, most) for item in value]
+
+
 def bytes_list_in(params: dict[str, Any], name: str, max_items: int) -> list[bytes]:
     """The list of byte strings under `name`, at most `max_items` of them."""
     value = params.get(name)

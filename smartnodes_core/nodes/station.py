@@ -30,7 +30,8 @@ from smartnodes_core.nodes.introducing import IntroductionDesk
 from smartnodes_core.nodes.meeting import MeetingDesk
 from smartnodes_core.nodes.membership import Membership
 from smartnodes_core.nodes.reachability import Reachability, assess
-from smartnodes_core.records import Announcement, NodeKey, Role, Signed
+from smartnodes_core.nodes.renewing import Renewer
+from smartnodes_core.records import Announcement, NodeKey, Role, Signed, SignedBinding
 from smartnodes_core.transport.relay import Relay
 from smartnodes_core.transport.relay_quotas import RelayQuotas
 from smartnodes_core.transport.tls import TlsTransport
@@ -55,6 +56,7 @@ class Station:
     chain: Chain
     membership: Membership
     node: Node
+    renewer: Renewer
     meetings: MeetingDesk
     relay: Relay | None = None
     bootstrap_keys: list[NodeKey] = field(default_factory=list)
@@ -70,18 +72,16 @@ class Station:
         """Load the keys, listen, connect to the chain, register. Raises IdentityError, ConfigError, PortInUseError,
         ChainError,
         AuthorityError, each with the remedy."""
-        identity = Identity.load(config.identity)
-        account_key = load_account_key(config.account)
+        passphrase = config.passphrase()
+        identity = Identity.load(config.identity, passphrase)
+        account_key = load_account_key(config.account, passphrase)
         addresses = Addresses.read(config.addresses)
-        binding = make_binding(
-            identity,
-            account_key,
-            role,
-            addresses.chain_id,
-            addresses.registry,
-            config.network_id,
-            int(time.time()) + BINDING_LIFETIME_S,
-        )
+        place = (role, addresses.chain_id, addresses.registry, config.network_id)
+
+        def bind() -> SignedBinding:
+            return make_binding(identity, account_key, *place, int(time.time()) + BINDING_LIFETIME_S)
+
+        binding = bind()
         connecting: Future[Membership] = Future()
         authority = ChainAuthority(
             lambda: _members(connecting), poll_interval_s=config.chain_poll_interval_s, min_refresh_interval_s=0.5
@@ -109,7 +109,9 @@ class Station:
             if relay is not None:
                 relay.stop()
             raise
-        return cls(config, role, identity, account_key, chain, membership, node, meetings, relay)
+        renewer = Renewer(node, bind, BINDING_LIFETIME_S / 2)
+        renewer.start()
+        return cls(config, role, identity, account_key, chain, membership, node, renewer, meetings, relay)
 
     def join(self) -> None:
         """Reach the bootstrap validators; a validator also serves the directory. Raises the last error when none is
@@ -210,6 +212,7 @@ class Station:
             self.directory.stop()
         if self.reachability is not None:
             self.reachability.close()
+        self.renewer.stop()
         self.node.stop()
         if self.relay is not None:
             self.relay.stop()

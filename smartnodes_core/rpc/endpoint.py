@@ -237,7 +237,7 @@ class RpcEndpoint:
         if not isinstance(name, str) or not isinstance(params, dict) or (is_call and type(header.get("id")) is not int):
             raise ProtocolError(f"{connection.peer} sent a malformed {header['kind']}")
         if is_call and not self._inbound.is_new(connection, header["id"]):
-            logger.warning("%s sent the call %d of %s again: it runs once", connection.peer, header["id"], name[:64])
+            logger.info("%s sent the call %d of %s again: it runs once", connection.peer, header["id"], name[:64])
             return None
         try:
             method = self._methods.get(name)

@@ -69,6 +69,7 @@ class _Load:
     """What one peer has given us to do."""
 
     num_calls: int = 0
+    arriving: dict[Connection, tuple[bool, int]] = field(default_factory=dict)  # bodies being read: a call?, its size
     running: list[_Inbound] = field(default_factory=list)
     waiting: deque[_Inbound] = field(default_factory=deque)
     notifications: deque[_Inbound] = field(default_factory=deque)
@@ -104,6 +105,7 @@ class InboundCalls:
                         f"{load.num_calls} of your calls are running or waiting here: wait for some of them"
                     )
                 load.num_calls += 1
+                load.arriving[connection] = (True, num_bytes)
                 return
             full = load.num_notifications >= MAX_NOTIFICATIONS or (
                 load.num_notifications and load.notification_bytes + num_bytes > MAX_NOTIFICATION_BYTES
@@ -111,6 +113,7 @@ class InboundCalls:
             if not full:
                 load.num_notifications += 1
                 load.notification_bytes += num_bytes
+                load.arriving[connection] = (False, num_bytes)
                 return
         connection.close("too many notifications are waiting to be handled")
         raise BusyError(f"{load.num_notifications} notifications of {connection.peer} are waiting")
@@ -119,7 +122,8 @@ class InboundCalls:
         """Runs a frame that was reserved."""
         inbound = _Inbound(connection, method, header, body)
         with self._lock:
-            load = self._loads.setdefault(connection.peer.node_key, _Load())
+            load = self._loads[connection.peer.node_key]
+            del load.arriving[connection]
             if header["kind"] == "notify":
                 load.notifications.append(inbound)
                 if load.draining:
@@ -152,8 +156,16 @@ class InboundCalls:
             if load is None:
                 return
             self._drop_waiting(load, lambda inbound: inbound.connection is connection)
-            if not load.num_calls and not load.num_notifications:
-                del self._loads[connection.peer.node_key]
+            is_call, num_bytes = load.arriving.pop(connection, (None, 0))
+            if is_call is not None:  # a body that will never be whole
+                load.num_calls -= is_call
+                load.num_notifications -= not is_call
+                load.notification_bytes -= 0 if is_call else num_bytes
+            self._drop_idle(connection.peer.node_key, load)
+
+    def _drop_idle(self, node_key: bytes, load: _Load) -> None:
+        if not load.num_calls and not load.num_notifications and self._loads.get(node_key) is load:
+            del self._loads[node_key]
 
     def _drop_waiting(self, load: _Load, dropped: Callable[[_Inbound], bool]) -> None:
         left = deque(inbound for inbound in load.waiting if not dropped(inbound))
@@ -171,6 +183,7 @@ class InboundCalls:
                 following = load.waiting.popleft() if load.waiting else None
                 if following is not None:
                     load.running.append(following)
+                self._drop_idle(inbound.connection.peer.node_key, load)
             if following is not None:
                 self._pool.run(lambda: self._serve(load, following))
 
@@ -220,6 +233,7 @@ class InboundCalls:
             with self._lock:
                 load.num_notifications -= 1
                 load.notification_bytes -= inbound.body.nbytes
+                self._drop_idle(connection.peer.node_key, load)
         self._pool.run(lambda: self._drain(load))
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from smartnodes_core.errors import ConfigError, Unavailable
-from smartnodes_core.records import Binding, Role
+from smartnodes_core.records import Binding, Role, SignedBinding
 from smartnodes_core.wire import Buffer, Header
 
 MAX_QUEUED_BYTES = 64 << 20
@@ -128,6 +128,10 @@ class Listener(Protocol):
 
 class Transport(Protocol):
     """Makes connections, each verified on both sides before the first frame."""
+
+    def renew(self, signed_binding: SignedBinding | None) -> None:
+        """Shows this binding from now on; connections that there are have shown the one before."""
+        ...
 
     def listen(self, endpoint: str, sink: FrameSink, admit: Admit) -> Listener:
         """Listens on `host:port` (port 0: any). Raises PortInUseError, ConfigError."""

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from OpenSSL import SSL
+from OpenSSL import SSL, crypto
 
 from smartnodes_core.errors import ConnectionLostError, DeadlineError, ProtocolError, SmartnodesError
 from smartnodes_core.transport.base import LINGER_S, Admit, FrameSink, Peer
-from smartnodes_core.transport.certificate import Expectations, check_certificate, check_expected
+from smartnodes_core.transport.certificate import Expectations, check_certificate, check_expected, read_certificate
 from smartnodes_core.transport.welcome import check_welcome, refusal, refused_before, welcome
 from smartnodes_core.wire import Frame, FrameReader
 
@@ -61,10 +61,11 @@ class Handshake:
         bulk = self._tls.get_alpn_proto_negotiated() == ALPN_BULK
         if self._terms.bulk not in (None, bulk):
             raise ProtocolError(f"{self._endpoint} makes no bulk connections: it has to be updated")
-        certificate = self._tls.get_peer_certificate(as_cryptography=True)
-        if certificate is None:
+        shown = self._tls.get_peer_certificate()
+        if shown is None:
             raise ProtocolError(f"{self._endpoint} showed no certificate")
         try:
+            certificate = read_certificate(crypto.dump_certificate(crypto.FILETYPE_ASN1, shown))
             peer = check_certificate(certificate, self._terms.expectations, self._endpoint, bulk=bulk)
             check_expected(peer, self._terms.expected_node_key)
             self._terms.admit(peer)

@@ -83,9 +83,12 @@ class MemoryTransport:
     """A node's access to a `MemoryHub`; see `transport.base.Transport`."""
 
     def __init__(self, hub: MemoryHub, identity: Identity, signed_binding: SignedBinding | None) -> None:
-        self.hub, self.signed_binding = hub, signed_binding
-        self.node_key = identity.node_key
-        self.expectations = Expectations.of(signed_binding)
+        self.hub, self.node_key = hub, identity.node_key
+        self.renew(signed_binding)
+
+    def renew(self, signed_binding: SignedBinding | None) -> None:
+        """See `transport.base.Transport.renew`."""
+        self.signed_binding, self.expectations = signed_binding, Expectations.of(signed_binding)
 
     def listen(self, endpoint: str, sink: FrameSink, admit: Admit) -> MemoryListener:
         """See `transport.base.Transport.listen`."""

@@ -24,11 +24,12 @@ from OpenSSL import SSL
 
 from smartnodes_core.errors import ProtocolError
 
-MAX_RECORD_BYTES: Final = 256 << 10
-RECORDS_PER_KEY: Final = 1 << 20
+MAX_RECORD_BYTES: Final = 512 << 10
+RECORDS_PER_KEY: Final = 1 << 19
 _EXPORTER_LABEL = b"EXPORTER smartnodes bulk 1"
 _SECRET_BYTES, _NONCE_BYTES, _TAG_BYTES = 48, 12, 16
 _MAX_LOW_WATER_BYTES = 64 << 10  # well within any receive buffer, which has to hold that much for us to wake
+_FIRST_BYTES = 4 << 10
 _LENGTH = struct.Struct(">I")
 
 
@@ -69,6 +70,15 @@ def _expand(secret: bytes, label: bytes, num_bytes: int) -> bytes:
     return HKDFExpand(algorithm=SHA384(), length=num_bytes, info=info).derive(secret)
 
 
+def _grown(memory: memoryview, num_bytes: int) -> memoryview:
+    """`memory`, or larger memory with the same beginning when it has not `num_bytes`."""
+    if len(memory) >= num_bytes:
+        return memory
+    larger = memoryview(bytearray(num_bytes))
+    larger[: len(memory)] = memory
+    return larger
+
+
 def secrets_of(tls: SSL.Connection) -> bytes:
     """What only the two ends of a finished handshake know; both get the same."""
     return tls.export_keying_material(_EXPORTER_LABEL, 2 * _SECRET_BYTES)
@@ -84,13 +94,13 @@ class SealedStream:
         self._tcp = tcp
         self._sending = TrafficKey(of_dialler if dialled else of_listener)
         self._receiving = TrafficKey(of_listener if dialled else of_dialler)
-        # a record, and the length of the next one, which comes in the same read
-        self._incoming = memoryview(bytearray(2 * _LENGTH.size + MAX_RECORD_BYTES + _TAG_BYTES))
+        # a record, and the length of the next one, which comes in the same read; all grow with the records that come
+        self._incoming = memoryview(bytearray(_FIRST_BYTES))
         self._num_incoming = 0
         self._low_water_bytes = 1
-        self._opened = memoryview(bytearray(MAX_RECORD_BYTES))
+        self._opened = memoryview(bytearray())
         self._unread = self._opened[:0]
-        self._outgoing = memoryview(bytearray(_LENGTH.size + MAX_RECORD_BYTES + _TAG_BYTES))
+        self._outgoing = memoryview(bytearray(_FIRST_BYTES))
         self._unsent = self._outgoing[:0]
 
     def recv_into(self, buffer: memoryview, nbytes: int) -> int:
@@ -113,9 +123,13 @@ class SealedStream:
         if not 0 < num_bytes <= MAX_RECORD_BYTES:
             raise ProtocolError(f"a sealed record of {num_bytes} bytes: 1 to {MAX_RECORD_BYTES} are read")
         end = _LENGTH.size + num_bytes + _TAG_BYTES
+        self._incoming = _grown(self._incoming, end + _LENGTH.size)
+        prefix = self._incoming[: _LENGTH.size]
         while self._num_incoming < end:
             self._fill(end + _LENGTH.size)
         direct = num_bytes <= len(buffer)
+        if not direct:
+            self._opened = _grown(self._opened, num_bytes)
         plaintext = buffer[:num_bytes] if direct else self._opened[:num_bytes]
         self._receiving.open(self._incoming[_LENGTH.size : end], prefix, plaintext)
         left = self._num_incoming - end
@@ -149,6 +163,7 @@ class SealedStream:
         piece = piece[:MAX_RECORD_BYTES]
         if not self._unsent:
             end = _LENGTH.size + len(piece) + _TAG_BYTES
+            self._outgoing = _grown(self._outgoing, end)
             length = self._outgoing[: _LENGTH.size]
             _LENGTH.pack_into(length, 0, len(piece))
             self._sending.seal(piece, length, self._outgoing[_LENGTH.size : end])

@@ -59,8 +59,13 @@ class TlsTransport:
         self.handshake_timeout_s = handshake_timeout_s
         self.max_pending_handshakes = max_pending_handshakes
         self.max_pending_per_host = max_pending_per_host
+        self._identity = identity
+        self.renew(signed_binding)
+
+    def renew(self, signed_binding: SignedBinding | None) -> None:
+        """See `transport.base.Transport.renew`. The TLS key is a new one too."""
         self.expectations = Expectations.of(signed_binding)
-        self.context = _make_context(identity, signed_binding)
+        self.context = _make_context(self._identity, signed_binding)
 
     def listen(self, endpoint: str, sink: FrameSink, admit: Admit) -> TlsListener:
         """See `transport.base.Transport.listen`."""

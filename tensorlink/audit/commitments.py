@@ -47,7 +47,7 @@ def mode_digest(training: bool, type: str) -> bytes:
 
 
 class Roots:
-    """Roots of a stage's state from commitment to commitment: what is after one step is before the next.
+    """Roots of a stage's state from commitment to commitment: what is after one interval is before the next.
 
     Not thread-safe: used by the one thread that hashes.
     """
@@ -61,13 +61,13 @@ class Roots:
         self._known.clear()
 
     def before(self, name: str, tensors: Mapping[str, Tensor]) -> bytes:
-        """The root of a part of the state before a step, computed only where no step came before."""
+        """The root of a part of the state before an interval, computed only where none came before."""
         if name not in self._known:
             self._known[name] = root(tensors)
         return self._known[name]
 
     def after(self, name: str, tensors: Mapping[str, Tensor]) -> bytes:
-        """The root after a step."""
+        """The root after an interval."""
         self._known[name] = root(tensors)
         return self._known[name]
 
@@ -94,9 +94,9 @@ def build(
     meanwhile.
 
     `gradient` is the root of the record's, which may have left memory since; `work_units` is what one micro-batch,
-    forwards and backwards, is worth.
+    forwards and backwards, is worth. Weights and optimizer state are bound where an interval of steps begins and ends.
     """
-    if record.before is None:
+    if not record.committed:
         raise ValueError(f"step {record.step} is not committed")
     units = [
         {
@@ -107,17 +107,20 @@ def build(
         }
         for unit in record.all_units()
     ]
+    bound = {
+        "buffers_before": roots.buffers(record.buffers_before),
+        "buffers_after": roots.buffers(record.buffers_after),
+        "gradient": gradient,
+    }
+    if record.before is not None:
+        bound["weights_before"] = roots.before("weights", record.before.weights)
+        bound["optimizer_before"] = roots.before("optimizer", record.before.optimizer)
+    if record.ends_interval:
+        bound["weights_after"] = roots.after("weights", weights)
+        bound["optimizer_after"] = roots.after("optimizer", optimizer)
     return {
         "step": record.step,
-        "roots": {
-            "weights_before": roots.before("weights", record.before.weights),
-            "optimizer_before": roots.before("optimizer", record.before.optimizer),
-            "buffers_before": roots.buffers(record.before.buffers),
-            "buffers_after": roots.buffers(record.buffers_after),
-            "gradient": gradient,
-            "weights_after": roots.after("weights", weights),
-            "optimizer_after": roots.after("optimizer", optimizer),
-        },
+        "roots": bound,
         "units": units,
         "shared_roots": shared_roots(record),
         "order": record.order,

@@ -71,9 +71,11 @@ def usable_exact(exact: Mapping[str, Tensor], native: Mapping[str, Tensor]) -> b
     return apart <= MAX_SIGMA**2 * total
 
 
-def update_deviation(name: str, before: Tensor | None, claimed: Tensor, replayed: Tensor) -> Deviation | None:
-    """What is wrong with an optimizer's result: more than 16 units in the last place of the largest term that was
-    added."""
+def update_deviation(
+    name: str, before: Tensor | None, claimed: Tensor, replayed: Tensor, num_steps: int = 1
+) -> Deviation | None:
+    """What is wrong with an optimizer's result after `num_steps`: more than 16 units in the last place, for each of
+    them, of the largest term that was added."""
     if claimed.shape != replayed.shape or claimed.dtype != replayed.dtype:
         return Deviation(name, float("inf"), 0.0, f"has shape {list(claimed.shape)}, {list(replayed.shape)} is right")
     if not claimed.is_floating_point() or not claimed.numel():
@@ -84,7 +86,7 @@ def update_deviation(name: str, before: Tensor | None, claimed: Tensor, replayed
     if before is not None:
         largest = torch.maximum(largest, before.abs().double())
     info = torch.finfo(claimed.dtype)
-    allowed = MAX_ULP * info.eps * largest + info.smallest_normal
+    allowed = num_steps * MAX_ULP * info.eps * largest + info.smallest_normal
     difference = (claimed.double() - replayed.double()).abs()
     over = ~(difference <= allowed)
     if not bool(over.any()):

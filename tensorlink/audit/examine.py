@@ -14,6 +14,7 @@ from typing import Any
 
 from smartnodes_core.errors import AuditError, PeerFault
 from smartnodes_core.records import Challenge, Commitment, Opening, digest_of
+from tensorlink.audit.interval import Past, UnknownPastError, start_of
 from tensorlink.audit.opened import OpenedData
 from tensorlink.audit.step import examine_step
 from tensorlink.audit.unit import Case, examine_unit
@@ -50,14 +51,15 @@ class Examiner:
                 loss = _cached(self._losses, params["loss_program"], LossProgram.from_json)
             if challenge.commitment != commitment.digest() or commitment.order != order.digest():
                 raise AuditError("the challenge or the order belongs to another commitment")
-            data = OpenedData(Opening.decode(params["opening"]).items, body)
-            weights = data.checked("weights", commitment.roots, "weights_before")
-            if set(weights) != set(program.parameters):
-                raise AuditError("the weights that were opened are not those of the program")
-            case = Case(
-                Replayer(program, loss, weights, self.bounds), data, commitment, order, int(params["seed"]), deltas
-            )
+            past = _past(params)
+            data = OpenedData(Opening.decode(params["opening"]).items, body, len(past.orders))
+            ends_interval = challenge.tier == 2 and "weights_after" in commitment.roots
+            start = start_of(data, program, commitment, order, past, with_optimizer=ends_interval)
+            replayer = Replayer(program, loss, start.weights, self.bounds)
+            case = Case(replayer, data, commitment, order, start, int(params["seed"]), deltas)
             found = examine_unit(case, challenge.unit) if challenge.tier == 1 else examine_step(case)
+        except UnknownPastError as error:
+            return {"finding": "inconclusive", "reason": str(error), "deltas": deltas}
         except OverLimitError as error:
             return {"finding": "inconclusive", "reason": f"too large for this machine: {error}", "deltas": deltas}
         except PeerFault as error:
@@ -68,6 +70,15 @@ class Examiner:
             deltas[found.name] = found.distance
             return {"finding": "fraudulent", "reason": str(found), "deltas": deltas}
         return {"finding": "honest", "reason": "within what honest computation gives", "deltas": deltas}
+
+
+def _past(params: dict[str, Any]) -> Past:
+    return Past(
+        [Commitment.decode(data) for data in params["earlier"]],
+        [StepOrder.decode(data) for data in params["earlier_orders"]],
+        int(params["state_interval_steps"]),
+        bytes(params["initial_root"]),
+    )
 
 
 def _cached(cache: OrderedDict[bytes, Any], data: bytes, parse: Callable[[bytes], Any]) -> Any:

@@ -14,16 +14,15 @@ from torch import Tensor
 from smartnodes_core.errors import AuditError
 from smartnodes_core.records import OpeningItem
 from tensorlink.program.values import DTYPES
+from tensorlink.stage_papers import LOSS_PROGRAM, earlier_order
 from tensorlink.steplog.digests import root
-
-#: The last item of a worker's node: not a tensor, read by the auditor's node.
-LOSS_PROGRAM = "loss_program"
 
 
 class OpenedData:
     """The tensors of an opening by label. Raises AuditError for items that do not fit the body, as do the methods."""
 
-    def __init__(self, items: list[OpeningItem], body: memoryview) -> None:
+    def __init__(self, items: list[OpeningItem], body: memoryview, num_earlier: int = 0) -> None:
+        papers = {LOSS_PROGRAM, *map(earlier_order, range(num_earlier))}  # the auditor's node has read them
         self._tensors: dict[str, Tensor] = {}
         in_order: list[Tensor] = []
         at = 0
@@ -31,7 +30,7 @@ class OpenedData:
             end = at + item.num_bytes
             if end > len(body):
                 raise AuditError(f"item {item.label[:80]!r} ends after the opening's {len(body)} bytes")
-            if item.label == LOSS_PROGRAM:
+            if item.label in papers:
                 at = end
                 continue
             tensor = _tensor(item, body[at:end], in_order)

@@ -1,15 +1,16 @@
 """The data behind a commitment, as a list of labelled tensors: what a worker opens and an auditor reads.
 
-Labels: `weights/NAME`, `optimizer/NAME` (before the step), `weights_after/NAME`, `optimizer_after/NAME`,
-`gradient/NAME`, `buffers_before/NAME`, `buffers_after/NAME`; of tied parameters `sent/STAGE/NAME` and
-`received/STAGE/NAME`, the sums that went to another holder and came from it; and per unit `unit/INDEX/GROUP/NAME`
-with the groups x, y, gy, gx, target, loss, buffers, and `unit/INDEX/mode` (training, train_step). The same tensor under
-several labels travels once: later items name the first by its index.
+Labels: `weights/NAME`, `optimizer/NAME` (as they were committed to last, at the beginning of the step's interval), and
+of the steps between in their order `earlier/INDEX/gradient/NAME`; `weights_after/NAME`, `optimizer_after/NAME` where
+the step ends its interval; `gradient/NAME`, `buffers_before/NAME`, `buffers_after/NAME`; of tied parameters
+`sent/STAGE/NAME` and `received/STAGE/NAME`, the sums that went to another holder and came from it; and per unit
+`unit/INDEX/GROUP/NAME` with the groups x, y, gy, gx, target, loss, buffers, and `unit/INDEX/mode` (training,
+train_step). The same tensor under several labels travels once: later items name the first by its index.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,6 @@ from tensorlink.program.values import DTYPE_NAMES
 from tensorlink.steplog.digests import tensor_view
 from tensorlink.steplog.log import StepRecord, UnitRecord
 from tensorlink.steplog.shelf import Shelved
-from tensorlink.steplog.snapshots import Snapshot
 
 MAX_ITEMS = 65000
 
@@ -92,36 +92,43 @@ class Opened:
 
 
 def opening(
-    record: StepRecord, tier: int, unit: int, weights_after: Mapping[str, Tensor], optimizer_after: Mapping[str, Tensor]
+    interval: Sequence[StepRecord],
+    tier: int,
+    unit: int,
+    weights_after: Mapping[str, Tensor],
+    optimizer_after: Mapping[str, Tensor],
 ) -> Opened:
-    """What an auditor needs for one unit (tier 1) or the whole step (tier 2). Raises AuditError for a unit there is
-    not."""
+    """What an auditor needs for one unit (tier 1) or the whole step (tier 2) of the last of `interval`, which begins
+    with the step before which the state was committed to. Raises AuditError for a unit there is not."""
+    *earlier, record = interval
     units = record.all_units()
-    before = record.before
+    before = interval[0].before
     if before is None or tier not in (1, 2) or (tier == 1 and not 0 <= unit < len(units)):
         raise AuditError(f"tier {tier}, unit {unit} of step {record.step}: it has {len(units)} units")
     if len(units) > MAX_ITEMS // 16:
         raise AuditError(f"an opening of {len(units)} units is over the cap of {MAX_ITEMS // 16}")
     opened = Opened()
     opened.add_all("weights", before.weights)
+    if earlier or (tier == 2 and record.ends_interval):
+        opened.add_all("optimizer", before.optimizer)
+    for index, one in enumerate(earlier):
+        opened.add_all(f"earlier/{index}/gradient", one.gradient)
     if tier == 1:
         _add_unit(opened, unit, units[unit])
         return opened
-    _add_step(opened, record, before, weights_after, optimizer_after)
-    for index, one in enumerate(units):
-        _add_unit(opened, index, one)
+    _add_step(opened, record, weights_after, optimizer_after)
+    for index, each in enumerate(units):
+        _add_unit(opened, index, each)
     return opened
 
 
 def _add_step(
     opened: Opened,
     record: StepRecord,
-    before: Snapshot,
     weights_after: Mapping[str, Tensor],
     optimizer_after: Mapping[str, Tensor],
 ) -> None:
-    opened.add_all("optimizer", before.optimizer)
-    opened.add_all("buffers_before", before.buffers)
+    opened.add_all("buffers_before", record.buffers_before)
     opened.add_all("buffers_after", record.buffers_after)
     opened.add_all("gradient", record.gradient)
     for direction, by_stage in (("sent", record.sent_sums), ("received", record.received_sums)):

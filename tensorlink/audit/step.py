@@ -15,11 +15,9 @@ from smartnodes_core.records import NO_DIGEST, Unit
 from tensorlink.audit.compare import Deviation, deviation, update_deviation
 from tensorlink.audit.sums import own_gradient
 from tensorlink.audit.unit import Case, compare, compare_unit, unit_inputs
-from tensorlink.errors import OptimizerError
 from tensorlink.pipeline.backward import GradientSum
 from tensorlink.pipeline.state import NORM_TOLERANCE, clip_fits, clipped
 from tensorlink.pipeline.tied import Ties
-from tensorlink.stage_optimizer import StageOptimizer
 from tensorlink.steplog.digests import root
 from tensorlink.steplog.replay import UnitInputs, UnitResult, Variant
 
@@ -104,31 +102,24 @@ def _norm(case: Case, gradient: Mapping[str, Tensor]) -> Deviation | None:
 
 
 def _update(case: Case) -> Deviation | None:
-    """The optimizer, run again from the committed gradient with the author's options."""
-    roots, data = case.commitment.roots, case.data
-    before = case.replayer.weights
-    optimizer_before = data.checked("optimizer", roots, "optimizer_before")
+    """The optimizer, run again from the committed gradient with the author's options, where the state after it is
+    committed to: where an interval ends."""
+    roots, data, optimizer = case.commitment.roots, case.data, case.start.optimizer
     claimed = data.checked("weights_after", roots, "weights_after")
     claimed_state = data.checked("optimizer_after", roots, "optimizer_after")
-    program = case.replayer.program
-    weights = {
-        name: tensor.clone().requires_grad_(program.parameters[name].requires_grad) for name, tensor in before.items()
-    }
-    optimizer = StageOptimizer(case.order.optimizer, case.order.options, weights)
-    try:
-        optimizer.load_state_tensors(optimizer_before)
-    except OptimizerError as error:
-        raise AuditError(f"optimizer state before the step: {error}") from None
     gradient = data.checked("gradient", roots, "gradient")
+    if optimizer is None or "weights_after" not in roots:
+        return None
+    replayed = {name: tensor.detach() for name, tensor in case.start.weights.items()}
+    before = {name: tensor.clone() for name, tensor in (*replayed.items(), *optimizer.state_tensors().items())}
     optimizer.step(clipped(gradient, float.fromhex(case.commitment.clip_coefficient)), case.order.options)
-    replayed = {name: tensor.detach() for name, tensor in weights.items()}
     state = optimizer.state_tensors()
     if set(claimed) != set(replayed) or set(claimed_state) != set(state):
         raise AuditError("weights or optimizer state after the step have other names than they must")
     if root(replayed) == roots["weights_after"] and root(state) == roots["optimizer_after"]:
         return None
-    pairs: list[tuple[str, Tensor | None, Tensor, Tensor]] = [
-        (name, before[name], claimed[name], replayed[name]) for name in replayed
-    ]
-    pairs += [(name, optimizer_before.get(name), claimed_state[name], state[name]) for name in state]
-    return next((found for pair in pairs if (found := update_deviation(*pair)) is not None), None)
+    pairs = [(name, claimed[name], replayed[name]) for name in replayed]
+    pairs += [(name, claimed_state[name], state[name]) for name in state]
+    num_steps = case.start.num_steps + 1
+    found = (update_deviation(name, before.get(name), ours, theirs, num_steps) for name, ours, theirs in pairs)
+    return next((deviation for deviation in found if deviation is not None), None)

@@ -15,6 +15,7 @@ from smartnodes_core.errors import AuditError
 from smartnodes_core.records import NO_DIGEST, Commitment, Unit
 from tensorlink.audit.commitments import mode_digest
 from tensorlink.audit.compare import Deviation, deviation, usable_exact
+from tensorlink.audit.interval import Start
 from tensorlink.audit.opened import OpenedData
 from tensorlink.pipeline.seeds import seed_for
 from tensorlink.records import StepOrder
@@ -32,6 +33,7 @@ class Case:
     data: OpenedData
     commitment: Commitment
     order: StepOrder
+    start: Start
     seed: int
     deltas: dict[str, float] = field(default_factory=dict)
 

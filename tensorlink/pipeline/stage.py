@@ -88,8 +88,9 @@ class Stage(StageState):
         shared_bytes: int = 1 << 62,
         shelf: Shelf | None = None,
         bounds: Bounds | None = None,
+        state_interval_steps: int = 1,
     ) -> None:
-        super().__init__(program, parameters, buffers, window_steps, shared_bytes, shelf)
+        super().__init__(program, parameters, buffers, window_steps, shared_bytes, shelf, state_interval_steps)
         self.place = place
         self._port, self._pool = port, pool
         self._inbox = Inbox()

@@ -33,7 +33,8 @@ NORM_TOLERANCE = 1e-3
 class StageState(ABC):
     """Parameters, buffers and optimizer of one stage, the gradients of the open step, and the log.
 
-    `parameters` and `buffers` are its own from now on. All methods are called from one thread.
+    `parameters` and `buffers` are its own from now on. The state is kept and committed to every
+    `state_interval_steps` steps. All methods are called from one thread.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class StageState(ABC):
         window_steps: int,
         shared_bytes: int,
         shelf: Shelf | None = None,
+        state_interval_steps: int = 1,
     ) -> None:
         self.program = program
         self.parameters: Mapping[str, Tensor] = parameters
@@ -55,6 +57,8 @@ class StageState(ABC):
         self.tied = TiedGradients(program, self._send_sum)
         self.log = StepLog(window_steps, shared_bytes, shelf)
         self._buffers_at_start = dict(buffers)
+        self._interval_steps = state_interval_steps
+        self._steps_left = 0  # of the interval that the last step belongs to
         self._copy: Snapshot | None = None  # of weights and optimizer as the last step left them
         self._spare: Snapshot | None = None  # whose memory the next copy may use
 
@@ -84,10 +88,11 @@ class StageState(ABC):
         self.optimizer.load_state_tensors(tensors)
 
     def _keep_state_after(self) -> None:
-        """The state is about to change other than by a step: the last step's audit needs it as it is."""
+        """The state is about to change other than by a step: the next one begins an interval, and where the last one
+        ended its own, its audit needs the state as it is."""
         record, copy = self.log.last(), self._copy
-        self._copy = None
-        if record is not None and record.after is None:
+        self._copy, self._steps_left = None, 0
+        if record is not None and record.ends_interval and record.after is None:
             record.after = (
                 snapshots.take(self.parameters, record.buffers_after, self._optimizer_state())
                 if copy is None
@@ -99,7 +104,6 @@ class StageState(ABC):
 
     def _take_before(self) -> Snapshot:
         """The state with which the open step began, which its update is about to change."""
-        self._spare = self.log.make_room() or self._spare
         before, self._copy = self._copy or self._state_copied(), None
         return replace(before, buffers=dict(self._buffers_at_start))
 
@@ -108,8 +112,10 @@ class StageState(ABC):
         return snapshots.take(self.parameters, {}, self._optimizer_state(), spare)
 
     def state_after(self, record: StepRecord) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """Weights and optimizer state as a committed step left them, those on the shelf as `Shelved`; not to be written
-        to."""
+        """Weights and optimizer state as a step that ends its interval left them, those on the shelf as `Shelved`; not
+        to be written to. Of other steps nobody keeps them: empty."""
+        if not record.ends_interval:
+            return {}, {}
         kept = record.after or self.log.state_after(record.step) or self._copy
         if kept is not None:
             return kept.weights, kept.optimizer
@@ -184,7 +190,13 @@ class StageState(ABC):
             raise ProtocolError(f"clip coefficient {clip_coefficient} is not what the order and the gradient give")
         record = self.log.open
         record.step, record.squared_norm = step, squared
-        record.before = self._take_before()
+        begins = self._steps_left == 0
+        self._spare = self.log.make_room(begins) or self._spare
+        if begins:
+            record.before, self._steps_left = self._take_before(), self._interval_steps
+        self._steps_left -= 1
+        record.ends_interval = self._steps_left == 0
+        record.buffers_before = dict(self._buffers_at_start)
         own, ties = self.gradients.take(), self.tied.ties
         record.sent_sums = {to: {name: own[name] for name in ties.names(to) if name in own} for to in ties.others}
         record.received_sums = {of: dict(settled.received[of]) if settled else {} for of in ties.others}
@@ -209,11 +221,12 @@ class StageState(ABC):
         self.gradients.lend(self.log.put_gradient_away(record))
 
     def put_away(self, record: StepRecord) -> None:
-        """A committed step is hashed: where there is a shelf, it leaves memory. The state is copied for the next step's
-        sake, onto the shelf or else in memory. May run beside the next step's work, in which nobody writes to that
-        state."""
+        """A committed step is hashed: where there is a shelf, it leaves memory. Where an interval ended, the state is
+        copied for the next step's sake, onto the shelf or else in memory. May run beside the next step's work, in which
+        nobody writes to that state."""
         self.log.shelve(record.step)
-        self._copy = self.log.copy(self.parameters, self._optimizer_state()) or self._state_copied()
+        if record.ends_interval:
+            self._copy = self.log.copy(self.parameters, self._optimizer_state()) or self._state_copied()
 
     def close(self) -> None:
         """The stage is gone: the shelf gets its room back."""

@@ -1,10 +1,11 @@
-"""What crossed a stage's links, per step and unit, and the state each step began with: one log for audit and
+"""What crossed a stage's links, per step and unit, and the states from which steps follow: one log for audit and
 recovery.
 
-Bounded: steps outside the window are dropped, and tensors that still lie in the node's shared memory move to this
-process's own once they hold more than their share of it. Digests are computed by a thread of the stage's; the log
-keeps the futures. Neighbours: `pipeline/stage.py` writes it, `audit/commitments.py` hashes it, `audit/opening.py`
-reads it.
+The state is kept and committed to where an interval of steps begins and where it ends; the steps between follow from
+it and their gradients (`audit/interval.py`). Bounded: intervals outside the window are dropped, and tensors that still
+lie in the node's shared memory move to this process's own once they hold more than their share of it. Digests are
+computed by a thread of the stage's; the log keeps the futures. Neighbours: `pipeline/stage.py` writes it,
+`audit/commitments.py` hashes it, `audit/opening.py` reads it.
 """
 
 from __future__ import annotations
@@ -55,13 +56,16 @@ class UnitRecord:
 
 @dataclass
 class StepRecord:
-    """One step of a stage. `before` and what follows are set when the step commits."""
+    """One step of a stage. `committed` and what follows are set when the step commits."""
 
     step: int
     forwards: dict[tuple[int, int], ForwardRecord] = field(default_factory=dict)
     units: list[UnitRecord] = field(default_factory=list)
-    before: Snapshot | None = None
-    after: Snapshot | None = None  # only where the state then changed other than by the next step
+    committed: bool = False
+    before: Snapshot | None = None  # only where an interval begins
+    ends_interval: bool = False
+    after: Snapshot | None = None  # only where an interval ends and the state then changed other than by the next step
+    buffers_before: dict[str, Tensor] = field(default_factory=dict)
     buffers_after: dict[str, Tensor] = field(default_factory=dict)
     gradient: dict[str, Tensor] = field(default_factory=dict)
     sent_sums: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # of tied parameters, by receiving stage
@@ -99,8 +103,8 @@ class StepRecord:
 
 
 class StepLog:
-    """The open step and the last `window_steps` committed ones: the newest in memory, older ones on the shelf where
-    there is one.
+    """The open step and the last `window_steps` committed ones, with the rest of their intervals: the newest in memory,
+    older ones on the shelf where there is one.
     """
 
     def __init__(self, window_steps: int, shared_bytes: int, shelf: Shelf | None = None) -> None:
@@ -141,14 +145,21 @@ class StepLog:
                     continue
             given_back()(shelved)
 
-    def make_room(self) -> Snapshot | None:
-        """Drops what a further committed step pushes out of the window, and shelves the newest; a snapshot whose
-        memory may be used again. Nobody may be reading committed steps meanwhile."""
-        while len(self._committed) >= self._window_steps:
-            _, oldest = self._committed.popitem(last=False)
-            self._drop(oldest)
+    def make_room(self, begins_interval: bool) -> Snapshot | None:
+        """Drops the intervals that a further committed step pushes out of the window, and shelves the newest step; a
+        snapshot whose memory may be used again. Nobody may be reading committed steps meanwhile."""
+        while self._committed:
+            records = list(self._committed.values())
+            starts = [at for at, record in enumerate(records) if record.before is not None]
+            end = starts[1] if len(starts) > 1 else len(records)
+            continues = end == len(records) and not begins_interval
+            if continues or len(records) - end + 1 < self._window_steps:
+                break
+            for oldest in records[:end]:
+                del self._committed[oldest.step]
+                self._drop(oldest)
             if self._shelf is None:
-                self._spare = oldest.before
+                self._spare = records[0].before
         last = self.last()
         if last is not None:
             self.shelve(last.step)
@@ -209,6 +220,7 @@ class StepLog:
     def commit(self, next_step: int) -> StepRecord:
         """Closes the open step, keeps it, and opens the next."""
         record = self.open
+        record.committed = True
         self._committed[record.step] = record
         self._open(next_step)
         return record
@@ -217,13 +229,23 @@ class StepLog:
         """A step within the window, or None; in the place of tensors that lie on the shelf it has `Shelved` ones."""
         return self._committed.get(step)
 
+    def interval(self, step: int) -> list[StepRecord]:
+        """A step within the window after those from which its state follows, as `committed` has them; empty where it is
+        not held."""
+        found: list[StepRecord] = []
+        for record in self._committed.values():
+            found = [record] if record.before is not None else [*found, record]
+            if record.step == step:
+                return found
+        return []
+
     def last(self) -> StepRecord | None:
         """The newest committed step, or None."""
         return next(reversed(self._committed.values()), None)
 
     def state_after(self, step: int) -> Snapshot | None:
         """The state that the next committed step began with, as `committed` has it, or None where there is no later
-        one."""
+        one. Of a step that ends its interval."""
         later = next((number for number in self._committed if number > step), None)
         return None if later is None else self._committed[later].before
 

@@ -133,7 +133,8 @@ def _trace_stages(modules, x):
 class Pipe:
     """Stages in this process: what one sends, the next receives when `run` says so."""
 
-    def __init__(self, programs, states, *, stage_class=Stage, window_steps=2, seed=7):
+    def __init__(self, programs, states, *, stage_class=Stage, seed=7, **kept):
+        kept = {"window_steps": 2, **kept}
         self.outputs, self.losses, self.dones, self.input_gradients = {}, {}, [], {}
         self.prepared = {}
         self.moving = deque()
@@ -144,7 +145,7 @@ class Pipe:
             place = Place(JOB, 0, 0, index, len(programs), seed)
             make = stage_class[index] if isinstance(stage_class, list) else stage_class
             port = Port(self, index)
-            self.stages.append(make(place, program, parameters, buffers, port, Inline(), window_steps=window_steps))
+            self.stages.append(make(place, program, parameters, buffers, port, Inline(), **kept))
 
     def tell(self, method, params):
         for stage in self.stages:

@@ -76,6 +76,7 @@ class Node:
         params = {
             "job": job, "plan_version": 0, "replica": 0, "stage": self.index, "num_stages": self.num_stages,
             "program": program.to_json(), "loss_program": b"", "optimizer": {}, "seed": 7, "window_steps": 4,
+            "state_interval_steps": 1,
             "limits": {},
         }  # fmt: skip
         begun = self.call("load", **{**params, **changes})
@@ -600,7 +601,7 @@ def test_an_auditor_in_a_process_of_its_own_finds_a_cheat_in_another(nodes, gpt,
     order = StepOrder(
         job=rig.JOB, plan_version=0, step=0, input_root=bytes(32), target_root=bytes(32), loss=bytes(32),
         loss_weights=[],
-        loss_scale="", clip_norm="", optimizer="AdamW", options=group(program),
+        loss_scale="", clip_norm="", optimizer="AdamW", options=group(program), replaced=["weights"],
     )  # fmt: skip
     worker.post("begin", **begin(n=2, type="forward", schedule="gpipe"))
     worker.post("backward", step=0, call=0, backward_pass=0, num_micro_batches=2, retain=False)
@@ -615,7 +616,7 @@ def test_an_auditor_in_a_process_of_its_own_finds_a_cheat_in_another(nodes, gpt,
     units = [Unit(**unit) for unit in content.pop("units")]
     commitment = Commitment(
         job=rig.JOB, plan_version=0, replica=0, stage=0, worker=bytes(32), numeric_class=numeric_class(),
-        previous=bytes(32), units=units, **content,
+        previous=rig.JOB, units=units, **content,
     )  # fmt: skip
     challenge = Challenge(
         job=rig.JOB,
@@ -635,8 +636,8 @@ def test_an_auditor_in_a_process_of_its_own_finds_a_cheat_in_another(nodes, gpt,
     items = [OpeningItem(**item) for item in opened["items"]]
     opening = Opening(challenge=challenge.digest(), commitment=commitment.digest(), items=items)
     found = auditor.call(
-        "examine", program=program.to_json(), loss_program=b"", optimizer={}, seed=7, commitment=commitment.encode(),
+        "examine", program=program.to_json(), loss_program=b"", seed=7, commitment=commitment.encode(),
         challenge=challenge.encode(), order=order.encode(), opening=opening.encode(), numeric_class=numeric_class(),
-        **auditor.put(body),
+        earlier=[], earlier_orders=[], initial_root=bytes(32), state_interval_steps=1, **auditor.put(body),
     )  # fmt: skip
     assert found["finding"] == ("fraudulent" if cheat else "honest"), found

@@ -45,6 +45,7 @@ SAMPLES = [
         loss_scale="", clip_norm=(1.0).hex(), optimizer="AdamW",
         options=[{"parameters": ["a", "b"], "lr": (3e-4).hex(), "betas": [(0.9).hex(), (0.999).hex()], "amsgrad": False,
                   "maximize": False, "weight_decay": 0, "x": None}],
+        replaced=["optimizer", "weights"],
     ),
     Prepare(job=d(1), plan_version=0, step=5, num_units=8),
     Prepared(job=d(1), plan_version=0, step=5, stage=1, squared_norm=(0.5).hex(), non_finite=""),

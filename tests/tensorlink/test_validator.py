@@ -19,7 +19,7 @@ AUTHOR, OTHER = Identity.create(), Identity.create()
 def order(step=0):
     return StepOrder(
         job=NO_DIGEST, plan_version=0, step=step, input_root=NO_DIGEST, target_root=NO_DIGEST, loss=NO_DIGEST,
-        loss_weights=[], loss_scale="", clip_norm="", optimizer="SGD", options=[],
+        loss_weights=[], loss_scale="", clip_norm="", optimizer="SGD", options=[], replaced=[],
     )  # fmt: skip
 
 
@@ -28,9 +28,9 @@ def case(signer=AUTHOR, committed=None, num_bytes=4):
         challenge=NO_DIGEST, commitment=NO_DIGEST, items=[OpeningItem(label="x", meta=b"", num_bytes=num_bytes)]
     )
     commitment = SimpleNamespace(
-        order=order(committed or 0).digest(), numeric_class="any", encode=lambda: b"not a commitment"
+        stage=0, order=order(committed or 0).digest(), numeric_class="any", encode=lambda: b"not a commitment"
     )
-    job = SimpleNamespace(author=AUTHOR.node_key, terms={"seed": 0})
+    job = SimpleNamespace(author=AUTHOR.node_key, terms={"seed": 0}, initial_roots=[NO_DIGEST])
     challenge = SimpleNamespace(encode=lambda: b"not a challenge")
     return Case(job, b"{}", commitment, challenge, signer.sign(order()).encode(), opening.encode())
 

@@ -294,7 +294,7 @@ def test_malformed_calls_are_the_callers_fault(handler, loaded, method, params, 
 def test_a_step_is_decided_by_the_authors_signed_order_alone(handler, loaded):
     order = StepOrder(
         job=loaded.job.id, plan_version=0, step=0, input_root=NO_DIGEST, target_root=NO_DIGEST, loss=NO_DIGEST,
-        loss_weights=[], loss_scale="", clip_norm="", optimizer="SGD", options=[],
+        loss_weights=[], loss_scale="", clip_norm="", optimizer="SGD", options=[], replaced=[],
     )  # fmt: skip
     decide = Decide(
         job=loaded.job.id, plan_version=0, step=0, decision="commit", clip_coefficient=(1.0).hex(), order=order.digest()

@@ -116,7 +116,7 @@ class HashHandler:
         self.frames: list[bytes] = []
         self.wrong: set[int] = set()
         self.opens_other = self.refuses = False
-        self.num_openings = 0
+        self.num_openings = self.num_earlier = 0
         self.refuse_stage: int | None = None
         self.port: Any = None
 
@@ -160,7 +160,7 @@ class HashHandler:
         units = range(len(commitment.units)) if tier == 2 else [unit]
         pieces = [opened_of(stage, commitment.step, each, wrong) for each in units]
         items = [OpeningItem(label="out", meta=b"", num_bytes=len(piece)) for piece in pieces]
-        return OpenedUnit(items, b"".join(pieces), b"the order")
+        return OpenedUnit(items, b"".join(pieces), b"the order", self.num_earlier)
 
 
 class HashAuditor:

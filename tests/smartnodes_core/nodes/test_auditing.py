@@ -17,6 +17,7 @@ from smartnodes_core.errors import (
     SignatureError,
     SmartnodesError,
 )
+from smartnodes_core.identity import verify
 from smartnodes_core.jobs import StageOfJob
 from smartnodes_core.nodes import books
 from smartnodes_core.nodes.validator import ValidatorSettings
@@ -110,7 +111,10 @@ def test_a_worker_that_refuses_to_open_is_found_inconclusive(net, eventually):
         ({}, "opening_bytes"),
         ({"opening_bytes": -4, "order_bytes": 0}, "opening_bytes"),
         ({"opening_bytes": 0, "order_bytes": 10**9}, "order_bytes"),
-        ({"opening_bytes": 1, "order_bytes": 1}, "Signed"),
+        ({"opening_bytes": 1, "order_bytes": 1}, "earlier_bytes"),
+        ({"opening_bytes": 1, "order_bytes": 1, "earlier_bytes": [1] * 17}, "earlier_bytes"),
+        ({"opening_bytes": 1, "order_bytes": 1, "earlier_bytes": [-1]}, "earlier_bytes"),
+        ({"opening_bytes": 1, "order_bytes": 1, "earlier_bytes": []}, "Signed"),
     ],
 )
 def test_an_answer_out_of_shape_gets_a_verdict_too(bare, eventually, answer, complaint):
@@ -125,6 +129,42 @@ def test_an_answer_out_of_shape_gets_a_verdict_too(bare, eventually, answer, com
     verdict = next(iter(bare.audited(bare.validators[0], job).verdicts.values()))[0]
     assert verdict.finding == "inconclusive"
     assert complaint in verdict.reason
+
+
+def test_the_commitments_before_the_one_that_is_opened_come_with_it_as_far_as_there_are_any(net, eventually):
+    net.workers[0].handler.num_earlier = 2
+    job = net.open(num_stages=1)
+    net.work(job, range(4), num_units=1)
+    eventually(lambda: net.everyone_has(4, job))
+    cases = [case for validator in net.validators for case in validator.auditor.cases]
+    assert len(cases) == 4
+    for case in cases:
+        assert [one.step for one in case.earlier] == list(range(max(0, case.commitment.step - 2), case.commitment.step))
+        chain = [*case.earlier, case.commitment]
+        assert [one.digest() for one in chain[:-1]] == [one.previous for one in chain[1:]]
+
+
+def test_a_worker_that_opens_another_commitment_than_it_published_is_found_out(net, eventually):
+    worker = net.workers[0]
+    worker.handler.num_earlier = 1
+    job = net.open(num_stages=1)
+    ledger = worker.role._held.ledgers[StageOfJob(job, 0, 0).key]
+    published = verify(Signed.decode(net.signed_commitment(job, 0, 0)), Commitment)
+    other = verify(Signed.decode(net.signed_commitment(job, 0, 0, num_units=1)), Commitment)
+    for validator in net.validators:
+        validator.role.audits.take_commitment(worker.sign(published))
+    ledger.keep(other)
+    net.work(job, range(1, 2), num_units=1)  # its commitment names the one that nobody got
+    digest = worker.role._held.ledgers[StageOfJob(job, 0, 0).key]._tip
+
+    def found():
+        verdicts = [verdict for verdict, _ in net.audited(net.validators[0], job).verdicts.values()]
+        return [verdict for verdict in verdicts if verdict.commitment == digest]
+
+    eventually(found)
+    assert found()[0].finding == "inconclusive"
+    assert "two commitments for step 0" in found()[0].reason
+    eventually(lambda: all(net.audited(each, job).void for each in net.validators))
 
 
 def test_a_missing_commitment_is_fetched_from_the_validator_that_lists_it(net, eventually):

@@ -388,6 +388,30 @@ def test_a_stream_of_unknown_topic_ends_the_connection(near: Node, far: Node) ->
     assert lost.wait(WAIT_S)
 
 
+def test_calls_whose_bodies_break_off_do_not_count_against_the_peer_for_ever(near: Node, far: Node) -> None:
+    near.call(far.node_key, "nothing")
+    connection = far._links.get(near.node_key)
+    assert connection is not None
+    inbound = far._rpc._inbound
+    for is_call in (True, False):
+        inbound.reserve(connection, is_call=is_call, num_bytes=1000)
+        assert len(inbound._loads) == 1
+        inbound.forget(connection)
+        assert inbound._loads == {}
+    assert near.call(far.node_key, "nothing").params == {}
+
+
+def test_what_a_peer_has_been_served_is_not_kept(near: Node, far: Node, service: Service) -> None:
+    for number in range(298, 300):
+        near.notify(far.node_key, "note", {"n": number})
+    near.call(far.node_key, "nothing")
+    assert service.all_noted.wait(WAIT_S)
+    deadline_s = time.monotonic() + WAIT_S
+    while far._rpc._inbound._loads and time.monotonic() < deadline_s:
+        threading.Event().wait(0.001)
+    assert far._rpc._inbound._loads == {}
+
+
 def test_names_are_served_once(far: Node, service: Service) -> None:
     with pytest.raises(ValueError, match="already served"):
         far.serve(service)

@@ -137,6 +137,18 @@ def test_the_end_of_the_stream_is_told(line: Line) -> None:
         line.receive()
 
 
+def test_an_idle_connection_holds_little_memory_and_a_busy_one_what_a_record_takes(line: Line) -> None:
+    def held(stream: SealedStream) -> int:
+        return sum(len(memory) for memory in (stream._incoming, stream._opened, stream._outgoing))
+
+    assert held(line.sender) + held(line.receiver) < 32 << 10
+    for num_bytes in (10, 9000, MAX_RECORD_BYTES, 10):
+        data = os.urandom(num_bytes)
+        line.wire.send(line.send(data))
+        assert line.receive() == data
+    assert held(line.sender) + held(line.receiver) < 3 * MAX_RECORD_BYTES
+
+
 def test_a_full_socket_holds_the_record_until_it_comes_again(line: Line) -> None:
     data = memoryview(os.urandom(MAX_RECORD_BYTES))
     num_sent = 0

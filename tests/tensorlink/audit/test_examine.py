@@ -31,13 +31,17 @@ SEED = 7
 class Training:
     """A pipeline that trains with `train_step` and can be audited."""
 
-    def __init__(self, rig, name, stage_class=Stage, at=None, loop="train_step"):
+    def __init__(self, rig, name, stage_class=Stage, at=None, loop="train_step", interval=1, window=2):
         modules = rig.MODELS[name]()
         x, y = rig.batch(name)
         self.rig, self.name, self.loop = rig, name, loop
         programs, states = rig.stage_programs(modules, x[:2])
         classes = [stage_class if at in (None, i) else Stage for i in range(len(modules))]
-        self.pipe = rig.Pipe(programs, states, stage_class=classes, seed=SEED)
+        self.interval = interval
+        self.initial_roots = [commitments.initial_root(*one) for one in zip(programs, states, strict=True)]
+        self.pipe = rig.Pipe(
+            programs, states, stage_class=classes, seed=SEED, state_interval_steps=interval, window_steps=window
+        )
         example = nn.Sequential(*modules).eval()(x[:2]).detach()
         self.loss = trace_loss(rig.loss_fn, example, y[:2])
         self.pipe.stages[-1].set_loss(self.loss)
@@ -45,6 +49,7 @@ class Training:
         for stage in self.pipe.stages:
             stage.set_optimizer("AdamW", self.options(stage))
         self.committed = {}
+        self.replaced = {0: ["optimizer"]}
 
     def options(self, stage):
         return [{"parameters": list(stage.program.parameters), **encode_options({"lr": 1e-2})}]
@@ -85,10 +90,14 @@ class Training:
                 record, root(record.gradient), self.roots[index], stage.parameters, stage.optimizer.state_tensors(), 1
             )
             units = [Unit(**unit) for unit in content.pop("units")]
+            before = self.earlier(index, step)
             self.committed[(index, step)] = Commitment(
                 job=self.rig.JOB, plan_version=0, replica=0, stage=index, worker=bytes(32), numeric_class="test",
-                previous=bytes(32), units=units, **content,
+                previous=before[-1].digest() if before else self.rig.JOB, units=units, **content,
             )  # fmt: skip
+
+    def earlier(self, index, step):
+        return [self.committed[(index, before)] for before in range(step)]
 
     def order(self, stage, step):
         train = self.loop == "train_step"
@@ -96,13 +105,14 @@ class Training:
             job=self.rig.JOB, plan_version=0, step=step, input_root=bytes(32), target_root=bytes(32),
             loss=self.loss.digest if train else bytes(32), loss_weights=[(1 / N).hex()] * N if train else [],
             loss_scale="", clip_norm="", optimizer="AdamW", options=self.options(stage),
+            replaced=self.replaced.get(step, []),
         )  # fmt: skip
 
     def case(self, index, step, tier, unit):
         """The parameters of `examine` and the body."""
         stage, commitment = self.pipe.stages[index], self.committed[(index, step)]
-        record = stage.log.committed(step)
-        opened = opening(record, tier, unit, *stage.state_after(record))
+        interval = stage.log.interval(step)
+        opened = opening(interval, tier, unit, *stage.state_after(interval[-1]))
         body = bytearray(opened.num_bytes)
         opened.write(memoryview(body))
         challenge = Challenge(
@@ -113,13 +123,16 @@ class Training:
         return {
             "program": stage.program.to_json(),
             "loss_program": self.loss.to_json() if self.loop == "train_step" else b"",
-            "optimizer": {},
             "seed": SEED,
             "commitment": commitment.encode(),
             "challenge": challenge.encode(),
             "order": self.order(stage, step).encode(),
             "opening": Opening(challenge=challenge.digest(), commitment=commitment.digest(), items=items).encode(),
             "numeric_class": "test",
+            "earlier": [one.encode() for one in self.earlier(index, step)[-len(interval) :]],
+            "earlier_orders": [self.order(stage, record.step).encode() for record in interval[:-1]],
+            "initial_root": self.initial_roots[index],
+            "state_interval_steps": self.interval,
         }, body
 
     def examine(self, index, step, tier, unit=-1):

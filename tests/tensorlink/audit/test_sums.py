@@ -108,6 +108,7 @@ class Shared:
         return StepOrder(
             job=self.rig.JOB, plan_version=0, step=0, input_root=bytes(32), target_root=bytes(32), loss=bytes(32),
             loss_weights=[], loss_scale="", clip_norm="", optimizer="AdamW", options=self.options(stage),
+            replaced=["weights"],
         )  # fmt: skip
 
     def commit(self, stage):
@@ -123,13 +124,13 @@ class Shared:
         units = [Unit(**unit) for unit in content.pop("units")]
         return Commitment(
             job=self.rig.JOB, plan_version=0, replica=0, stage=stage.place.stage, worker=bytes(32),
-            numeric_class="test", previous=bytes(32), units=units, **{**content, **changes},
+            numeric_class="test", previous=self.rig.JOB, units=units, **{**content, **changes},
         )  # fmt: skip
 
     def examine(self, index):
         stage, commitment = self.stages[index], self.committed[index]
         record = stage.log.committed(0)
-        opened = opening(record, 2, -1, *stage.state_after(record))
+        opened = opening([record], 2, -1, *stage.state_after(record))
         body = bytearray(opened.num_bytes)
         opened.write(memoryview(body))
         challenge = Challenge(
@@ -141,6 +142,7 @@ class Shared:
             "program": stage.program.to_json(), "loss_program": b"", "seed": 7, "commitment": commitment.encode(),
             "challenge": challenge.encode(), "order": self.order(stage).encode(),
             "opening": Opening(challenge=challenge.digest(), commitment=commitment.digest(), items=items).encode(),
+            "earlier": [], "earlier_orders": [], "initial_root": bytes(32), "state_interval_steps": 1,
         }  # fmt: skip
         return Examiner().examine(params, memoryview(body))
 

@@ -17,7 +17,8 @@ def test_only_the_window_is_kept():
     log = StepLog(2, 1 << 30)
     for step in range(5):
         log.open.step = step
-        log.make_room()
+        log.make_room(begins_interval=True)
+        log.open.before = snapshots.take({}, {}, {})
         log.commit(step + 1)
     assert log.steps() == [3, 4]
     assert log.committed(2) is None

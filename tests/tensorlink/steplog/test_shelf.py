@@ -79,7 +79,7 @@ def committed(log, step):
     log.open.units.append(UnitRecord(forward, 0, {"0": x + 1}, {"0": x + 2}))
     log.open.step = step
     weights, optimizer = {"w": torch.full((32,), float(step))}, {"w/m": torch.full((32,), -float(step))}
-    log.open.before = snapshots.take(weights, {"b": torch.ones(1)}, optimizer, log.make_room())
+    log.open.before = snapshots.take(weights, {"b": torch.ones(1)}, optimizer, log.make_room(True))
     log.open.gradient = {"w": torch.full((32,), 10.0 + step)}
     return log.commit(step + 1)
 
@@ -166,7 +166,7 @@ def test_hashed_tensors_of_the_open_step_leave_memory_and_are_opened_from_the_sh
     log.put_away(log.open, [forward.x, forward.y])
     assert isinstance(forward.x["0"], Shelved)
     log.open.before = snapshots.take({"w": torch.ones(3)}, {}, {})
-    opened = opening(log.commit(1), 1, 0, {}, {})
+    opened = opening([log.commit(1)], 1, 0, {}, {})
     body = bytearray(opened.num_bytes)
     opened.write(memoryview(body))
     found = torch.frombuffer(body, dtype=torch.float32, count=15)
