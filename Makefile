@@ -40,6 +40,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/benchmark_overhead.py
 	$(BIN)/python benchmarks/benchmark_transport.py
 	$(BIN)/python benchmarks/benchmark_dht.py
+	$(BIN)/python benchmarks/benchmark_relay.py
 	$(BIN)/python benchmarks/benchmark_interpreter.py
 
 $(STAMP): setup.py constraints.txt

@@ -36,6 +36,8 @@ setup(
         "tqdm>=4.66",
         "tbb>=2022; sys_platform == 'linux' and platform_machine == 'x86_64'",
         "matplotlib>=3.9",
+        "miniupnpc>=2.2",
+        "prometheus-client>=0.21",
     ],
     extras_require={
         "dev": [
@@ -52,6 +54,7 @@ setup(
             "transformers>=5",
             "z3-solver",
         ],
+        "fuzz": ["atheris>=2.3; python_version < '3.12'"],
     },
     entry_points={
         "console_scripts": [

@@ -17,7 +17,9 @@ from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from smartnodes_core.errors import ConfigError
+from smartnodes_core.keyfile import read_passphrase
 
+MAX_BULK_CONNECTIONS = 8
 PREFIXES = ("SMARTNODES_", "TENSORLINK_")
 
 Settings = TypeVar("Settings", bound="NodeConfig")
@@ -29,6 +31,7 @@ class NodeConfig:
 
     identity: Annotated[Path, "key file of the node's identity"] = Path("~/.smartnodes/identity.json")
     account: Annotated[Path, "key file of the account on chain"] = Path("~/.smartnodes/account.json")
+    passphrase_file: Annotated[Path | None, "file with the passphrase of key files that are sealed by one"] = None
     rpc_url: Annotated[str, "JSON-RPC endpoint of the chain"] = "http://127.0.0.1:8545"
     addresses: Annotated[Path, "file with the addresses of the contracts"] = Path("~/.smartnodes/addresses.json")
     endpoint: Annotated[str, "host:port to listen on; port 0 takes any free one"] = "127.0.0.1:0"
@@ -38,20 +41,43 @@ class NodeConfig:
     bootstrap: Annotated[list[str], "host:port of validators through which the network is joined"] = dataclasses.field(
         default_factory=list
     )
+    port_mapping: Annotated[bool, "ask the router for a port when a validator does not reach this node"] = True
+    relay: Annotated[str, "host:port on which peers that cannot reach each other are joined; empty: nowhere"] = ""
+    relay_mbit: Annotated[int, "Mbit/s that the relay passes on for each peer"] = 200
     network_id: Annotated[int, "number of the network among those that share the contracts"] = 1
     log_level: Annotated[str, "DEBUG, INFO, WARNING or ERROR"] = "INFO"
+    log_json: Annotated[bool, "log lines as JSON objects"] = False
+    metrics: Annotated[str, "port (on loopback) or host:port where Prometheus reads metrics; empty: nowhere"] = ""
     chain_poll_interval_s: Annotated[float, "seconds between looks at the chain"] = 15.0
+
+    congestion_control: Annotated[str, "TCP's, by its name in the kernel (bbr); empty leaves the system's"] = ""
+    num_bulk_connections: Annotated[int, "connections for tensors to each peer; several help on links with losses"] = 1
 
     def __post_init__(self) -> None:
         """Checks ranges and expands ~; subclasses extend it. Raises ConfigError."""
         if self.log_level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             raise ConfigError(f"log_level is {self.log_level!r}: DEBUG, INFO, WARNING or ERROR is needed")
+        if not 1 <= self.num_bulk_connections <= MAX_BULK_CONNECTIONS:
+            raise ConfigError(
+                f"num_bulk_connections is {self.num_bulk_connections}: 1 to {MAX_BULK_CONNECTIONS} are possible"
+            )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Path):
                 object.__setattr__(self, field.name, value.expanduser())
             if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
                 raise ConfigError(f"{field.name} is {value}: it cannot be negative")
+        if self.relay and self.relay_mbit < 1:
+            raise ConfigError("relay_mbit is 0: at least 1 is needed where a relay is set")
+
+    def need_bootstrap(self) -> None:
+        """Raises ConfigError where no validator is named through which a network could be joined."""
+        if not self.bootstrap:
+            raise ConfigError("no bootstrap validator is named: set `bootstrap` to host:port of one")
+
+    def passphrase(self) -> str | None:
+        """What seals the key files, if anything does. Raises IdentityError."""
+        return None if self.passphrase_file is None else read_passphrase(self.passphrase_file)
 
 
 @dataclasses.dataclass(frozen=True)

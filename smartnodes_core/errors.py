@@ -134,6 +134,12 @@ class DeadlineError(Unavailable):
     code = "deadline"
 
 
+class CancelledError(Unavailable):
+    """This side gave the call up before its answer came."""
+
+    code = "cancelled"
+
+
 class BusyError(Unavailable):
     """A queue or quota of the peer (or our own) is full."""
 

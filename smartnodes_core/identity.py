@@ -11,19 +11,14 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import nacl.exceptions
-import nacl.pwhash
-import nacl.secret
 import nacl.signing
-import nacl.utils
 
 from smartnodes_core.chain import signing
 from smartnodes_core.errors import AuthorityError, IdentityError, SignatureError
-from smartnodes_core.keyfile import read_key_file, write_key_file
+from smartnodes_core.keyfile import read_key_file, secret_fields, secret_in, write_key_file
 from smartnodes_core.records import Binding, Record, Role, Signed, SignedBinding, digest_of
 from smartnodes_core.usage import USAGE
 
-_OPSLIMIT = nacl.pwhash.argon2id.OPSLIMIT_INTERACTIVE
-_MEMLIMIT = nacl.pwhash.argon2id.MEMLIMIT_INTERACTIVE
 _RECORD_DOMAIN = "signed record"
 _BINDING_DOMAIN = "binding by node"
 
@@ -69,14 +64,7 @@ class Identity:
 
         Never overwrites: IdentityError.
         """
-        seed = bytes(self._key)
-        fields: dict[str, str] = {"node_key": self.node_key.hex()}
-        if passphrase is None:
-            fields["seed"] = seed.hex()
-        else:
-            salt = nacl.utils.random(nacl.pwhash.argon2id.SALTBYTES)
-            box = nacl.secret.SecretBox(_stretch(passphrase, salt))
-            fields |= {"kdf": "argon2id-interactive", "salt": salt.hex(), "sealed": bytes(box.encrypt(seed)).hex()}
+        fields = {"node_key": self.node_key.hex(), **secret_fields("seed", bytes(self._key), passphrase)}
         write_key_file(path, fields)
 
     @classmethod
@@ -84,25 +72,12 @@ class Identity:
         """The identity in the key file at `path`. Raises IdentityError, also when others than its owner may read it."""
         fields = read_key_file(path)
         try:
-            if "sealed" in fields:
-                if passphrase is None:
-                    raise IdentityError(f"{path} is sealed by a passphrase: give it")
-                box = nacl.secret.SecretBox(_stretch(passphrase, bytes.fromhex(str(fields["salt"]))))
-                seed = box.decrypt(bytes.fromhex(str(fields["sealed"])))
-            else:
-                seed = bytes.fromhex(str(fields["seed"]))
-            identity = cls.from_seed(seed)
-        except nacl.exceptions.CryptoError:
-            raise IdentityError(f"the passphrase does not open {path}") from None
+            identity = cls.from_seed(secret_in(fields, "seed", passphrase, path))
         except (KeyError, ValueError, TypeError, nacl.exceptions.ValueError) as error:
             raise IdentityError(f"{path} is not a key file: {error}") from None
         if fields.get("node_key") != identity.node_key.hex():
             raise IdentityError(f"{path} names another node key than its seed gives: the file is damaged")
         return identity
-
-
-def _stretch(passphrase: str, salt: bytes) -> bytes:
-    return nacl.pwhash.argon2id.kdf(nacl.secret.SecretBox.KEY_SIZE, passphrase.encode(), salt, _OPSLIMIT, _MEMLIMIT)
 
 
 def _message(domain: str, data: bytes) -> bytes:

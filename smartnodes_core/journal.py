@@ -151,6 +151,18 @@ def _lock_file(file: FileIO, path: Path) -> None:
         raise LocalError(f"the journal {path} is in use: another node runs with this data directory") from None
 
 
+def is_in_use(path: Path) -> bool:
+    """Whether a node runs with the journal at `path`; False where the system does not tell."""
+    try:
+        with FileIO(path, "r") as file:
+            _lock_file(file, path)
+    except LocalError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def make_durable(path: Path) -> None:
     """Everything of a file, or of a folder's names, is on the disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -1,4 +1,7 @@
-"""Files that hold a secret: JSON, readable by their owner alone, written once and never overwritten."""
+"""Files that hold a secret: JSON, readable by their owner alone, written once and never overwritten.
+
+On request the secret is sealed by a passphrase (Argon2id, then XSalsa20-Poly1305): who copies the file has nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,17 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import nacl.exceptions
+import nacl.pwhash
+import nacl.secret
+import nacl.utils
+
 from smartnodes_core.errors import IdentityError
 
 MAX_KEY_FILE_BYTES = 4096
 VERSION = 1
+_OPSLIMIT = nacl.pwhash.argon2id.OPSLIMIT_INTERACTIVE
+_MEMLIMIT = nacl.pwhash.argon2id.MEMLIMIT_INTERACTIVE
 
 
 def write_key_file(path: str | os.PathLike[str], fields: dict[str, Any]) -> None:
@@ -49,3 +59,48 @@ def read_key_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     if len(data) > MAX_KEY_FILE_BYTES or not isinstance(fields, dict) or fields.get("version") != VERSION:
         raise IdentityError(f"{path} is not a key file of version {VERSION}")
     return fields
+
+
+def secret_fields(name: str, secret: bytes, passphrase: str | None) -> dict[str, str]:
+    """The fields that keep `secret`: as hexadecimal under `name`, or sealed where a passphrase is given."""
+    if passphrase is None:
+        return {name: secret.hex()}
+    salt = nacl.utils.random(nacl.pwhash.argon2id.SALTBYTES)
+    box = nacl.secret.SecretBox(_stretch(passphrase, salt))
+    return {"kdf": "argon2id-interactive", "salt": salt.hex(), "sealed": bytes(box.encrypt(secret)).hex()}
+
+
+def secret_in(fields: dict[str, Any], name: str, passphrase: str | None, path: str | os.PathLike[str]) -> bytes:
+    """The secret that `secret_fields` kept. Raises IdentityError for a passphrase that is wrong or missing, KeyError or
+    ValueError for fields that are no such thing.
+    """
+    if "sealed" not in fields:
+        return bytes.fromhex(str(fields[name]))
+    if passphrase is None:
+        raise IdentityError(f"{path} is sealed by a passphrase: name the file that holds it (passphrase_file)")
+    try:
+        box = nacl.secret.SecretBox(_stretch(passphrase, bytes.fromhex(str(fields["salt"]))))
+        return box.decrypt(bytes.fromhex(str(fields["sealed"])))
+    except nacl.exceptions.ValueError as error:
+        raise ValueError(str(error)) from None
+    except nacl.exceptions.CryptoError:
+        raise IdentityError(f"the passphrase does not open {path}") from None
+
+
+def _stretch(passphrase: str, salt: bytes) -> bytes:
+    return nacl.pwhash.argon2id.kdf(nacl.secret.SecretBox.KEY_SIZE, passphrase.encode(), salt, _OPSLIMIT, _MEMLIMIT)
+
+
+def read_passphrase(path: str | os.PathLike[str]) -> str:
+    """The first line of a file that only its owner may read. Raises IdentityError."""
+    try:
+        with open(path, "rb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            line = file.readline(MAX_KEY_FILE_BYTES).decode().rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise IdentityError(f"the passphrase file {path} cannot be read: {error}") from None
+    if os.name == "posix" and mode & 0o077:
+        raise IdentityError(f"{path} can be read by others (mode {mode:o}): run chmod 600 {path}")
+    if not line:
+        raise IdentityError(f"the passphrase file {path} is empty: write the passphrase on its first line")
+    return line

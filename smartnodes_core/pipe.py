@@ -85,7 +85,7 @@ class Pipe:
             return None
         try:
             return _decoder.decode(data)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolError(f"a malformed message: {error}") from None
 
     def close(self) -> None:

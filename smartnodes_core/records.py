@@ -210,11 +210,11 @@ class JobNotice(Record, frozen=True, kw_only=True, tag="JobNotice/1"):
 
 class Unit(Record, frozen=True, kw_only=True, tag="Unit/1"):
     """What one micro-batch of a step took in and gave out. `call` counts forwards since the last step,
-    `backward_pass` backwards
-    through that forward (-1: the forward alone)."""
+    `backward_pass` backwards through that forward (-1: the forward alone, which is not paid). A network that does not
+    train numbers its units by `micro_batch` alone."""
 
-    call: Count
-    backward_pass: Annotated[int, Meta(ge=-1, lt=1 << 31)]
+    call: Count = 0
+    backward_pass: Annotated[int, Meta(ge=-1, lt=1 << 31)] = 0
     micro_batch: Count
     roots: Roots
 
@@ -223,7 +223,8 @@ class Commitment(Record, frozen=True, kw_only=True, tag="Commitment/1"):
     """A worker's claim about one step of its stage, signed before anybody can know what will be audited.
 
     `previous` chains it to the commitment before (for step 0: the job's digest). `roots` binds state before and after
-    and the accumulated result, `units` each micro-batch. Floats are `float.hex()` text.
+    and the accumulated result, `units` each micro-batch. Floats are `float.hex()` text. What has a default is for
+    networks that train; a record on the wire holds every field.
     """
 
     job: Digest
@@ -232,14 +233,14 @@ class Commitment(Record, frozen=True, kw_only=True, tag="Commitment/1"):
     stage: Count
     step: Count
     worker: NodeKey
-    numeric_class: Name
+    numeric_class: Name = ""
     previous: Digest
-    roots: Roots
+    roots: Roots = {}
     units: Annotated[list[Unit], Meta(max_length=65536)]
-    shared_roots: Roots
-    order: Digest  # the author's signed order for this step: inputs, settings of the update
-    squared_norm: Name
-    clip_coefficient: Name
+    shared_roots: Roots = {}
+    order: Digest = NO_DIGEST  # the author's signed order for this step: inputs, settings of the update
+    squared_norm: Name = (0.0).hex()
+    clip_coefficient: Name = (1.0).hex()
     work_units: Count
 
 

@@ -2,12 +2,13 @@
 
 0 is blacklisted and stays so; 1 is a newcomer; 255 the best. Honest verdicts raise it by steps that shrink towards the
 top and are capped per round, so that a good name takes many rounds to earn; an inconclusive verdict leaves it; one
-fraudulent verdict takes all of it. The rule that follows from Verdict and consequence in the protocol; `rounds.py` puts
-its results on chain.
+fraudulent verdict takes all of it. `rounds.py` puts the results on chain. A network may have a rule of its own
+(`ReputationRule`): all its validators must run the same one, or they sign no round together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 BLACKLISTED = 0
@@ -26,6 +27,10 @@ class VerdictCounts:
     honest: int = 0
     inconclusive: int = 0
     fraudulent: int = 0
+
+
+#: From the reputation (0..255) before a round and the round's verdicts to the one after it; pure.
+ReputationRule = Callable[[int, VerdictCounts], int]
 
 
 def next_reputation(reputation: int, counts: VerdictCounts) -> int:

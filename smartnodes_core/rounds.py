@@ -27,7 +27,7 @@ from smartnodes_core.chain.proposal import (
 )
 from smartnodes_core.chain.signing import keccak, word
 from smartnodes_core.payments import JobWork, settle, share
-from smartnodes_core.reputation import BLACKLISTED, VerdictCounts, next_reputation
+from smartnodes_core.reputation import BLACKLISTED, ReputationRule, VerdictCounts, next_reputation
 
 __all__ = [
     "Admission",
@@ -96,7 +96,7 @@ class RoundContext:
     `totals_wei` are the cumulative rewards under the last executed root, `signers` those whose signatures carried the
     round before, `emission_wei` what may be emitted up to `until_s`, `parameters` those of this round,
     `frozen_from` the round whose root a validator has frozen (0: none), `correction` what this validator finds
-    instead, if it finds it wrong.
+    instead, if it finds it wrong. `reputation_rule` is the network's own.
     """
 
     domain: Domain
@@ -113,6 +113,7 @@ class RoundContext:
     totals_wei: Mapping[bytes, int]
     frozen_from: int = 0
     correction: Correction | None = None
+    reputation_rule: ReputationRule = next_reputation
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def propose(context: RoundContext, evidence: RoundEvidence) -> tuple[RoundPropos
         standing = context.standings.get(account)
         if standing is None:
             continue
-        score = next_reputation(standing.reputation, counts)
+        score = context.reputation_rule(standing.reputation, counts)
         if score != standing.reputation:
             scores[standing.index] = score
         if counts.fraudulent and standing.stake_wei and context.num_validators >= MIN_VALIDATORS_TO_SLASH:

@@ -15,19 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from smartnodes_core.chain.account import load_account_key, save_account_key
 from smartnodes_core.chain.devnet.accounts import devnet_key
 from smartnodes_core.chain.devnet.anvil import AnvilProcess, start_chain
 from smartnodes_core.chain.devnet.launcher import DevnetProcess
 from smartnodes_core.chain.proposal import UNCAPPED
-from smartnodes_core.chain.settings import SNO, Addresses, ChainSettings
+from smartnodes_core.chain.settings import SNO, ChainSettings
 from smartnodes_core.chain.signing import address_of
-from smartnodes_core.config import UserConfig
+from smartnodes_core.config import UserConfig, load
 from smartnodes_core.errors import ConfigError
-from smartnodes_core.identity import Identity
-from smartnodes_core.nodes.membership import Membership
+from smartnodes_core.nodes.founding import found, settings_of
+from smartnodes_core.nodes.process import NodeProcess, children, resident_bytes
 from smartnodes_core.records import Role
-from tensorlink.local_process import NodeProcess, children, resident_bytes
 
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 3.0
@@ -75,7 +73,6 @@ class LocalProcesses:
         self.chain_url = ""
         self._devnet: AnvilProcess | DevnetProcess | None = None
         self._nodes: list[NodeProcess] = []
-        self._num_keys = 1  # account 0 deploys
         self._stopping = threading.Lock()
         atexit.register(self.stop)  # for a script that ends without closing its network
 
@@ -85,38 +82,23 @@ class LocalProcesses:
         say("starting the chain …")
         self._devnet = start_chain()
         self.chain_url = self._devnet.url
-        self._make_keys("user")
-        names: dict[Role, list[str]] = {
-            "validator": [f"validator-{index}" for index in range(self.settings.validators)],
-            "worker": [f"worker-{index}" for index in range(self.settings.workers)],
-            "user": ["user"],
-        }
-        validator_accounts = [self._make_keys(name) for name in names["validator"]]
-        for name in names["worker"]:
-            self._make_keys(name)
+        names: dict[str, Role] = {"user": "user"}
+        names |= {f"validator-{index}": "validator" for index in range(self.settings.validators)}
+        names |= {f"worker-{index}": "worker" for index in range(self.settings.workers)}
+        members = {name: (role, number) for number, (name, role) in enumerate(names.items(), start=1)}
         say("deploying the contracts …")
-        addresses = self._deploy(validator_accounts)
-        self._register(addresses, names)
+        found(self.folder, self.chain_url, NETWORK_ID, members, self._chain_settings(members))
         say("starting validators and workers …")
-        first = self._launch(names["validator"][0], "validator", [])
-        endpoint = first.wait_ready(READY_TIMEOUT_S)
-        rest = [self._launch(name, "validator", [endpoint]) for name in names["validator"][1:]]
-        rest += [self._launch(name, "worker", [endpoint]) for name in names["worker"]]
-        for node in rest:
+        first, *others = [name for name, role in names.items() if role != "user"]
+        endpoint = self._launch(first, names[first], []).wait_ready(READY_TIMEOUT_S)
+        for node in [self._launch(name, names[name], [endpoint]) for name in others]:
             node.wait_ready(READY_TIMEOUT_S)
         self._bootstrap = endpoint
 
     def user_config(self) -> UserConfig:
         """What the calling process needs to join as the user."""
-        return UserConfig(
-            identity=self.folder / "user" / "identity.json",
-            account=self.folder / "user" / "account.json",
-            rpc_url=self.chain_url,
-            addresses=self.folder / "addresses.json",
-            bootstrap=[self._bootstrap],
-            network_id=NETWORK_ID,
-            chain_poll_interval_s=5.0,
-        )
+        flags = {"bootstrap": [self._bootstrap], "network_id": NETWORK_ID, "chain_poll_interval_s": 5.0}
+        return load(UserConfig, env={}, flags={**settings_of(self.folder, "user", self.chain_url), **flags})
 
     def processes(self) -> list[dict[str, Any]]:
         """Name, process id and resident memory in bytes of this process and all that it started, children included."""
@@ -181,49 +163,19 @@ class LocalProcesses:
 
     # -- parts ------------------------------------------------------------------------------------------------------
 
-    def _make_keys(self, name: str) -> bytes:
-        """Key files for one node; returns its account."""
-        folder = self.folder / name
-        folder.mkdir()
-        key = devnet_key(self._num_keys)
-        self._num_keys += 1
-        Identity.create().save(folder / "identity.json")
-        save_account_key(folder / "account.json", key)
-        return address_of(key)
-
-    def _deploy(self, validators: list[bytes]) -> Addresses:
-        from smartnodes_core.chain.deploy import deploy
-
-        user = address_of(devnet_key(1))
-        settings = ChainSettings(
+    def _chain_settings(self, members: Mapping[str, tuple[Role, int]]) -> ChainSettings:
+        sno = {"validator": 1_000_000 * SNO, "user": USER_SNO * SNO}
+        return ChainSettings(
             round_interval_s=self.settings.round_interval_s,
             claim_delay_s=self.settings.claim_delay_s,
             kappa_bps=UNCAPPED,  # a subsidy: jobs here pay no fees that workers could earn
-            genesis={**{account: 1_000_000 * SNO for account in validators}, user: USER_SNO * SNO},
+            genesis={address_of(devnet_key(number)): sno[role] for role, number in members.values() if role in sno},
         )
-        addresses = deploy(self.chain_url, devnet_key(0), settings)
-        addresses.write(self.folder / "addresses.json")
-        return addresses
 
-    def _register(self, addresses: Addresses, names: Mapping[Role, Sequence[str]]) -> None:
-        """Register everybody before the first round: who comes later waits until a round admits it, and what the first
-        validators audit alone a quorum could not sign for.
-        """
-        from smartnodes_core.chain.client import ChainClient
-
-        for role, members in names.items():
-            for name in members:
-                folder = self.folder / name
-                chain = ChainClient(self.chain_url, addresses, load_account_key(folder / "account.json"))
-                Membership(chain, NETWORK_ID).join(role, Identity.load(folder / "identity.json").node_key)
-
-    def _launch(self, name: str, role: str, bootstrap: list[str]) -> NodeProcess:
+    def _launch(self, name: str, role: Role, bootstrap: list[str]) -> NodeProcess:
         folder = self.folder / name
-        flags = {
-            "identity": folder / "identity.json",
-            "account": folder / "account.json",
-            "addresses": self.folder / "addresses.json",
-            "rpc-url": self.chain_url,
+        flags: dict[str, Any] = {
+            **settings_of(self.folder, name, self.chain_url),
             "network-id": NETWORK_ID,
             "data-dir": folder,
             "log-level": self.settings.log_level,
@@ -239,7 +191,7 @@ class LocalProcesses:
         program = self.settings.commands.get(name, (sys.executable, "-m", f"tensorlink.cli.{role}"))
         command = [*program, "--exit-with-parent"]
         for key, value in flags.items():
-            command += [f"--{key}", str(value)]
+            command += [f"--{key.replace('_', '-')}", str(value)]
         for endpoint in bootstrap:
             command += ["--bootstrap", endpoint]
         node = NodeProcess(name, command, folder / "log")

@@ -7,10 +7,13 @@ networks at once would fill a small machine.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -82,3 +85,54 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=100,
         help="nodes of the DHT of which three tenths vanish at once (the long mode: 1000)",
     )
+    parser.addoption(
+        "--across-routers",
+        action="store_true",
+        help="have rigs at two homes, in network namespaces, train a model together (root; a minute)",
+    )
+    parser.addoption(
+        "--fault-schedules",
+        type=int,
+        default=140,
+        help="seeded schedules of faults under which calls are made over the memory transport (the long mode: 10000)",
+    )
+    parser.addoption(
+        "--connections",
+        type=int,
+        default=200,
+        help="connections after which nothing may be left of them (the long mode: 10000)",
+    )
+
+
+def _namespaces_module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("namespaces", Path(__file__).with_name("namespaces.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def namespaces() -> Iterator[Any]:
+    """Network namespaces to be machines; skips with the reason where there can be none."""
+    module = _namespaces_module()
+    if reason := module.why_not():
+        pytest.skip(reason)
+    made = module.Namespaces()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def homes(namespaces: Any) -> Callable[..., Any]:
+    """`homes(symmetric=…)` makes two homes behind routers that translate, and public machines; see namespaces.py."""
+    module = _namespaces_module()
+    if reason := module.why_not(translating=True):
+        pytest.skip(reason)
+
+    def make(**options: Any) -> Any:
+        module.two_homes(namespaces, **options)
+        return namespaces
+
+    return make

@@ -24,7 +24,12 @@ PACKAGES = ("smartnodes_core", "tensorlink")
 CORE_LAYERS = (
     ("smartnodes_core.nodes",),
     ("smartnodes_core.dht",),
-    ("smartnodes_core.nodes.base", "smartnodes_core.nodes.links", "smartnodes_core.nodes.authority"),
+    (
+        "smartnodes_core.nodes.base",
+        "smartnodes_core.nodes.bulk_links",
+        "smartnodes_core.nodes.links",
+        "smartnodes_core.nodes.authority",
+    ),
     ("smartnodes_core.rounds", "smartnodes_core.audit", "smartnodes_core.jobs", "smartnodes_core.sandbox"),
     ("smartnodes_core.rpc",),
     ("smartnodes_core.transport",),
@@ -63,6 +68,8 @@ NODE_SIDE = (
     "tensorlink.records",
     "tensorlink.errors",
     "tensorlink.local",
+    "tensorlink.home",
+    "tensorlink.cli.home",
     "tensorlink.cli.worker",
     "tensorlink.cli.validator",
     "tensorlink.cli.options",

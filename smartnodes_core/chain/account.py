@@ -6,19 +6,19 @@ import os
 
 from smartnodes_core.chain.signing import address_of, checksum
 from smartnodes_core.errors import ConfigError, IdentityError
-from smartnodes_core.keyfile import read_key_file, write_key_file
+from smartnodes_core.keyfile import read_key_file, secret_fields, secret_in, write_key_file
 
 
-def save_account_key(path: str | os.PathLike[str], key: bytes) -> None:
-    """Write the 32-byte secret `key`. Raises IdentityError where the file exists."""
-    write_key_file(path, {"account": checksum(address_of(key)), "private_key": key.hex()})
+def save_account_key(path: str | os.PathLike[str], key: bytes, passphrase: str | None = None) -> None:
+    """Write the 32-byte secret `key`, sealed by `passphrase` if given. Raises IdentityError where the file exists."""
+    write_key_file(path, {"account": checksum(address_of(key)), **secret_fields("private_key", key, passphrase)})
 
 
-def load_account_key(path: str | os.PathLike[str]) -> bytes:
+def load_account_key(path: str | os.PathLike[str], passphrase: str | None = None) -> bytes:
     """The 32-byte secret key in the file. Raises IdentityError."""
     fields = read_key_file(path)
     try:
-        key = bytes.fromhex(str(fields["private_key"]))
+        key = secret_in(fields, "private_key", passphrase, path)
         account = checksum(address_of(key))
     except (KeyError, ValueError, ConfigError) as error:
         raise IdentityError(f"{path} is not the key file of an account: {error}") from None

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from smartnodes_core.audit import Auditor, HashChain, assigned_validators
+from smartnodes_core.counters import COUNTERS
 from smartnodes_core.errors import AuthorityError, RecordError, SmartnodesError, Unavailable
 from smartnodes_core.identity import Identity, verify
 from smartnodes_core.jobs import Job
@@ -155,6 +156,7 @@ class AuditDesk:
                 self._void(audited, commitment, data)
                 raise
             faults = audited.compare_links(commitment)
+        COUNTERS.add("commitments", "taken")
         if faults:
             logger.warning("step %s: %s", commitment.step, faults[0])
         self._draws.draw(audited, [commitment.digest()])  # others may have revealed before it came
@@ -227,6 +229,7 @@ class AuditDesk:
             work_units=commitment.work_units,
             decided_at_s=int(time.time()),
         )
+        COUNTERS.add("verdicts", verdict.finding)
         data = self._identity.sign(verdict).encode()
         self.take_verdict(data)
         told = (*audited.job.plan.validators, commitment.worker, audited.job.record.author)

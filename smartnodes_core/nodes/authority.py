@@ -50,7 +50,7 @@ class WatchingAuthority(Authority, Protocol):
 
 
 class OpenAuthority:
-    """Admits everybody. For tests only: a node that uses it serves strangers."""
+    """Admits everybody: a node that uses it serves strangers, so what it serves must check its callers itself."""
 
     def admit(self, peer: Peer) -> None:
         """Never refuses."""

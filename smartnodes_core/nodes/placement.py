@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from smartnodes_core.counters import COUNTERS
 from smartnodes_core.errors import (
     AuthorityError,
     BusyError,
@@ -173,6 +174,7 @@ class JobDesk:
             entry.opened_by.add(opener)
             entry.note(f"plan {job.plan.version}: {job.plan.reason[:200]}")
         if is_new:
+            COUNTERS.add("jobs", "opened")
             self.on_new(job)
         self.on_open(job)
 
@@ -207,6 +209,7 @@ class JobDesk:
                 return False
             entry = self.entries[job.id] = JobEntry(job, time.time())
             entry.note("taken up again")
+        COUNTERS.add("jobs", "taken up")
         self.on_open(job)
         return True
 
@@ -293,6 +296,7 @@ class JobDesk:
                 del self.entries[job_id]
             for job_id in list(self._ended)[: max(0, len(self._ended) - MAX_ENDED)]:
                 del self._ended[job_id]
+        COUNTERS.add("jobs", "closed")
         self.on_close(job)
 
     def _quietly(self, peer: NodeKey, method: str, params: dict[str, Any]) -> None:

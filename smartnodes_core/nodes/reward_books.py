@@ -1,16 +1,21 @@
 """The cumulative rewards that a validator knows: under the last root, as the base of the next round, and under earlier
-ones, for members that claim.
+ones, for members that claim. The last ones are on disk before anybody has the signature: a validator that is alone in
+its network has nobody to ask for them when it starts again, and without them no round could follow.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from smartnodes_core.chain.base import Chain, RoundState
 from smartnodes_core.errors import RecordError, Unavailable
+from smartnodes_core.journal import make_durable
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.params import digest_in
 from smartnodes_core.nodes.rewards import fetch_reward_totals, reward_root
@@ -22,11 +27,13 @@ logger = logging.getLogger(__name__)
 
 #: Roots whose leaves are kept: as many as the contract keeps.
 MAX_PUBLISHED = 64
+#: Roots whose leaves are on disk: the last, and those that were signed and may follow it.
+NUM_KEPT = 4
 
 
 class RewardBooks:
     """Totals in wei by account, by root. `others` gives the validators to ask, `signed` the totals under a root that
-    was signed here and of whose execution nothing has been heard yet."""
+    was signed here and of whose execution nothing has been heard yet, `path` the file that keeps the last ones."""
 
     def __init__(
         self,
@@ -35,13 +42,15 @@ class RewardBooks:
         network_id: int,
         others: Callable[[], list[NodeKey]],
         signed: Callable[[bytes], dict[bytes, int] | None],
+        path: Path | None = None,
     ):
         self._node, self._chain, self._network_id = node, chain, network_id
         self._others, self._signed = others, signed
         self._lock = threading.Lock()
         self._totals_wei: dict[bytes, int] = {}
         self._root = NO_DIGEST
-        self._published: dict[bytes, dict[bytes, int]] = {}
+        self._path = path
+        self._published = self._load()
         node.serve(self)
 
     @property
@@ -72,8 +81,44 @@ class RewardBooks:
         root = reward_root(self._chain, self._network_id, totals_wei)
         with self._lock:
             self._totals_wei, self._root = totals_wei, root
+        self.keep(totals_wei)
+
+    def keep(self, totals_wei: dict[bytes, int]) -> None:
+        """These may be the totals under the last root soon: they were signed, and nobody was told yet."""
+        root = reward_root(self._chain, self._network_id, totals_wei)
+        with self._lock:
+            self._published.pop(root, None)
             self._published[root] = totals_wei
             trim(self._published, MAX_PUBLISHED)
+            self._save(list(self._published.values())[-NUM_KEPT:])
+
+    def _load(self) -> dict[bytes, dict[bytes, int]]:
+        """What was kept, by the roots that it really has."""
+        if self._path is None or not self._path.exists():
+            return {}
+        try:
+            kept = [
+                {bytes.fromhex(account): int(wei) for account, wei in totals.items()}
+                for totals in json.loads(self._path.read_text(encoding="utf-8"))
+            ]
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            logger.error("the rewards in %s cannot be read, other validators are asked for them: %s", self._path, error)
+            return {}
+        return {reward_root(self._chain, self._network_id, totals_wei): totals_wei for totals_wei in kept}
+
+    def _save(self, kept: list[dict[bytes, int]]) -> None:
+        if self._path is None:
+            return
+        part = self._path.with_name(self._path.name + ".part")
+        try:
+            with part.open("w", encoding="utf-8") as file:
+                json.dump([{account.hex(): str(wei) for account, wei in totals.items()} for totals in kept], file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(self._path)
+            make_durable(self._path.parent)
+        except OSError as error:
+            logger.error("the rewards cannot be kept in %s: %s", self._path, error.strerror)
 
     @allow(max_body_bytes=0)
     def rpc_reward_totals(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:

@@ -11,10 +11,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from smartnodes_core.chain.base import Chain, RoundState
 from smartnodes_core.chain.proposal import NO_HASH, Parameters
+from smartnodes_core.counters import COUNTERS
 from smartnodes_core.errors import ChainError, RecordError, SmartnodesError
 from smartnodes_core.nodes.admitting import AdmissionDesk
 from smartnodes_core.nodes.auditing import AuditDesk
@@ -27,6 +29,7 @@ from smartnodes_core.nodes.reward_books import MAX_PUBLISHED, RewardBooks, trim
 from smartnodes_core.nodes.root_checks import RootChecks
 from smartnodes_core.nodes.settleable import MAX_NAMED, Settleable
 from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, NodeKey, Proposal, Signed, Verdict
+from smartnodes_core.reputation import ReputationRule, next_reputation
 from smartnodes_core.rounds import (
     RoundContext,
     RoundEvidence,
@@ -73,7 +76,10 @@ class RoundBooks:
         membership: Membership,
         wanted: Parameters | None = None,
         announced: Callable[[NodeKey], Signed | None] = lambda node_key: None,
+        reputation_rule: ReputationRule = next_reputation,
+        rewards_path: Path | None = None,
     ):
+        self._reputation_rule = reputation_rule
         self.node, self.chain, self.network_id, self.account = node, chain, network_id, account
         self.audits, self.membership, self.wanted = audits, membership, wanted
         self.executed: deque[RoundProposal] = deque(maxlen=MAX_PUBLISHED)
@@ -92,7 +98,7 @@ class RoundBooks:
         self.news = JobNews(node, network_id, membership.role_of)
         self.escrows = Escrows(chain, network_id, membership)
         self.records = Settleable(audits, membership, self.escrows, self.is_settled)
-        self.rewards = RewardBooks(node, chain, network_id, self.others, self._signed_totals)
+        self.rewards = RewardBooks(node, chain, network_id, self.others, self._signed_totals, rewards_path)
         node.serve(self)
 
     # -- following the chain ------------------------------------------------------------------------------------------
@@ -157,6 +163,8 @@ class RoundBooks:
 
     def _note(self, number: int, digest: bytes) -> None:
         with self._lock:
+            if self._rounds.get(number) != digest:
+                COUNTERS.add("rounds", "followed")
             self._rounds[number] = digest
             trim(self._rounds, MAX_PUBLISHED)
             known, kept = self._candidates.get(digest), self._kept.get(digest)
@@ -244,7 +252,8 @@ class RoundBooks:
     # -- candidates ---------------------------------------------------------------------------------------------------
 
     def remember(self, digest: bytes, candidate: Candidate) -> None:
-        """Keep a proposal that this validator signs."""
+        """Keep a proposal that this validator has signed, before it tells anybody."""
+        self.rewards.keep(candidate.totals_wei)
         with self._lock:
             self._candidates[digest] = candidate
 
@@ -284,4 +293,5 @@ class RoundBooks:
             totals_wei=self.rewards.totals_wei,
             frozen_from=state.frozen_from,
             correction=self.roots.correction(state),
+            reputation_rule=self._reputation_rule,
         )

@@ -17,6 +17,7 @@ from smartnodes_core.ballots import BallotBox, Motion, proposers_in
 from smartnodes_core.chain.base import Chain, RefusedError, RoundState
 from smartnodes_core.chain.proposal import Equivocation, Parameters
 from smartnodes_core.chain.signing import address_of
+from smartnodes_core.counters import COUNTERS
 from smartnodes_core.errors import ChainError, SmartnodesError
 from smartnodes_core.journal import EquivocationError, Journal
 from smartnodes_core.nodes.auditing import AuditDesk
@@ -29,6 +30,7 @@ from smartnodes_core.nodes.round_books import Candidate, RoundBooks
 from smartnodes_core.nodes.views import View, ViewClock
 from smartnodes_core.nodes.voting import Signer, VoteDesk
 from smartnodes_core.records import NodeKey, Proposal, Signed
+from smartnodes_core.reputation import ReputationRule, next_reputation
 from smartnodes_core.rounds import RoundProposal, in_view, propose, quorum
 
 logger = logging.getLogger(__name__)
@@ -44,9 +46,10 @@ class RoundDesk:
     """Carries what this validator and its peers verified on chain, one round after the other.
 
     `poll_s` is how often the chain is looked at while a round is due, `proposer_timeout_s` after how long the view
-    rises: the next in the draw leads, more may propose. `folder` keeps proofs of equivocation (None: in memory only).
-    `wanted` are parameters of the network that this validator proposes and signs for (None: those in force);
-    `announced` gives what a node announced last, where its class is read.
+    rises: the next in the draw leads, more may propose. `folder` keeps proofs of equivocation, a file beside it the
+    last rewards (None: in memory only). `wanted` are parameters of the network that this validator proposes and signs
+    for (None: those in force); `announced` gives what a node announced last, where its class is read;
+    `reputation_rule` is the network's.
     """
 
     def __init__(
@@ -64,11 +67,15 @@ class RoundDesk:
         folder: Path | None = None,
         wanted: Parameters | None = None,
         announced: Callable[[NodeKey], Signed | None] = lambda node_key: None,
+        reputation_rule: ReputationRule = next_reputation,
     ):
         self._node, self._chain, self._network_id = node, chain, network_id
         self._account = address_of(account_key)
         self._membership, self._learn_validators = membership, learn_validators
-        self.books = RoundBooks(node, chain, network_id, self._account, audits, membership, wanted, announced)
+        rewards = folder.with_name("rewards.json") if folder is not None else None
+        self.books = RoundBooks(
+            node, chain, network_id, self._account, audits, membership, wanted, announced, reputation_rule, rewards
+        )
         self.executed = self.books.executed
         others = self.books.others
         self.proofs = EquivocationDesk(node, chain, network_id, self._account, folder, others, poll_s)
@@ -210,6 +217,7 @@ class RoundDesk:
                 raise
             logger.info("round %s: %s", content.round, error)
             return error.reason in ("WrongRound", "WrongPrevious")
+        COUNTERS.add("rounds", "executed")
         logger.info(
             "round %s executed: %d signatures, %d verdicts, %d commitments settled",
             content.round,

@@ -25,13 +25,19 @@ from smartnodes_core.dht.directory import Directory, find
 from smartnodes_core.dht.node import DhtNode
 from smartnodes_core.dht.running import RunningDht
 from smartnodes_core.dht.storage import RecordStore
-from smartnodes_core.errors import AuthorityError, ChainError, ConfigError, JobError, SmartnodesError, Unavailable
+from smartnodes_core.errors import AuthorityError, ChainError, JobError, SmartnodesError, Unavailable
 from smartnodes_core.identity import Identity, make_binding
 from smartnodes_core.nodes.authority import ChainAuthority
 from smartnodes_core.nodes.base import Node
+from smartnodes_core.nodes.introducing import IntroductionDesk
 from smartnodes_core.nodes.job_copies import JobCopy, fetch_job
+from smartnodes_core.nodes.meeting import MeetingDesk
 from smartnodes_core.nodes.membership import Membership
-from smartnodes_core.records import Announcement, NodeKey, Role, Signed
+from smartnodes_core.nodes.reachability import Reachability, assess
+from smartnodes_core.nodes.renewing import Renewer
+from smartnodes_core.records import Announcement, NodeKey, Role, Signed, SignedBinding
+from smartnodes_core.transport.relay import Relay
+from smartnodes_core.transport.relay_quotas import RelayQuotas
 from smartnodes_core.transport.tls import TlsTransport
 
 logger = logging.getLogger(__name__)
@@ -54,9 +60,14 @@ class Station:
     chain: Chain
     membership: Membership
     node: Node
+    renewer: Renewer
+    meetings: MeetingDesk
+    relay: Relay | None = None
     bootstrap_keys: list[NodeKey] = field(default_factory=list)
     directory: Directory | None = None
     dht: RunningDht | None = None
+    #: How others reach this node, once a worker or a validator has joined.
+    reachability: Reachability | None = None
     _announcer: Announcer | None = None
     _learn_at_s: float = 0.0
     _num_learnt: int = 0
@@ -66,26 +77,31 @@ class Station:
         """Load the keys, listen, connect to the chain, register. Raises IdentityError, ConfigError, PortInUseError,
         ChainError,
         AuthorityError, each with the remedy."""
-        identity = Identity.load(config.identity)
-        account_key = load_account_key(config.account)
+        passphrase = config.passphrase()
+        identity = Identity.load(config.identity, passphrase)
+        account_key = load_account_key(config.account, passphrase)
         addresses = Addresses.read(config.addresses)
-        binding = make_binding(
-            identity,
-            account_key,
-            role,
-            addresses.chain_id,
-            addresses.registry,
-            config.network_id,
-            int(time.time()) + BINDING_LIFETIME_S,
-        )
+        place = (role, addresses.chain_id, addresses.registry, config.network_id)
+
+        def bind() -> SignedBinding:
+            return make_binding(identity, account_key, *place, int(time.time()) + BINDING_LIFETIME_S)
+
+        binding = bind()
         connecting: Future[Membership] = Future()
         authority = ChainAuthority(
             lambda: _members(connecting), poll_interval_s=config.chain_poll_interval_s, min_refresh_interval_s=0.5
         )
         endpoint = None if role == "user" else config.endpoint
-        node = Node(identity, binding, TlsTransport(identity, binding), authority, endpoint)
-        node.start()  # before web3 is imported: a node listens at once
+        transport = TlsTransport(identity, binding, congestion_control=config.congestion_control)
+        node = Node(identity, binding, transport, authority, endpoint, config.num_bulk_connections)
+        quotas = RelayQuotas(peer_bytes_per_s=config.relay_mbit * 125_000)
+        relay = Relay(config.relay, quotas) if config.relay else None
+        IntroductionDesk(node, relay)
+        meetings = MeetingDesk(node)
         try:
+            if relay is not None:
+                relay.start()
+            node.start()  # before web3 is imported: a node listens at once
             from smartnodes_core.chain.client import ChainClient
 
             chain = ChainClient(config.rpc_url, addresses, account_key)
@@ -95,8 +111,12 @@ class Station:
         except BaseException:
             connecting.cancel()
             node.stop()
+            if relay is not None:
+                relay.stop()
             raise
-        return cls(config, role, identity, account_key, chain, membership, node)
+        renewer = Renewer(node, bind, BINDING_LIFETIME_S / 2)
+        renewer.start()
+        return cls(config, role, identity, account_key, chain, membership, node, renewer, meetings, relay)
 
     def join(self) -> None:
         """Reach the bootstrap validators; a validator also serves the directory. Raises the last error when none is
@@ -104,8 +124,10 @@ class Station:
         """
         if self.role == "validator":
             self.directory = Directory(self.node, RecordStore(self.config.network_id))
-        failure: SmartnodesError = ConfigError("no bootstrap validator is named: set `bootstrap` to host:port of one")
-        contacts = []
+        if self.role != "validator":
+            self.config.need_bootstrap()
+        contacts: list[Contact] = []
+        failure: SmartnodesError | None = None
         for endpoint in self.config.bootstrap:
             try:
                 self.bootstrap_keys.append(self._reach(endpoint))
@@ -113,7 +135,7 @@ class Station:
             except SmartnodesError as error:
                 failure = error
                 logger.warning("bootstrap %s: %s", endpoint, error)
-        if not self.bootstrap_keys and self.role != "validator":
+        if failure is not None and not self.bootstrap_keys and self.role != "validator":
             raise failure
         for key in self.bootstrap_keys:
             if self.directory is not None:
@@ -150,7 +172,7 @@ class Station:
             self.role,
             self.config.network_id,
             offers,
-            endpoints=self.config.announce_as or None,
+            endpoints=self.config.announce_as or self._endpoints(),
             directory=self.directory,
             publish=self._publish,
         )
@@ -159,9 +181,20 @@ class Station:
 
     def _publish(self, signed: Signed) -> None:
         """Take part in the DHT where this node is announced to be reached, and be found there."""
-        if self.dht is not None:
+        introduced = self.reachability is not None and self.reachability.kind == "introduced"
+        if self.dht is not None and not introduced:
             self.dht.take_part(Announcement.decode(signed.record).endpoints[:MAX_ENDPOINTS])
             self.dht.dht.put(signed)
+
+    def _endpoints(self) -> list[str]:
+        """Where this node is to be dialled, as found out now."""
+        if self.reachability is None:
+            asked = [key for key in self.bootstrap_keys if key != self.node.node_key]
+            self.reachability = assess(self.node, asked, may_map=self.config.port_mapping)
+            logger.info("how others reach this node: %s", self.reachability)
+            if self.reachability.mapping is not None:
+                self.reachability.mapping.keep()
+        return list(self.reachability.endpoints)
 
     def update_announcement(self) -> None:
         """Something in what this node offers has changed."""
@@ -216,7 +249,12 @@ class Station:
             self.dht.close()
         if self.directory is not None:
             self.directory.stop()
+        if self.reachability is not None:
+            self.reachability.close()
+        self.renewer.stop()
         self.node.stop()
+        if self.relay is not None:
+            self.relay.stop()
 
 
 def _members(connecting: Future[Membership]) -> Sequence[Member]:

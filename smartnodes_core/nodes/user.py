@@ -24,6 +24,7 @@ from smartnodes_core.nodes.placement import closing_signature
 from smartnodes_core.nodes.worker import STREAM
 from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, JobRecord, NodeKey, Plan, Signed, Verdict
 from smartnodes_core.rpc import PendingCall, allow
+from smartnodes_core.rpc.pace import LARGE_BODY_BYTES
 from smartnodes_core.transport.base import Peer
 
 logger = logging.getLogger(__name__)
@@ -146,7 +147,10 @@ class UserNode:
         """Call a stage's handler; `result` waits for its answer, and has to be called."""
         worker = stage.job.worker_of(stage.stage, stage.replica)
         message = {"key": stage.key, "method": method, "params": params}
-        return self.node.begin_call(worker, "job", message, body, timeout_s=timeout_s, max_body_bytes=max_body_bytes)
+        bulk = sum(len(part) for part in body) + max_body_bytes >= LARGE_BODY_BYTES
+        return self.node.begin_call(
+            worker, "job", message, body, bulk=bulk, timeout_s=timeout_s, max_body_bytes=max_body_bytes
+        )
 
     def notify(self, stage: StageOfJob, method: str, params: dict[str, Any]) -> None:
         """Tell a stage's handler something; one-way, in order with other one-way messages."""

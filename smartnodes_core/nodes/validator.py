@@ -30,6 +30,7 @@ from smartnodes_core.nodes.placement import JobDesk
 from smartnodes_core.nodes.resuming import ResumeDesk
 from smartnodes_core.nodes.rounding import RoundDesk
 from smartnodes_core.records import NodeKey, Signed
+from smartnodes_core.reputation import ReputationRule, next_reputation
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class ValidatorSettings:
     """Times of a validator: commitments are gathered `list_interval_s` into one list, which waits `reveal_timeout_s`
     for the other validators'; a worker has `challenge_timeout_s` to open; the chain is looked at every `poll_s`, and a
     silent proposer is given up after `proposer_timeout_s`. `parameters` are those of the network that this validator
-    wants (None: those in force): it proposes them, and signs no others."""
+    wants (None: those in force): it proposes them, and signs no others. `reputation_rule` is the network's."""
 
     list_interval_s: float = 0.25
     reveal_timeout_s: float = 30.0
@@ -50,6 +51,7 @@ class ValidatorSettings:
     poll_s: float = 5.0
     proposer_timeout_s: float = 30.0
     parameters: Parameters | None = None
+    reputation_rule: ReputationRule = next_reputation
 
 
 class ValidatorNode:
@@ -102,6 +104,7 @@ class ValidatorNode:
             folder=proofs,
             wanted=settings.parameters,
             announced=announced,
+            reputation_rule=settings.reputation_rule,
         )
         self._resuming = ResumeDesk(node, self.jobs, self.audits)
         self.keeper = JobKeeper(

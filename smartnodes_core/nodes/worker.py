@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from smartnodes_core.audit import NUM_ASSIGNED
+from smartnodes_core.counters import COUNTERS
 from smartnodes_core.errors import (
     AuthorityError,
     BusyError,
@@ -255,6 +256,7 @@ class WorkerNode:
                 return
             signed = self._identity.sign(commitment).encode()
             ledger.keep(commitment)
+        COUNTERS.add("commitments", "made")
         self._mailer.post((*stage.job.plan.validators, stage.author), "commitment", {}, signed)
 
 

@@ -3,32 +3,47 @@
     {"kind": "call",   "id", "method", "params", "timeout_ms"}  + body     answered by
     {"kind": "reply",  "id", "params"}                          + body     or
     {"kind": "error",  "id", "code", "message"}
+    {"kind": "cancel", "id"}                                               the caller waits no more; not answered
     {"kind": "notify", "method", "params"}                      + body     not answered
-    {"kind": "stream", "topic", "header"}                       + body     not answered
+    {"kind": "stream", "topic", "header"}                       + body     not answered; with "piece": see `striping.py`
 
-Calls from one peer run side by side; its notifications one after the other, as they came. Unknown fields are ignored.
+Streams go over bulk connections (over the one for calls where there can be no other), notifications over those for
+calls, calls over either. Calls from one peer run side by side; its notifications one after the other, as they came.
+Unknown fields are ignored and frames of an unknown kind skipped, so that a later version may add some; what it changes
+otherwise, it says in the transport's welcome.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
+from smartnodes_core.counters import COUNTERS
 from smartnodes_core.errors import ConnectionLostError, PeerFault, ProtocolError, SmartnodesError
 from smartnodes_core.remote_errors import from_wire
 from smartnodes_core.rpc.inbound import InboundCalls
+from smartnodes_core.rpc.pace import Pace
 from smartnodes_core.rpc.pending import PendingCall, PendingCalls, Reply
 from smartnodes_core.rpc.pool import WorkerPool
 from smartnodes_core.rpc.serving import Method, StreamReceiver, methods_of
+from smartnodes_core.rpc.striping import MIN_STRIPED_BYTES, Transfers, send_striped
 from smartnodes_core.transport.base import SEND_TIMEOUT_S, Connection, Peer
 from smartnodes_core.wire import Buffer, Header
 
 logger = logging.getLogger(__name__)
 
-CALL_TIMEOUT_S = 30.0
 MAX_REPLY_BODY_BYTES = 64 << 20
 MAX_THREADS = 32
+
+
+class CallOptions(TypedDict, total=False):
+    """How a call is made. `timeout_s`: its deadline, by default one that follows from what the peer took before
+    (`pace.py`); `max_body_bytes`: the most that the reply's body may have.
+    """
+
+    timeout_s: float
+    max_body_bytes: int
 
 
 class RpcEndpoint:
@@ -51,6 +66,8 @@ class RpcEndpoint:
         self._pending = PendingCalls()
         self._pool = WorkerPool(name, max_threads)
         self._inbound = InboundCalls(self._pool)
+        self._transfers = Transfers()
+        self.pace = Pace()
         self._opened, self._lost = opened, lost
         self.num_late_replies = 0
         self.num_refused_streams = 0
@@ -85,16 +102,14 @@ class RpcEndpoint:
         method: str,
         params: dict[str, Any] | None = None,
         body: Sequence[Buffer] = (),
-        timeout_s: float = CALL_TIMEOUT_S,
-        max_body_bytes: int = MAX_REPLY_BODY_BYTES,
+        **options: Unpack[CallOptions],
     ) -> Reply:
-        """Calls `method` of the peer and waits for the reply, whose body may have `max_body_bytes`. Not for owner
-        threads.
+        """Calls `method` of the peer and waits for the reply. Not for owner threads.
 
-        `body` must not change until the call returns. Raises DeadlineError after `timeout_s`, ConnectionLostError as
+        `body` must not change until the call returns. Raises DeadlineError at the deadline, ConnectionLostError as
         soon as the connection ends, BusyError, or what the peer raised (`remote_errors.raised_by` names it).
         """
-        return self.begin_call(connection, method, params, body, timeout_s, max_body_bytes).result()
+        return self.begin_call(connection, method, params, body, **options).result()
 
     def begin_call(
         self,
@@ -102,16 +117,22 @@ class RpcEndpoint:
         method: str,
         params: dict[str, Any] | None = None,
         body: Sequence[Buffer] = (),
-        timeout_s: float = CALL_TIMEOUT_S,
-        max_body_bytes: int = MAX_REPLY_BODY_BYTES,
+        **options: Unpack[CallOptions],
     ) -> PendingCall:
-        """As `call`, but returns when the call is queued: `result` waits, and has to be called.
+        """As `call`, but returns when the call is queued: `result` waits, and has to be called, or `cancel`.
 
         Several calls are so under way at once without a thread for each.
         """
-        pending = PendingCall(connection, method, max_body_bytes, timeout_s)
+        peer, num_bytes = connection.peer.node_key, sum(memoryview(part).nbytes for part in body)
+        timeout_s = options.get("timeout_s")
+        if timeout_s is None:
+            timeout_s = self.pace.deadline_s(peer, method, num_bytes)
+        pending = PendingCall(connection, method, options.get("max_body_bytes", MAX_REPLY_BODY_BYTES), timeout_s)
         call_id = self._pending.add(pending)
         pending.forget = lambda: self._pending.remove(call_id)
+        pending.give_up = lambda: _tell_cancelled(connection, call_id)
+        pending.answered = lambda took_s: self.pace.answered(peer, method, took_s, num_bytes)
+        pending.missed = lambda: self.pace.missed(peer, method)
         header = {
             "kind": "call",
             "id": call_id,
@@ -144,15 +165,21 @@ class RpcEndpoint:
 
     def stream(
         self,
-        connection: Connection,
+        connections: Sequence[Connection],
         topic: str,
         header: dict[str, Any],
         body: Sequence[Buffer],
         on_sent: Callable[[], None] | None = None,
         timeout_s: float = SEND_TIMEOUT_S,
     ) -> None:
-        """Sends a tensor to the peer's receiver of `topic`. `body` must not change until `on_sent`."""
-        connection.send({"kind": "stream", "topic": topic, "header": header}, body, on_sent, timeout_s)
+        """Sends a tensor to the peer's receiver of `topic` over bulk connections, a large one in pieces over all of
+        them. `body` must not change until `on_sent`.
+        """
+        frame = {"kind": "stream", "topic": topic, "header": header}
+        if len(connections) > 1 and sum(memoryview(part).nbytes for part in body) >= MIN_STRIPED_BYTES:
+            send_striped(connections, frame, body, on_sent, timeout_s)
+        else:
+            connections[0].send(frame, body, on_sent, timeout_s)
 
     def stop(self, timeout_s: float = 2.0) -> None:
         """Drops waiting handlers and waits for running ones."""
@@ -168,13 +195,19 @@ class RpcEndpoint:
     def allocate(self, connection: Connection, header: Header, num_bytes: int) -> memoryview | None:
         """Checks a frame by its header alone; None, after an error reply where one is due, has the body skipped."""
         kind = header.get("kind")
+        if kind == "notify" and connection.peer.bulk:
+            raise ProtocolError(f"{connection.peer} sent a {kind} on a connection of the other kind")
         if kind in ("call", "notify"):
             return self._allocate_call(connection, header, num_bytes)
         if kind == "stream":
             return self._allocate_stream(connection.peer, header, num_bytes)
         if kind in ("reply", "error"):
             return self._allocate_reply(connection, header, num_bytes)
-        raise ProtocolError(f"{connection.peer} sent a frame of unknown kind {kind!r}")
+        if kind == "cancel" and type(header.get("id")) is int:
+            self._inbound.cancel(connection, header["id"])
+        elif not isinstance(kind, str):
+            raise ProtocolError(f"{connection.peer} sent a frame of no kind")
+        return None
 
     def on_frame(self, connection: Connection, header: Header, body: memoryview) -> None:
         """See FrameSink."""
@@ -184,6 +217,7 @@ class RpcEndpoint:
         elif kind in ("reply", "error"):
             self._settle(connection, header, body)
         else:
+            COUNTERS.add("calls_served", header["method"])
             self._inbound.take(connection, self._methods[header["method"]], header, body)
 
     def on_closed(self, connection: Connection, error: Exception | None) -> None:
@@ -193,6 +227,8 @@ class RpcEndpoint:
             message = f"the connection to {connection.peer} ended before {pending.method} was answered: {reason}"
             pending.settle(None, ConnectionLostError(message))
         self._inbound.forget(connection)
+        if connection.peer.bulk:
+            self._transfers.forget(connection.peer)
         if self._lost is not None:
             self._lost(connection, error)
 
@@ -200,6 +236,9 @@ class RpcEndpoint:
         name, params, is_call = header.get("method"), header.get("params"), header["kind"] == "call"
         if not isinstance(name, str) or not isinstance(params, dict) or (is_call and type(header.get("id")) is not int):
             raise ProtocolError(f"{connection.peer} sent a malformed {header['kind']}")
+        if is_call and not self._inbound.is_new(connection, header["id"]):
+            logger.info("%s sent the call %d of %s again: it runs once", connection.peer, header["id"], name[:64])
+            return None
         try:
             method = self._methods.get(name)
             if method is None:
@@ -222,6 +261,8 @@ class RpcEndpoint:
         try:
             if receiver is None:
                 raise ProtocolError(f"nobody here takes the stream {topic[:64]!r}")
+            if "piece" in header:
+                return self._transfers.allocate(peer, header, num_bytes, receiver.allocate)
             return receiver.allocate(peer, fields, num_bytes)
         except ProtocolError:
             raise
@@ -234,6 +275,11 @@ class RpcEndpoint:
     def _receive_stream(self, peer: Peer, header: Header, body: memoryview) -> None:
         receiver = self._receivers[header["topic"]]
         try:
+            if "piece" in header:
+                whole = self._transfers.arrived(peer, header)
+                if whole is None or whole.memory is None:
+                    return
+                body = whole.memory
             receiver.receive(peer, header["header"], body)
         except ProtocolError:
             raise
@@ -264,3 +310,10 @@ class RpcEndpoint:
         if not isinstance(params, dict):
             raise ProtocolError(f"{connection.peer} sent a malformed reply to {pending.method}")
         pending.settle(Reply(params, body), None)
+
+
+def _tell_cancelled(connection: Connection, call_id: int) -> None:
+    try:
+        connection.send({"kind": "cancel", "id": call_id}, timeout_s=0.0)
+    except SmartnodesError as error:
+        logger.debug("%s is not told that a call was given up: %s", connection.peer, error)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from smartnodes_core.errors import DeadlineError
+from smartnodes_core.errors import CancelledError, DeadlineError
 from smartnodes_core.transport.base import Connection
 
 
@@ -29,23 +29,45 @@ class PendingCall:
     max_body_bytes: int
     timeout_s: float
     forget: Callable[[], None] = lambda: None
+    give_up: Callable[[], None] = lambda: None  # tells the peer that nobody waits
+    answered: Callable[[float], None] = lambda took_s: None
+    missed: Callable[[], None] = lambda: None
     ended_s: float = 0.0  # when it was settled or given up, on the monotonic clock
     _began_s: float = field(default_factory=time.monotonic)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
     _done: threading.Event = field(default_factory=threading.Event)
     _reply: Reply | None = None
     _error: Exception | None = None
 
     def settle(self, reply: Reply | None, error: Exception | None) -> None:
-        """Ends the wait with a reply or an error."""
-        self._reply, self._error, self.ended_s = reply, error, time.monotonic()
-        self._done.set()
+        """Ends the wait with a reply or an error; what comes after the first is dropped."""
+        with self._lock:
+            if self._done.is_set():
+                return
+            self._reply, self._error, self.ended_s = reply, error, time.monotonic()
+            self._done.set()
+        if reply is not None:
+            self.answered(self.ended_s - self._began_s)
+
+    def cancel(self) -> None:
+        """Gives the call up: `result` raises CancelledError, and the peer is told, so that it may stop. Harmless when
+        it has ended.
+        """
+        if not self._done.is_set():
+            self.settle(None, CancelledError(f"{self.method} of {self.connection.peer} was cancelled here"))
+            self.give_up()
 
     def result(self) -> Reply:
         """Waits for the reply, until `timeout_s` after the call began. Raises as `RpcEndpoint.call`."""
         try:
             if not self._done.wait(max(0.0, self._began_s + self.timeout_s - time.monotonic())):
-                self.ended_s = time.monotonic()
-                raise DeadlineError(f"{self.connection.peer} did not answer {self.method} in {self.timeout_s:g} s")
+                self.settle(
+                    None,
+                    DeadlineError(f"{self.connection.peer} did not answer {self.method} in {self.timeout_s:.3g} s"),
+                )
+                if isinstance(self._error, DeadlineError):
+                    self.missed()
+                    self.give_up()
         finally:
             self.forget()
         if self._error is not None:

@@ -2,6 +2,9 @@
 
 Both sides verify the other's node key and binding and run `admit` before either may send or receive a frame. Each
 connection has one owner thread, on which the sink's methods run; frames arrive in the order in which they were sent.
+
+Connections are of two kinds, proven and admitted alike: those for calls, and bulk ones, which move large bodies with
+less work. What a kind is used for is up to the sink.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from smartnodes_core.errors import ConfigError, Unavailable
-from smartnodes_core.records import Binding, Role
+from smartnodes_core.records import Binding, Role, SignedBinding
 from smartnodes_core.wire import Buffer, Header
 
 MAX_QUEUED_BYTES = 64 << 20
@@ -29,13 +32,14 @@ class DuplicateConnectionError(Unavailable):
 class Peer:
     """The other end of a connection, as proven in its handshake.
 
-    `binding` and `role` are None for a peer without an account.
+    `binding` and `role` are None for a peer without an account; `bulk` is the kind of the connection.
     """
 
     node_key: bytes
     binding: Binding | None
     role: Role | None
     endpoint: str
+    bulk: bool = False
 
     @property
     def name(self) -> str:
@@ -125,6 +129,10 @@ class Listener(Protocol):
 class Transport(Protocol):
     """Makes connections, each verified on both sides before the first frame."""
 
+    def renew(self, signed_binding: SignedBinding | None) -> None:
+        """Shows this binding from now on; connections that there are have shown the one before."""
+        ...
+
     def listen(self, endpoint: str, sink: FrameSink, admit: Admit) -> Listener:
         """Listens on `host:port` (port 0: any). Raises PortInUseError, ConfigError."""
         ...
@@ -136,6 +144,8 @@ class Transport(Protocol):
         admit: Admit,
         expected_node_key: bytes | None = None,
         timeout_s: float = 10.0,
+        *,
+        bulk: bool = False,
     ) -> Connection:
         """A connection to whoever listens at `endpoint`, who must own `expected_node_key` where that is given.
 

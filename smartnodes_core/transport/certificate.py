@@ -14,6 +14,7 @@ from typing import Annotated
 
 import msgspec
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -27,6 +28,13 @@ MAX_CERTIFICATE_BYTES = 4096
 #: Under 2.25 anybody may name an object by a UUID.
 EXTENSION_OID = x509.ObjectIdentifier("2.25.228961346205936713428194753205413862947")
 _DOMAIN = "TLS key"
+_UNREADABLE = (
+    ValueError,
+    UnsupportedAlgorithm,
+    x509.ExtensionNotFound,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
 _LIFETIME = datetime.timedelta(days=3650)  # what expires is the binding
 
 
@@ -85,31 +93,45 @@ def make_certificate(
     return key, certificate
 
 
-def check_certificate(certificate: x509.Certificate, expectations: Expectations | None, endpoint: str) -> Peer:
+def read_certificate(der: bytes) -> x509.Certificate:
+    """The certificate that a peer showed. Raises SignatureError."""
+    if len(der) > MAX_CERTIFICATE_BYTES:
+        raise SignatureError(f"the peer's certificate has {len(der)} bytes: at most {MAX_CERTIFICATE_BYTES} are read")
+    try:
+        return x509.load_der_x509_certificate(der)
+    except (ValueError, x509.InvalidVersion) as error:
+        raise SignatureError(f"the peer's certificate cannot be read: {error}") from None
+
+
+def check_certificate(
+    certificate: x509.Certificate, expectations: Expectations | None, endpoint: str, *, bulk: bool = False
+) -> Peer:
     """The peer that `certificate` proves. Raises SignatureError, RecordError, AuthorityError."""
-    size = len(certificate.public_bytes(Encoding.DER))
-    if size > MAX_CERTIFICATE_BYTES:
-        raise SignatureError(f"the peer's certificate has {size} bytes: at most {MAX_CERTIFICATE_BYTES} are read")
     try:
         extensions = certificate.extensions
         value = extensions.get_extension_for_oid(EXTENSION_OID).value
-    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension) as error:
+        public = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    except _UNREADABLE as error:
         raise SignatureError(f"the peer's certificate proves no node key: {error}") from None
     if len(extensions) != 1 or not isinstance(value, x509.UnrecognizedExtension):
         raise SignatureError("the peer's certificate carries other extensions than a node's")
     certified = CertifiedKey.decode(value.value)
-    public = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     verify_bytes(certified.node_key, _DOMAIN, public, certified.signature)
     signed = SignedBinding.decode(certified.binding) if certified.binding else None
-    return check_peer(certified.node_key, signed, expectations, endpoint)
+    return check_peer(certified.node_key, signed, expectations, endpoint, bulk=bulk)
 
 
 def check_peer(
-    node_key: bytes, signed_binding: SignedBinding | None, expectations: Expectations | None, endpoint: str
+    node_key: bytes,
+    signed_binding: SignedBinding | None,
+    expectations: Expectations | None,
+    endpoint: str,
+    *,
+    bulk: bool = False,
 ) -> Peer:
     """The peer with a proven `node_key` and its binding, which must be that key's own and meet `expectations`."""
     if signed_binding is None or expectations is None:
-        return Peer(node_key=node_key, binding=None, role=None, endpoint=endpoint)
+        return Peer(node_key=node_key, binding=None, role=None, endpoint=endpoint, bulk=bulk)
     binding = check_binding(
         signed_binding,
         now_s=int(time.time()),
@@ -119,7 +141,7 @@ def check_peer(
     )
     if binding.node_key != node_key:
         raise AuthorityError(f"node {node_key.hex()[:16]} shows the binding of another, {binding.node_key.hex()[:16]}")
-    return Peer(node_key=node_key, binding=binding, role=binding.role, endpoint=endpoint)
+    return Peer(node_key=node_key, binding=binding, role=binding.role, endpoint=endpoint, bulk=bulk)
 
 
 def check_expected(peer: Peer, expected_node_key: bytes | None) -> None:

@@ -10,15 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from OpenSSL import SSL
+from OpenSSL import SSL, crypto
 
 from smartnodes_core.errors import ConnectionLostError, DeadlineError, ProtocolError, SmartnodesError
 from smartnodes_core.transport.base import LINGER_S, Admit, FrameSink, Peer
-from smartnodes_core.transport.certificate import Expectations, check_certificate, check_expected
+from smartnodes_core.transport.certificate import Expectations, check_certificate, check_expected, read_certificate
 from smartnodes_core.transport.welcome import check_welcome, refusal, refused_before, welcome
 from smartnodes_core.wire import Frame, FrameReader
 
 logger = logging.getLogger(__name__)
+
+#: Names of the two kinds of connection in the handshake (ALPN); a dialler that names none means the first.
+ALPN_CALLS, ALPN_BULK = b"smartnodes/1", b"smartnodes-bulk/1"
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Terms:
     expectations: Expectations | None
     expected_node_key: bytes | None
     deadline_s: float  # of the monotonic clock, for the whole handshake
+    bulk: bool | None = None  # the kind that was dialled; None: whichever the dialler asks for
+    introduced: bool = False  # came about by introduction, so that no other can be dialled beside it
 
 
 class Handshake:
@@ -53,11 +58,15 @@ class Handshake:
         Raises AuthorityError, SignatureError, RecordError, ProtocolError, DeadlineError, or as TLS and the socket do.
         """
         self._repeat(self._tls.do_handshake)
-        certificate = self._tls.get_peer_certificate(as_cryptography=True)
-        if certificate is None:
+        bulk = self._tls.get_alpn_proto_negotiated() == ALPN_BULK
+        if self._terms.bulk not in (None, bulk):
+            raise ProtocolError(f"{self._endpoint} makes no bulk connections: it has to be updated")
+        shown = self._tls.get_peer_certificate()
+        if shown is None:
             raise ProtocolError(f"{self._endpoint} showed no certificate")
         try:
-            peer = check_certificate(certificate, self._terms.expectations, self._endpoint)
+            certificate = read_certificate(crypto.dump_certificate(crypto.FILETYPE_ASN1, shown))
+            peer = check_certificate(certificate, self._terms.expectations, self._endpoint, bulk=bulk)
             check_expected(peer, self._terms.expected_node_key)
             self._terms.admit(peer)
         except SmartnodesError as error:
@@ -69,6 +78,8 @@ class Handshake:
         except (SSL.ZeroReturnError, SSL.SysCallError):
             raise refused_before(peer) from None
         check_welcome(frame.header, peer)
+        if bulk and self._tls.pending():
+            raise ProtocolError(f"{peer} sent frames of a bulk connection unsealed")
         return peer
 
     def _refuse(self, error: SmartnodesError) -> None:

@@ -11,6 +11,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 
 from smartnodes_core.errors import (
@@ -25,6 +27,7 @@ from smartnodes_core.records import SignedBinding
 from smartnodes_core.remote_errors import from_wire, to_wire
 from smartnodes_core.transport.base import LINGER_S, SEND_TIMEOUT_S, Admit, FrameSink, Peer, split_endpoint
 from smartnodes_core.transport.certificate import Expectations, check_expected, check_peer
+from smartnodes_core.transport.faults import Cut, Faults, FaultyLine
 from smartnodes_core.transport.outbox import Outbox, OutFrame
 from smartnodes_core.wire import Buffer, FrameReader, Header, byte_views, encode_prefix_and_header
 
@@ -32,9 +35,10 @@ logger = logging.getLogger(__name__)
 
 
 class MemoryHub:
-    """A network inside one process."""
+    """A network inside one process; with `faults` a bad one."""
 
-    def __init__(self) -> None:
+    def __init__(self, faults: Faults | None = None) -> None:
+        self.faults = faults
         self._lock = threading.Lock()
         self._listeners: dict[str, MemoryListener] = {}
         self._ports = itertools.count(40000)
@@ -79,9 +83,12 @@ class MemoryTransport:
     """A node's access to a `MemoryHub`; see `transport.base.Transport`."""
 
     def __init__(self, hub: MemoryHub, identity: Identity, signed_binding: SignedBinding | None) -> None:
-        self.hub, self.signed_binding = hub, signed_binding
-        self.node_key = identity.node_key
-        self.expectations = Expectations.of(signed_binding)
+        self.hub, self.node_key = hub, identity.node_key
+        self.renew(signed_binding)
+
+    def renew(self, signed_binding: SignedBinding | None) -> None:
+        """See `transport.base.Transport.renew`."""
+        self.signed_binding, self.expectations = signed_binding, Expectations.of(signed_binding)
 
     def listen(self, endpoint: str, sink: FrameSink, admit: Admit) -> MemoryListener:
         """See `transport.base.Transport.listen`."""
@@ -94,26 +101,29 @@ class MemoryTransport:
         admit: Admit,
         expected_node_key: bytes | None = None,
         timeout_s: float = 10.0,
+        *,
+        bulk: bool = False,
     ) -> MemoryConnection:
-        """See `transport.base.Transport.dial`. Both sides' checks run on the dialling thread."""
+        """See `transport.base.Transport.dial`."""
         deadline_s = time.monotonic() + timeout_s
         listener = self.hub._find(endpoint)
         server = listener.transport
-        peer = check_peer(server.node_key, server.signed_binding, self.expectations, endpoint)
+        peer = check_peer(server.node_key, server.signed_binding, self.expectations, endpoint, bulk=bulk)
         check_expected(peer, expected_node_key)
         admit(peer)
-        dialler = None
+        answer: Future[Peer] = Future()
+        threading.Thread(target=self._knock, args=(listener, bulk, answer), name="memory admit", daemon=True).start()
         try:
-            dialler = check_peer(
-                self.node_key, self.signed_binding, server.expectations, f"memory:{self.node_key.hex()[:8]}"
-            )
-            listener.admit(dialler)
+            dialler = answer.result(max(0.0, deadline_s - time.monotonic()))
         except SmartnodesError as error:
             raise from_wire(dict(to_wire(error)), f"{peer} at {endpoint} refused us", peer.node_key) from None
-        if time.monotonic() > deadline_s:
-            raise DeadlineError(f"the checks on {endpoint} did not end in {timeout_s:g} s")
-        near = MemoryConnection(self.node_key, peer, sink, dialled=True)
-        far = MemoryConnection(server.node_key, dialler, listener.sink, dialled=False)
+        except FutureTimeout:
+            raise DeadlineError(f"the checks on {endpoint} did not end in {timeout_s:g} s") from None
+        faults = self.hub.faults
+        near = MemoryConnection(self.node_key, peer, sink, dialled=True, line=faults.line() if faults else None)
+        far = MemoryConnection(
+            server.node_key, dialler, listener.sink, dialled=False, line=faults.line() if faults else None
+        )
         near.attach(far)
         far.attach(near)
         for connection in (near, far):
@@ -121,6 +131,16 @@ class MemoryTransport:
         far.start()
         near.start()
         return near
+
+    def _knock(self, listener: MemoryListener, bulk: bool, answer: Future[Peer]) -> None:
+        """The other side's checks, which may take longer than the dialler waits."""
+        try:
+            own_endpoint, expectations = f"memory:{self.node_key.hex()[:8]}", listener.transport.expectations
+            dialler = check_peer(self.node_key, self.signed_binding, expectations, own_endpoint, bulk=bulk)
+            listener.admit(dialler)
+            answer.set_result(dialler)
+        except BaseException as error:
+            answer.set_exception(error)
 
 
 class MemoryListener:
@@ -138,13 +158,16 @@ class MemoryListener:
 class MemoryConnection:
     """One end. What this end sends waits in `_outbox` until the other end's owner thread has copied it."""
 
-    def __init__(self, own_key: bytes, peer: Peer, sink: FrameSink, *, dialled: bool) -> None:
-        self.own_key, self.peer, self.dialled = own_key, peer, dialled
+    def __init__(
+        self, own_key: bytes, peer: Peer, sink: FrameSink, *, dialled: bool, line: FaultyLine | None = None
+    ) -> None:
+        self.own_key, self.peer, self.dialled, self._line = own_key, peer, dialled, line
         self._sink = sink
         self._outbox = Outbox()
         self._reader = FrameReader(self._allocate)
         self._other: MemoryConnection = self
         self._closing = False
+        self._ended = threading.Event()
         self._error: Exception | None = None
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name=f"memory {peer}", daemon=True)
@@ -183,6 +206,7 @@ class MemoryConnection:
             if self._closing:
                 return
             self._closing = True
+        self._ended.set()
         self._outbox.close(reason)
         incoming = self._other._outbox  # wakes our owner thread, which lets the other end read what is queued
         incoming.close(f"{self._other.peer} closed the connection")
@@ -194,6 +218,7 @@ class MemoryConnection:
             if self._closing:
                 return
             self._closing, self._error = True, error
+        self._ended.set()
         for outbox in (self._outbox, self._other._outbox):
             outbox.close(str(error))
             outbox.clear()
@@ -211,10 +236,10 @@ class MemoryConnection:
         try:
             self._sink.on_open(self)
             while (frame := incoming.take(wait=True)) is not None:
-                try:
-                    self._deliver([memoryview(frame.head), *frame.body])
-                finally:
-                    incoming.finish(frame)
+                # a frame that is overtaken is delivered behind the next, if there is one by now
+                behind = incoming.take() if self._line is not None and self._line.overtaken() else None
+                for each in (frame,) if behind is None else (behind, frame):
+                    self._deliver_frame(each)
             if self._closing and self._error is None:
                 self._outbox.wait_empty(LINGER_S)
             else:
@@ -229,6 +254,20 @@ class MemoryConnection:
             self._sink.on_closed(self, self._error)
         except Exception:
             logger.exception("connection to %s: a receiver failed at its end", self.peer)
+
+    def _deliver_frame(self, frame: OutFrame) -> None:
+        pieces = [memoryview(frame.head), *frame.body]
+        try:
+            if self._line is None:
+                self._deliver(pieces)
+                return
+            for _ in range(self._line.copies(frame.num_bytes, self._ended)):
+                self._deliver(pieces)
+        except Cut as cut:
+            self._deliver([memoryview(b"".join(pieces))[: cut.num_bytes]])
+            raise ConnectionLostError(f"the connection to {self.peer} broke: {cut}") from None
+        finally:
+            self._other._outbox.finish(frame)
 
     def _deliver(self, pieces: list[memoryview]) -> None:
         """Copies a frame as if it came from a socket, so that caps and refusals are the reader's own."""

@@ -1,7 +1,8 @@
-"""One TLS connection: its owner thread shakes hands, verifies, then pumps frames both ways until either side ends it.
+"""One connection: its owner thread shakes hands, verifies, then pumps frames both ways until either side ends it.
 
-Only the owner thread touches the TLS object. It sleeps in poll() on the socket and on a pipe through which senders
-wake it; nothing is polled on a clock. Sending never waits for receiving or the reverse, so two large bodies may cross.
+Only the owner thread touches the TLS object, or the sealed stream that takes its place on a bulk connection. It sleeps
+in poll() on the socket and on a pipe through which senders wake it; nothing is polled on a clock. Sending never waits
+for receiving or the reverse, so two large bodies may cross.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from OpenSSL import SSL
 
 from smartnodes_core.errors import ConnectionLostError, ProtocolError, SmartnodesError
 from smartnodes_core.transport.base import LINGER_S, SEND_TIMEOUT_S, Peer
-from smartnodes_core.transport.handshake import Handshake, Terms
+from smartnodes_core.transport.handshake import ALPN_BULK, ALPN_CALLS, Handshake, Terms
 from smartnodes_core.transport.outbox import Outbox, OutFrame
+from smartnodes_core.transport.sealed import MAX_RECORD_BYTES, SealedStream, secrets_of
 from smartnodes_core.transport.welcome import no_body
 from smartnodes_core.usage import USAGE
 from smartnodes_core.wire import Buffer, FrameReader, Header, byte_views, encode_prefix_and_header
@@ -28,7 +30,9 @@ from smartnodes_core.wire import Buffer, FrameReader, Header, byte_views, encode
 logger = logging.getLogger(__name__)
 
 _RECORD_BYTES = 16 << 10  # a TLS record: what one read can give
-_WRITE_BYTES = 256 << 10  # handed to TLS at a time, so that reading gets its turn
+_WRITE_BYTES = MAX_RECORD_BYTES  # handed on at a time, so that reading gets its turn
+_STALL_S = 120.0  # a frame that is begun brings _STALL_BYTES, or its end, in as much waiting
+_STALL_BYTES = 64 << 10
 _READ_BYTES = 1 << 20  # read in a row, so that writing gets its turn
 
 
@@ -53,7 +57,12 @@ class TlsConnection:
         self._tcp, self._terms, self._endpoint = tcp, terms, endpoint
         self._on_ready, self._on_ended = on_ready, on_ended
         self._tls = SSL.Connection(context, tcp)
-        (self._tls.set_connect_state if dialled else self._tls.set_accept_state)()
+        if dialled:
+            self._tls.set_connect_state()
+            self._tls.set_alpn_protos([ALPN_BULK if terms.bulk else ALPN_CALLS])
+        else:
+            self._tls.set_accept_state()
+        self._stream: SSL.Connection | SealedStream = self._tls
         self._peer: Peer | None = None
         self._reader = FrameReader(self._allocate)
         self._open = False
@@ -62,6 +71,9 @@ class TlsConnection:
         self._sending: list[OutFrame] = []  # small ones go out together
         self._unsent: list[memoryview] = []  # of `_sending`
         self._record = memoryview(bytearray(_RECORD_BYTES))
+        self._max_read_bytes = _RECORD_BYTES
+        self._stalled_s = 0.0  # waited within a frame
+        self._stalled_bytes = 0  # and what came meanwhile
         self._close_by_s: float | None = None
         self._asleep = True  # so that closing interrupts the handshake
         self._wake_lock = threading.Lock()
@@ -81,6 +93,20 @@ class TlsConnection:
         if self._peer is None:
             raise ConnectionLostError(f"{self._endpoint} has not shown who it is")
         return self._peer
+
+    @property
+    def introduced(self) -> bool:
+        """Whether this connection came about by introduction: it carries tensors too."""
+        return self._terms.introduced
+
+    @property
+    def local_address(self) -> tuple[str, int] | None:
+        """Host and port from which this connection goes out; None once it has ended."""
+        try:
+            host, port = self._tcp.getsockname()[:2]
+        except OSError:
+            return None
+        return str(host), int(port)
 
     @property
     def closed(self) -> bool:
@@ -137,6 +163,9 @@ class TlsConnection:
             self._poll.register(self._tcp, select.POLLIN)
             handshake = Handshake(self._tcp, self._tls, self._poll, self._terms, self._endpoint, lambda: self.closed)
             self._peer = handshake.run(self._reader)
+            if self._peer.bulk:
+                self._stream = SealedStream(self._tcp, secrets_of(self._tls), dialled=self.dialled)
+                self._max_read_bytes = MAX_RECORD_BYTES
             self._asleep = False
             self._open = True
             self._on_ready(self, None)
@@ -155,7 +184,7 @@ class TlsConnection:
         if error is not None and self._close_by_s is not None:
             error = None  # we were closing anyway
         try:
-            self._tls.shutdown()
+            self._stream.shutdown()
         except (SSL.Error, OSError):
             logger.debug("%s was gone before the goodbye", self._endpoint)
         self._tcp.close()
@@ -194,14 +223,27 @@ class TlsConnection:
             if len(self._outbox) and not blocked:
                 return  # put between the last look and `_asleep`
             closing = self._close_by_s
-            timeout_ms = None if closing is None else max(0.0, closing - time.monotonic()) * 1000
+            began_s = time.monotonic()
+            timeout_ms = None if closing is None else max(0.0, closing - began_s) * 1000
             if closing is not None and not len(self._outbox):
                 return
+            if closing is None and not self._reader.between_frames:
+                timeout_ms = max(0.0, _STALL_S - self._stalled_s) * 1000
             ready = self._poll.poll(timeout_ms)
         finally:
             self._asleep = False
+        self._watch_stall(time.monotonic() - began_s)
         if any(descriptor == self._wake_read for descriptor, _ in ready):
             os.read(self._wake_read, 4096)
+
+    def _watch_stall(self, waited_s: float) -> None:
+        """Ends a connection that holds the memory of a frame which hardly comes on."""
+        if self._reader.between_frames or self._stalled_bytes >= _STALL_BYTES:
+            self._stalled_s, self._stalled_bytes = 0.0, 0
+            return
+        self._stalled_s += waited_s
+        if self._stalled_s >= _STALL_S:
+            raise ProtocolError(f"{self._peer} began a frame and sent {self._stalled_bytes} bytes in {_STALL_S:g} s")
 
     def _read_some(self) -> bool:
         """Reads what has arrived, delivering whole frames. True when it stopped only to let writing have its turn."""
@@ -210,12 +252,14 @@ class TlsConnection:
         while num_bytes < _READ_BYTES:
             target = reader.target()
             few = len(target) < _RECORD_BYTES  # more of the record may follow what is expected next
+            room = self._record if few else target
             try:
                 with USAGE.timed("encryption"):
-                    count = self._tls.recv_into(self._record if few else target, _RECORD_BYTES)
+                    count = self._stream.recv_into(room, min(len(room), self._max_read_bytes))
             except SSL.WantReadError:
                 return False
             USAGE.add("received_bytes", count)
+            self._stalled_bytes += count
             num_bytes += count
             if few:
                 for frame in reader.feed(self._record[:count]):
@@ -225,7 +269,7 @@ class TlsConnection:
         return True
 
     def _write_some(self) -> bool:
-        """Hands up to _READ_BYTES to TLS. True when the socket takes no more for now."""
+        """Sends up to _READ_BYTES. True when the socket takes no more for now."""
         num_bytes = 0
         while num_bytes < _READ_BYTES:
             if not self._sending:
@@ -236,9 +280,9 @@ class TlsConnection:
             piece = self._unsent[0][:_WRITE_BYTES]
             try:
                 with USAGE.timed("encryption"):
-                    count = self._tls.send(piece)
+                    count = self._stream.send(piece)
             except SSL.WantWriteError:
-                return True  # the same piece comes again: TLS holds its first records already
+                return True  # the same piece comes again: its first records are sealed already
             USAGE.add("sent_bytes", count)
             num_bytes += count
             if count == len(self._unsent[0]):

@@ -26,6 +26,9 @@ def add_commands(commands: Any) -> None:
     deploy.add_argument("--chain-id", type=int, help="refuse any other chain")
     deploy.add_argument("--account", type=Path, required=True, help="key file of the account that pays")
     deploy.add_argument(
+        "--passphrase-file", type=Path, help="file with the passphrase that seals the key file, if one does"
+    )
+    deploy.add_argument(
         "--addresses", type=Path, default=Path("addresses.json"), help="file to write (default: %(default)s)"
     )
     deploy.set_defaults(run=run_deploy)
@@ -57,8 +60,10 @@ def run_deploy(options: argparse.Namespace) -> int:
     """Deploy and write the addresses file. After an interruption the same command goes on where it ended."""
     from smartnodes_core.chain.account import load_account_key
     from smartnodes_core.chain.deploy import deploy
+    from smartnodes_core.keyfile import read_passphrase
 
-    settings, key = ChainSettings.from_toml(options.settings), load_account_key(options.account)
+    passphrase = None if options.passphrase_file is None else read_passphrase(options.passphrase_file)
+    settings, key = ChainSettings.from_toml(options.settings), load_account_key(options.account, passphrase)
     target, record = options.addresses, options.addresses.with_name(options.addresses.name + ".begun")
     if target.exists():
         raise ConfigError(

@@ -13,6 +13,7 @@ from smartnodes_core.chain.devnet.accounts import devnet_key
 from smartnodes_core.chain.signing import address_of, checksum, new_key
 from smartnodes_core.errors import ConfigError
 from smartnodes_core.identity import Identity
+from smartnodes_core.keyfile import read_passphrase
 
 
 def add_commands(commands: Any) -> None:
@@ -26,6 +27,11 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--devnet-account", type=int, metavar="N", help="use funded account number N of the embedded chain (`devnet`)"
     )
+    parser.add_argument(
+        "--passphrase-file",
+        type=Path,
+        help="seal both files by the passphrase on the first line of this file; nodes then need it as passphrase_file",
+    )
     parser.set_defaults(run=run)
 
 
@@ -34,9 +40,10 @@ def run(options: argparse.Namespace) -> int:
     folder = options.folder.expanduser()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     key = _account_key(options)
+    passphrase = None if options.passphrase_file is None else read_passphrase(options.passphrase_file)
     identity = Identity.create()
-    identity.save(folder / "identity.json")
-    save_account_key(folder / "account.json", key)
+    identity.save(folder / "identity.json", passphrase)
+    save_account_key(folder / "account.json", key, passphrase)
     sys.stdout.write(f"node key {identity.node_key.hex()}\naccount  {checksum(address_of(key))}\nin {folder}\n")
     return 0
 

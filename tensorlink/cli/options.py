@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import sys
 from pathlib import Path
@@ -32,11 +33,28 @@ def config_from(config_class: type[Config], options: argparse.Namespace) -> Conf
     return load(config_class, options.config, flags=flags)
 
 
-def start_logging(level: str) -> None:
-    """Log lines to standard error."""
-    logging.basicConfig(
-        level=level, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(name)s: %(message)s", datefmt="%H:%M:%S"
-    )
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time (Unix, seconds), level, logger, thread, message; exception where there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {
+            "time": round(record.created, 3),
+            "level": record.levelname,
+            "logger": record.name,
+            "thread": record.threadName,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields)
+
+
+def start_logging(level: str, as_json: bool = False) -> None:
+    """Log lines to standard error, for people or as JSON objects."""
+    handler = logging.StreamHandler(sys.stderr)
+    text = logging.Formatter("%(asctime)s %(levelname).1s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    handler.setFormatter(JsonLines() if as_json else text)
+    logging.basicConfig(level=level, handlers=[handler])
     for chatty in ("web3", "urllib3", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 

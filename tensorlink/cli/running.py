@@ -44,9 +44,13 @@ class Life:
 
     def say_ready(self, node: Node, **more: object) -> None:
         """One line of JSON on standard output: where the node listens, who it is, and `more`. The start is over."""
-        self._starting = False
+        self.started()
         sys.stdout.write(json.dumps({"endpoint": node.endpoint, "node_key": node.node_key.hex(), **more}) + "\n")
         sys.stdout.flush()
+
+    def started(self) -> None:
+        """The start is over: from now on the end is only asked for."""
+        self._starting = False
 
     def wait(self) -> None:
         """Until the end is asked for."""

@@ -51,7 +51,7 @@ class Staker:
 
     def __init__(self, config: UserConfig):
         self.addresses = Addresses.read(config.addresses)
-        self.chain = ChainClient(config.rpc_url, self.addresses, load_account_key(config.account))
+        self.chain = ChainClient(config.rpc_url, self.addresses, load_account_key(config.account, config.passphrase()))
         self.network_id = config.network_id
         self._gateway = Gateway(config.rpc_url)
         self._registry = self._gateway.contract("Registry", self.addresses.registry).functions
@@ -103,7 +103,7 @@ def run_deposit(options: argparse.Namespace) -> int:
     """Register, unless the account is registered with this key and role already."""
     config = load(UserConfig, options.config)
     staker, role = Staker(config), options.role
-    hashed = key_hash(Identity.load(config.identity).node_key)
+    hashed = key_hash(Identity.load(config.identity, config.passphrase()).node_key)
     member = staker.member()
     if member is not None and member.exit_at_s == 0:
         return _say_registered(staker, member, role, hashed)

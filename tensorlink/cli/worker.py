@@ -13,9 +13,7 @@ from typing import Annotated
 
 from smartnodes_core.config import WorkerConfig
 from smartnodes_core.errors import ConfigError, SmartnodesError
-from smartnodes_core.journal import Journal
-from smartnodes_core.nodes.station import Station
-from smartnodes_core.nodes.worker import WorkerNode
+from smartnodes_core.nodes.running import running_worker
 from tensorlink.cli.options import config_from, fail, parser_for, start_logging
 from tensorlink.cli.running import EndedEarly, Life, add_life_flags
 from tensorlink.worker import StageHandler
@@ -52,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     life = Life(options.exit_with_parent)
     try:
         config = config_from(RigConfig, options)
-        start_logging(config.log_level)
+        start_logging(config.log_level, config.log_json)
         _run(config, life)
     except SmartnodesError as error:
         return fail(PROGRAM, error)
@@ -62,8 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(config: RigConfig, life: Life) -> None:
-    if not config.bootstrap:  # before anything is started or put on chain
-        raise ConfigError("no bootstrap validator is named: set `bootstrap` to host:port of one")
+    config.need_bootstrap()  # before anything is started
     config.data_dir.mkdir(parents=True, exist_ok=True)
     handler = StageHandler(
         config.max_memory_bytes,
@@ -74,31 +71,10 @@ def _run(config: RigConfig, life: Life) -> None:
     )
     handler.start()
     try:
-        station = Station.open(config, "worker")
-        try:
-            journal = Journal(config.data_dir / "signed.journal")
-            worker = WorkerNode(
-                station.node,
-                station.identity,
-                handler,
-                station.membership.tip_of,
-                journal,
-                config.num_slots,
-                station.learn_validators,
-            )
-            worker.on_slots_changed = station.update_announcement
-            station.node.on_peer_lost(
-                lambda peer, reason: worker.release_jobs_of(peer, f"the author is gone: {reason}")
-            )
-            station.join()
-            line = {"up_mbit": config.up_mbit, "down_mbit": config.down_mbit}
-            station.announce(lambda: {**handler.offers(), **line, "free_slots": worker.num_free_slots})
-            life.say_ready(station.node, confinement=handler.confinement)
+        line = {"up_mbit": config.up_mbit, "down_mbit": config.down_mbit}
+        with running_worker(config, handler, config.num_slots, lambda: {**handler.offers(), **line}) as station:
+            life.say_ready(station.node, confinement=handler.confinement, reached=str(station.reachability))
             life.wait()
-            worker.drain("the rig is stopping")
-            journal.close()
-        finally:
-            station.close()
     finally:
         handler.stop()
 

@@ -40,10 +40,17 @@ class Party:
             return TlsTransport(identity, binding, **options)
         return MemoryTransport(self.hub, identity, binding)
 
-    def node(self, role: Role = "worker", authority: Authority | None = None, identity: Identity | None = None) -> Node:
+    def node(
+        self,
+        role: Role = "worker",
+        authority: Authority | None = None,
+        identity: Identity | None = None,
+        **options: Any,
+    ) -> Node:
         identity = identity or Identity.create()
         binding = self.bind(identity, role)
-        node = Node(identity, binding, self.transport(identity, binding), authority or OpenAuthority())
+        transport = self.transport(identity, binding)
+        node = Node(identity, binding, transport, authority or OpenAuthority(), **options)
         node.start()
         self._nodes.append(node)
         return node

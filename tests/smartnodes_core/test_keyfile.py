@@ -7,8 +7,9 @@ import stat
 import pytest
 
 from smartnodes_core.chain.account import load_account_key, save_account_key
+from smartnodes_core.config import UserConfig, load
 from smartnodes_core.errors import IdentityError
-from smartnodes_core.keyfile import MAX_KEY_FILE_BYTES, read_key_file, write_key_file
+from smartnodes_core.keyfile import MAX_KEY_FILE_BYTES, read_key_file, read_passphrase, write_key_file
 
 
 def test_what_is_written_is_read_back_and_only_its_owner_may(tmp_path):
@@ -65,3 +66,37 @@ def test_a_key_file_of_another_kind_is_not_an_account(tmp_path):
     write_key_file(tmp_path / "key.json", {"seed": "00"})
     with pytest.raises(IdentityError, match="not the key file of an account"):
         load_account_key(tmp_path / "key.json")
+
+
+def test_an_account_key_is_sealed_on_request(tmp_path):
+    path, key = tmp_path / "account.json", bytes([7] * 32)
+    save_account_key(path, key, "correct horse")
+    assert key.hex() not in path.read_text()
+    assert load_account_key(path, "correct horse") == key
+    with pytest.raises(IdentityError, match="does not open"):
+        load_account_key(path, "battery staple")
+    with pytest.raises(IdentityError, match="passphrase_file"):
+        load_account_key(path)
+
+
+def test_a_passphrase_is_the_first_line_of_a_file_that_others_may_not_read(tmp_path):
+    path = tmp_path / "passphrase"
+    path.write_text("correct horse\nnot this\n")
+    path.chmod(0o640)
+    with pytest.raises(IdentityError, match="chmod 600"):
+        read_passphrase(path)
+    path.chmod(0o600)
+    assert read_passphrase(path) == "correct horse"
+    path.write_text("\n")
+    with pytest.raises(IdentityError, match="is empty"):
+        read_passphrase(path)
+    with pytest.raises(IdentityError, match="cannot be read"):
+        read_passphrase(tmp_path / "none")
+
+
+def test_settings_name_the_file_with_the_passphrase(tmp_path):
+    path = tmp_path / "passphrase"
+    path.write_text("correct horse")
+    path.chmod(0o600)
+    assert load(UserConfig, env={}, flags={"passphrase_file": str(path)}).passphrase() == "correct horse"
+    assert load(UserConfig, env={}).passphrase() is None

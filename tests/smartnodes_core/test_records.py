@@ -151,3 +151,10 @@ def test_floats_have_no_place_in_a_record():
 def test_domains_keep_digests_apart():
     assert digest_of("a", b"x") != digest_of("b", b"x")
     assert digest_of("a", b"x").hex() == GOLDEN["digest_of a x"]
+
+
+def test_a_field_with_a_default_has_to_be_on_the_wire_all_the_same():
+    unit = msgspec.msgpack.decode(Unit(micro_batch=1, roots={}).encode())
+    del unit["call"]
+    with pytest.raises(RecordError, match="not in canonical form"):
+        Unit.decode(canonical(unit))

@@ -131,6 +131,14 @@ def test_a_proposal_scores_slashes_and_pays_by_the_evidence() -> None:
     assert proposal.evidence_root == evidence_root([b"b" * 32, b"a" * 32])
 
 
+def test_a_network_scores_by_its_own_rule() -> None:
+    context = replace(
+        CONTEXT, reputation_rule=lambda reputation, counts: reputation + counts.honest - counts.fraudulent
+    )
+    proposal, _ = propose(context, EVIDENCE)
+    assert unpack_reputations(proposal.reputations) == {0: 12, 1: 12}
+
+
 def test_few_validators_lower_reputation_only() -> None:
     proposal, _ = propose(replace(CONTEXT, num_validators=2), EVIDENCE)
     assert proposal.slashes == ()

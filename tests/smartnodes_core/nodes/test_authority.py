@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import threading
+import time
+import types
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from smartnodes_core.chain.base import Member
+from smartnodes_core.chain.signing import new_key
 from smartnodes_core.errors import AuthorityError, ChainUnreachableError
-from smartnodes_core.identity import Identity
-from smartnodes_core.nodes.authority import ChainAuthority, WatchingAuthority
+from smartnodes_core.identity import Identity, make_binding
+from smartnodes_core.nodes.authority import ChainAuthority, OpenAuthority, WatchingAuthority
 from smartnodes_core.nodes.base import Node
-from smartnodes_core.records import Binding
+from smartnodes_core.nodes.renewing import Renewer
+from smartnodes_core.records import Binding, SignedBinding
 from smartnodes_core.transport.base import Peer
 
 WAIT_S = 10.0
@@ -155,6 +159,88 @@ def test_a_live_peer_is_dropped_when_the_chain_blacklists_it(party: Any, chain: 
     assert noticed.wait(WAIT_S)
     with pytest.raises(AuthorityError, match="blacklisted"):
         b.connect(a.endpoint)
+
+
+def test_a_blacklisted_peer_is_gone_with_the_next_look_at_the_chain(party: Any, chain: Chain) -> None:
+    """With its bulk connection; looks happen only when the test says so."""
+    authority = ChainAuthority(chain.members, poll_interval_s=3600, min_refresh_interval_s=3600)
+    a: Node = party.node("validator", authority)
+    b: Node = party.node("worker")
+    assert b.signed_binding is not None
+    binding = Binding.decode(b.signed_binding.binding)
+    chain.register(binding)
+    authority._read_chain()
+    got = threading.Event()
+    a.on_stream("t", lambda peer, header, size: memoryview(bytearray(size)), lambda *_: got.set())
+    b.connect(a.endpoint)
+    b.stream(a.node_key, "t", {}, [b"tensor"])
+    assert got.wait(WAIT_S)
+    chain.register(binding, reputation=0)
+    a._check_live_peers()
+    assert len(a.peers()) == 1  # the chain has not been looked at
+    connections = [*a._links.all(), *a._bulk.all()]
+    assert len(connections) == 2
+    authority._read_chain()
+    a._check_live_peers()
+    for connection in connections:
+        assert connection.join(WAIT_S)
+    assert a.peers() == []
+
+
+def test_a_key_that_was_replaced_on_chain_is_revoked_and_the_new_one_admitted(party: Any, chain: Chain) -> None:
+    """A stolen node key: its owner leaves, and registers the account with another."""
+    authority = ChainAuthority(chain.members, poll_interval_s=0.05, min_refresh_interval_s=0.0)
+    a: Node = party.node("validator", authority)
+    account, stolen, fresh = new_key(), Identity.create(), Identity.create()
+    place = ("worker", party.chain_id, party.registry, party.network_id, int(time.time()) + 3600)
+    nodes = []
+    for identity in (stolen, fresh):
+        binding = make_binding(identity, account, *place)
+        nodes.append(Node(identity, binding, party.transport(identity, binding), OpenAuthority(), endpoint=None))
+    thief, owner = nodes
+    chain.register(Binding.decode(thief.signed_binding.binding))
+    thief.connect(a.endpoint)
+    lost = threading.Event()
+    thief.on_peer_lost(lambda key, reason: lost.set())
+    chain.listed.clear()
+    chain.register(Binding.decode(owner.signed_binding.binding))
+    assert lost.wait(WAIT_S)
+    with pytest.raises(AuthorityError, match="not registered"):
+        thief.connect(a.endpoint)
+    assert owner.connect(a.endpoint).node_key == a.node_key
+    thief.stop()
+    owner.stop()
+
+
+def test_a_node_whose_binding_expires_is_dropped_and_let_in_again_with_a_new_one(
+    party: Any, chain: Chain, watched: ChainAuthority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a: Node = party.node("validator", watched)
+    account, identity = new_key(), Identity.create()
+    place = ("worker", party.chain_id, party.registry, party.network_id)
+    binding = make_binding(identity, account, *place, int(time.time()) + 1000)
+    b = Node(identity, binding, party.transport(identity, binding), OpenAuthority(), endpoint=None)
+    chain.register(Binding.decode(binding.binding))
+    b.connect(a.endpoint)
+    lost = threading.Event()
+    b.on_peer_lost(lambda key, reason: lost.set())
+    later = types.SimpleNamespace(time=lambda: time.time() + 2000, monotonic=time.monotonic)
+    monkeypatch.setattr("smartnodes_core.nodes.authority.time", later)
+    assert lost.wait(WAIT_S)
+    with pytest.raises(AuthorityError, match="has expired"):
+        b.connect(a.endpoint)
+    renewed = threading.Event()
+
+    def bind() -> SignedBinding:
+        renewed.set()
+        return make_binding(identity, account, *place, int(time.time()) + 5000)
+
+    renewer = Renewer(b, bind, interval_s=0.01)
+    renewer.start()
+    assert renewed.wait(WAIT_S)
+    renewer.stop()
+    assert b.connect(a.endpoint).node_key == a.node_key
+    b.stop()
 
 
 def test_an_unregistered_peer_never_gets_to_call(party: Any, watched: ChainAuthority) -> None:

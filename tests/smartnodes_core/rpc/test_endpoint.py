@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from smartnodes_core.errors import (
     AuthorityError,
     BusyError,
+    CancelledError,
     ConnectionLostError,
     DeadlineError,
     JobError,
@@ -21,8 +23,9 @@ from smartnodes_core.errors import (
 )
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.remote_errors import from_wire, raised_by, to_wire
-from smartnodes_core.rpc import RpcEndpoint, allow
+from smartnodes_core.rpc import RpcEndpoint, allow, is_cancelled
 from smartnodes_core.rpc.inbound import MAX_CALLS_PER_PEER, MAX_WAITING_CALLS_PER_PEER
+from smartnodes_core.rpc.pace import MAX_DEADLINE_S, MIN_DEADLINE_S
 from smartnodes_core.transport.base import Peer
 
 WAIT_S = 10.0
@@ -40,6 +43,7 @@ class Service:
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.entered = threading.Semaphore(0)
+        self.told_cancelled: queue.Queue[bool] = queue.Queue()
         self.noted: list[int] = []
         self.all_noted = threading.Event()
         self.running = 0
@@ -77,6 +81,7 @@ class Service:
             self.most_running = max(self.most_running, self.running)
         self.entered.release()
         self.gate.wait(WAIT_S)
+        self.told_cancelled.put(is_cancelled())
         with self.lock:
             self.running -= 1
         return {}
@@ -151,17 +156,86 @@ def test_calls_run_side_by_side_within_the_quota_of_a_peer(near: Node, far: Node
     assert near.call(far.node_key, "nothing").params == {}
 
 
-def test_a_deadline_names_method_peer_and_seconds_and_the_late_reply_is_dropped(
-    near: Node, far: Node, service: Service
-) -> None:
+def test_a_deadline_names_method_peer_and_seconds_and_the_peer_is_told(near: Node, far: Node, service: Service) -> None:
     with pytest.raises(DeadlineError, match=r"worker [0-9a-f]{8} did not answer wait in 0\.\d+ s"):
         near.call(far.node_key, "wait", timeout_s=0.2)
+    near.call(far.node_key, "nothing")  # behind the word that nobody waits
     service.gate.set()
+    assert service.told_cancelled.get(timeout=WAIT_S) is True
+    assert near._rpc.num_late_replies == 0
+
+
+def test_a_reply_that_comes_late_all_the_same_is_dropped(near: Node, far: Node) -> None:
     near.call(far.node_key, "nothing")
-    deadline_s = time.monotonic() + WAIT_S
-    while near._rpc.num_late_replies != 1 and time.monotonic() < deadline_s:
-        near.call(far.node_key, "nothing")
+    connection = far._links.get(near.node_key)
+    assert connection is not None
+    connection.send({"kind": "reply", "id": 77, "params": {}}, [b"late"])
+    far.call(near.node_key, "binding")
     assert near._rpc.num_late_replies == 1
+
+
+def test_a_cancelled_call_tells_the_handler_and_the_caller_at_once(near: Node, far: Node, service: Service) -> None:
+    call = near.begin_call(far.node_key, "wait", timeout_s=60)
+    assert service.entered.acquire(timeout=WAIT_S)
+    call.cancel()
+    call.cancel()
+    with pytest.raises(CancelledError, match="wait of worker"):
+        call.result()
+    near.call(far.node_key, "nothing")  # behind the word that it was cancelled
+    service.gate.set()
+    assert service.told_cancelled.get(timeout=WAIT_S) is True
+
+
+def test_a_call_cancelled_before_its_turn_is_never_begun(near: Node, far: Node, service: Service) -> None:
+    running = [near.begin_call(far.node_key, "wait", timeout_s=60) for _ in range(MAX_CALLS_PER_PEER)]
+    for _ in running:
+        assert service.entered.acquire(timeout=WAIT_S)
+    waiting = [near.begin_call(far.node_key, "wait", timeout_s=60) for _ in range(MAX_WAITING_CALLS_PER_PEER)]
+    for call in waiting:
+        call.cancel()
+    again = near.begin_call(far.node_key, "nothing", timeout_s=60)  # there is room for it
+    with pytest.raises(ProtocolError, match="no method"):
+        near.call(far.node_key, "nonesuch")  # answered without a turn, behind all that was cancelled
+    service.gate.set()
+    assert again.result().params == {}
+    for call in running:
+        call.result()
+    assert not service.entered.acquire(timeout=0.05)
+
+
+def test_a_call_that_names_no_deadline_has_one_by_what_the_peer_took_before(near: Node, far: Node) -> None:
+    assert near.begin_call(far.node_key, "nothing").timeout_s == MAX_DEADLINE_S
+    near.call(far.node_key, "nothing")
+    assert near.begin_call(far.node_key, "nothing").timeout_s == MIN_DEADLINE_S
+    assert near.begin_call(far.node_key, "small").timeout_s == MAX_DEADLINE_S
+
+
+def test_frames_of_a_later_version_are_skipped_and_unknown_fields_ignored(near: Node, far: Node) -> None:
+    near.call(far.node_key, "nothing")
+    connection = near._links.get(far.node_key)
+    assert connection is not None
+    connection.send({"kind": "gossip", "v": 2}, [bytes(100)])
+    connection.send({"kind": "notify", "method": "note", "params": {"n": 1}, "priority": 3})
+    assert near.call(far.node_key, "nothing").params == {}
+
+
+@pytest.mark.parametrize("kind", [None, 7, b"call"])
+def test_a_frame_of_no_kind_ends_the_connection(near: Node, far: Node, kind: Any) -> None:
+    lost = threading.Event()
+    near.on_peer_lost(lambda key, reason: lost.set())
+    near.call(far.node_key, "nothing")
+    connection = near._links.get(far.node_key)
+    assert connection is not None
+    connection.send({"kind": kind})
+    assert lost.wait(WAIT_S)
+
+
+def test_large_bodies_of_calls_go_over_a_bulk_connection(near: Node, far: Node) -> None:
+    body = bytes(range(256)) * (8 << 10)
+    reply = near.call(far.node_key, "echo", {"x": 1}, [body], bulk=True)
+    assert reply.params == {"x": 1, "role": "user"}
+    assert bytes(reply.body) == body
+    assert len(near._bulk.all()) == 1
 
 
 def test_a_lost_connection_fails_waiting_calls_at_once(near: Node, far: Node, service: Service) -> None:
@@ -293,12 +367,17 @@ def test_tensors_stream_into_the_memory_of_the_receiver(near: Node, far: Node) -
 
 
 def test_a_stream_that_the_receiver_does_not_want_is_skipped(near: Node, far: Node) -> None:
-    def refuse(peer: Peer, header: dict[str, Any], num_bytes: int) -> memoryview:
-        raise JobError("that job is over")
+    taken = threading.Event()
 
-    far.on_stream("activation", refuse, lambda peer, header, body: None)
+    def allocate(peer: Peer, header: dict[str, Any], num_bytes: int) -> memoryview:
+        if num_bytes > 1:
+            raise JobError("that job is over")
+        return memoryview(bytearray(num_bytes))
+
+    far.on_stream("activation", allocate, lambda peer, header, body: taken.set())
     near.stream(far.node_key, "activation", {}, [bytes(1 << 20)])
-    assert near.call(far.node_key, "nothing").params == {}
+    near.stream(far.node_key, "activation", {}, [b"x"])
+    assert taken.wait(WAIT_S)
     assert far._rpc.num_refused_streams == 1
 
 
@@ -307,6 +386,30 @@ def test_a_stream_of_unknown_topic_ends_the_connection(near: Node, far: Node) ->
     near.on_peer_lost(lambda key, reason: lost.set())
     near.stream(far.node_key, "nonesuch", {}, [b"x"])
     assert lost.wait(WAIT_S)
+
+
+def test_calls_whose_bodies_break_off_do_not_count_against_the_peer_for_ever(near: Node, far: Node) -> None:
+    near.call(far.node_key, "nothing")
+    connection = far._links.get(near.node_key)
+    assert connection is not None
+    inbound = far._rpc._inbound
+    for is_call in (True, False):
+        inbound.reserve(connection, is_call=is_call, num_bytes=1000)
+        assert len(inbound._loads) == 1
+        inbound.forget(connection)
+        assert inbound._loads == {}
+    assert near.call(far.node_key, "nothing").params == {}
+
+
+def test_what_a_peer_has_been_served_is_not_kept(near: Node, far: Node, service: Service) -> None:
+    for number in range(298, 300):
+        near.notify(far.node_key, "note", {"n": number})
+    near.call(far.node_key, "nothing")
+    assert service.all_noted.wait(WAIT_S)
+    deadline_s = time.monotonic() + WAIT_S
+    while far._rpc._inbound._loads and time.monotonic() < deadline_s:
+        threading.Event().wait(0.001)
+    assert far._rpc._inbound._loads == {}
 
 
 def test_names_are_served_once(far: Node, service: Service) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,8 @@ from OpenSSL import SSL
 
 from smartnodes_core.errors import ConfigError, DeadlineError, SmartnodesError
 from smartnodes_core.identity import Identity
+from smartnodes_core.nodes.authority import OpenAuthority
+from smartnodes_core.nodes.base import Node
 from smartnodes_core.rpc import RpcEndpoint
 from smartnodes_core.transport.base import Peer, split_endpoint
 from smartnodes_core.transport.certificate import make_certificate
@@ -187,29 +191,55 @@ def test_a_listener_that_never_answers_costs_the_dialler_its_deadline_only(tls_p
         assert time.monotonic() - started_s < 3
 
 
-def test_two_hundred_connections_leave_no_threads_and_no_descriptors(server: Server, tls_party: Any) -> None:
+def test_connections_leave_no_threads_no_descriptors_and_no_memory(
+    tls_party: Any, request: pytest.FixtureRequest
+) -> None:
+    """Of a node's: each with a call, a tensor on a bulk connection, and its end. `--connections` says how many."""
+    far = tls_party.node("worker")
+    far.on_stream("t", lambda peer, header, size: memoryview(bytearray(size)), lambda *_: got.release())
+    got, gone = threading.Semaphore(0), threading.Semaphore(0)
+    far.on_peer_lost(lambda key, reason: gone.release())
     identity = Identity.create()
-    transport = TlsTransport(identity, tls_party.bind(identity))
+    binding = tls_party.bind(identity, "user")
 
     def one() -> None:
-        connection = transport.dial(server.listener.endpoint, RpcEndpoint(), admit_all)
-        assert server.opened.acquire(timeout=WAIT_S)
-        connection.close("next")
-        assert connection.join(WAIT_S)
+        near = Node(identity, binding, TlsTransport(identity, binding), OpenAuthority(), endpoint=None)
+        near.connect(far.endpoint)
+        near.call(far.node_key, "binding")
+        near.stream(far.node_key, "t", {}, [b"tensor"])
+        assert got.acquire(timeout=WAIT_S)
+        near.stop()
+        assert gone.acquire(timeout=WAIT_S)
 
     def settle() -> tuple[set[threading.Thread], int]:
         for thread in threading.enumerate():
             if thread.name.startswith("tls "):
                 thread.join(WAIT_S)
+        gc.collect()
         return set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
 
-    one()
-    threads, descriptors = settle()
-    for _ in range(200):
+    def num_objects() -> int:
+        return len(gc.get_objects())
+
+    num_connections = request.config.getoption("--connections")
+    for _ in range(num_connections // 4):  # caches and pools fill first
         one()
-    now = settle()
-    assert now[0] <= threads  # those of earlier tests may end meanwhile
-    assert now[1] <= descriptors
+    before, memory_kb, objects = settle(), resident_kb(), num_objects()
+    for _ in range(num_connections):
+        one()
+    after = settle()
+    grown_kb, grown_objects = resident_kb() - memory_kb, num_objects() - objects
+    print(f"{num_connections} connections, and as many bulk ones: {grown_kb} KB and {grown_objects} objects more")
+    assert after[0] <= before[0]  # those of earlier tests may end meanwhile
+    assert after[1] <= before[1]
+    assert grown_objects < num_connections // 10 + 50  # each would leave dozens
+    assert len(far._rpc._inbound._loads) == len(far._rpc._inbound._seen) == 0
+    assert grown_kb < 32 << 10, f"{grown_kb} KB were not given back"  # the allocator itself keeps up to half of that
+
+
+def resident_kb() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") >> 10
 
 
 def test_closing_the_listener_does_not_wait_for_a_dawdling_handshake(tls_party: Any) -> None:

@@ -1,4 +1,4 @@
-"""What both transports promise: the same tests over TLS on loopback and over memory."""
+"""What both transports promise: the same tests over TLS on loopback and over memory, for both kinds of connection."""
 
 from __future__ import annotations
 
@@ -64,8 +64,10 @@ def admit_all(peer: Peer) -> None:
 class Pair:
     """A listening and a dialling side."""
 
-    def __init__(self, party: Any, far: Recorder | None = None, far_admit: Callable[[Peer], None] = admit_all) -> None:
-        self.party = party
+    def __init__(
+        self, party: Any, bulk: bool, far: Recorder | None = None, far_admit: Callable[[Peer], None] = admit_all
+    ) -> None:
+        self.party, self.bulk = party, bulk
         self.far, self.near = far or Recorder(), Recorder()
         self.server, self.dialler = Identity.create(), Identity.create()
         self.server_binding = party.bind(self.server, "worker")
@@ -78,7 +80,7 @@ class Pair:
         self, sink: FrameSink | None = None, admit: Callable[[Peer], None] = admit_all, **options: Any
     ) -> Connection:
         transport = options.pop("transport", self.transport)
-        made = transport.dial(self.listener.endpoint, sink or self.near, admit, **options)
+        made = transport.dial(self.listener.endpoint, sink or self.near, admit, bulk=self.bulk, **options)
         self.connections.append(made)
         return made  # type: ignore[no-any-return]
 
@@ -91,10 +93,12 @@ class Pair:
             assert connection.join(WAIT_S)
 
 
-@pytest.fixture
+@pytest.fixture(params=["calls", "bulk"])
 def pair_of(party: Any, request: pytest.FixtureRequest) -> Callable[..., Pair]:
+    """Over both kinds of connection in turn."""
+
     def make(**options: Any) -> Pair:
-        pair = Pair(party, **options)
+        pair = Pair(party, request.param == "bulk", **options)
         request.addfinalizer(pair.close)
         return pair
 
@@ -108,6 +112,7 @@ def test_both_sides_learn_who_the_other_is(pair_of: Callable[..., Pair]) -> None
     pair.connections.append(far)
     assert (near.peer.node_key, near.peer.role, near.dialled) == (pair.server.node_key, "worker", True)
     assert (far.peer.node_key, far.peer.role, far.dialled) == (pair.dialler.node_key, "user", False)
+    assert (near.peer.bulk, far.peer.bulk) == (pair.bulk, pair.bulk)
     assert near.peer.binding is not None
     assert near.peer.binding.node_key == pair.server.node_key
 

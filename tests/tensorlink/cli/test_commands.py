@@ -15,6 +15,7 @@ import pytest
 from smartnodes_core.chain.account import save_account_key
 from smartnodes_core.chain.devnet.accounts import devnet_key
 from smartnodes_core.chain.settings import Addresses
+from smartnodes_core.errors import IdentityError
 from smartnodes_core.identity import Identity
 from tensorlink.cli.main import main
 
@@ -135,6 +136,17 @@ def test_a_worker_without_threads_is_refused(node):
 
 def test_a_worker_needs_a_bootstrap_validator(node):
     assert "bootstrap" in refused(node, module="worker")
+
+
+def test_keys_are_sealed_by_a_passphrase_on_request(tmp_path, capsys):
+    (tmp_path / "passphrase").write_text("correct horse")
+    (tmp_path / "passphrase").chmod(0o600)
+    assert main(["keys", "--folder", str(tmp_path / "k"), "--passphrase-file", str(tmp_path / "passphrase")]) == 0
+    node_key = capsys.readouterr().out.split()[2]
+    assert Identity.load(tmp_path / "k/identity.json", "correct horse").node_key.hex() == node_key
+    with pytest.raises(IdentityError, match="sealed by a passphrase"):
+        Identity.load(tmp_path / "k/identity.json")
+    assert main(["keys", "--folder", str(tmp_path / "j"), "--passphrase-file", str(tmp_path / "none")]) == 2
 
 
 def test_keys_are_made_once_and_for_their_owner_alone(tmp_path):
