@@ -109,7 +109,7 @@ def test_what_is_kept_is_capped(net, fraud, monkeypatch):
     desk: EvidenceDesk = auditor.role.evidence
     monkeypatch.setattr(module, "MAX_KEPT", 3)
     for number in range(10):
-        desk.keep(Case(case.job, case.spec, case.commitment, case.challenge, bytes([number]), b""), b"", b"", body)
+        desk.keep(Case(case.job, case.spec, case.commitment, case.challenge, bytes([number]), b""), b"", [], b"", body)
     assert len(desk._kept) == 3
     monkeypatch.setattr(module, "MAX_EVIDENCE_BYTES", 1)
     last = desk.keep(case, b"", b"", body)
