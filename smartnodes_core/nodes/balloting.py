@@ -17,7 +17,7 @@ import msgspec
 from smartnodes_core.ballots import Ballot, BallotBox, Motion
 from smartnodes_core.chain.base import RoundState
 from smartnodes_core.chain.proposal import Domain, Equivocation, RoundProposal
-from smartnodes_core.chain.signing import SIGNATURE_BYTES
+from smartnodes_core.chain.signing import SIGNATURE_BYTES, keccak
 from smartnodes_core.errors import ProtocolError, RecordError, SmartnodesError
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.mailing import Mailer
@@ -126,6 +126,12 @@ class BallotDesk:
         with self.lock:
             ballot = Ballot(view, box.hash_of(motion, view), signature)
         self.add(box, [ballot])
+
+    def signatures_of(self, content: RoundProposal) -> dict[bytes, bytes]:
+        """By signer, of a proposal in its view, as far as the votes of its round are still kept."""
+        with self.lock:
+            box = self._boxes.get((content.round, content.previous_hash))
+            return box.signatures_over(content.view, keccak(content.encode())) if box is not None else {}
 
     def packed(self, box: BallotBox, motion: Motion) -> list[bytes]:
         """One vote of each signer of a motion, the proposer's first, as they go with it."""

@@ -60,6 +60,14 @@ class Candidate:
     totals_wei: dict[bytes, int]
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """An executed round that this validator signed, and those whose signatures it counted: this one's is not there."""
+
+    content: RoundProposal
+    signers: tuple[bytes, ...]
+
+
 class RoundBooks:
     """See the module. Thread-safe; asks the chain only where its methods say so."""
 
@@ -84,7 +92,7 @@ class RoundBooks:
         self._rounds: dict[int, bytes] = {}  # digests of the rounds that were followed
         self._candidates: dict[bytes, Candidate] = {}
         self._kept: dict[bytes, Proposal] = {}
-        self._left_out: RoundProposal | None = None
+        self._left_out: LeftOut | None = None
         self._number = -1
         self.admissions = AdmissionDesk(node, chain, network_id, membership, announced)
         self.roots = RootChecks(chain, network_id, self._evidence_of)
@@ -118,7 +126,8 @@ class RoundBooks:
                 if executed is not None:
                     with self._lock:
                         signed = self._candidates.get(executed.digest)
-                        self._left_out = signed.content if signed and self.account not in executed.signers else None
+                        is_left_out = signed is not None and self.account not in executed.signers
+                        self._left_out = LeftOut(signed.content, executed.signers) if signed and is_left_out else None
                     self._note(number, executed.digest)
             with self._lock:
                 self._number = state.number
@@ -149,11 +158,11 @@ class RoundBooks:
                 self.executed.remove(content)
             self._number = number
 
-    def take_left_out(self) -> RoundProposal | None:
-        """The last executed round if this validator signed it and is not among its signers; once."""
+    @property
+    def left_out(self) -> LeftOut | None:
+        """The last executed round, if this validator signed it and was not among its signers when it was executed."""
         with self._lock:
-            found, self._left_out = self._left_out, None
-        return found
+            return self._left_out
 
     def _note(self, number: int, digest: bytes) -> None:
         with self._lock:
