@@ -74,7 +74,7 @@ def _run(config: AuditorConfig, life: Life) -> None:
                 parameters=_voted_for(config),
             ),
             station.learn_validators,
-            config.data_dir / "proofs",
+            config.data_dir,
             station.announced,
         )
         station.join()

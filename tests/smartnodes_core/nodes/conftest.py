@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -231,6 +232,7 @@ class Citizen:
         self.handler: Any = None
         self.auditor: Any = None
         self.journal = Journal(None)
+        self.folder: Path | None = None  # where a validator keeps evidence and proofs
 
     def sign(self, record: Any) -> bytes:
         return self.identity.sign(record).encode()
@@ -302,6 +304,7 @@ class Net:
             validator.hash_chain,
             validator.journal,
             settings or self.settings,
+            folder=validator.folder,
         )
 
     def start(self, rounds: bool = False, only: Sequence[Citizen] | None = None) -> None:

@@ -121,7 +121,7 @@ def main() -> None:
         Journal(config.data_dir / "signed.journal"),
         ValidatorSettings(poll_s=0.25, proposer_timeout_s=settings["proposer_timeout_s"]),
         station.learn_validators,
-        config.data_dir / "proofs",
+        config.data_dir,
     )
     if settings["conduct"] == "silent":
         be_silent(validator)
