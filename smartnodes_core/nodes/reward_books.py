@@ -67,6 +67,13 @@ class RewardBooks:
         self.publish(totals)
         return True
 
+    def under(self, root: bytes) -> dict[bytes, int]:
+        """The totals under a root on chain, from the other validators where they are not kept here. Raises
+        Unavailable."""
+        with self._lock:
+            known = self._published.get(root)
+        return known or fetch_reward_totals(self._node, self._chain, self._network_id, self._others(), root)
+
     def publish(self, totals_wei: dict[bytes, int]) -> None:
         """These are the totals under the last root now."""
         root = reward_root(self._chain, self._network_id, totals_wei)

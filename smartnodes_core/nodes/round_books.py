@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from smartnodes_core.chain.base import Chain, RoundState
 from smartnodes_core.chain.proposal import NO_HASH, Parameters
@@ -25,6 +27,7 @@ from smartnodes_core.nodes.params import digest_in
 from smartnodes_core.nodes.paying import Escrows
 from smartnodes_core.nodes.reward_books import MAX_PUBLISHED, RewardBooks, trim
 from smartnodes_core.nodes.root_checks import RootChecks
+from smartnodes_core.nodes.root_reviews import RootReview
 from smartnodes_core.nodes.settleable import MAX_NAMED, Settleable
 from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, NodeKey, Proposal, Signed, Verdict
 from smartnodes_core.rounds import (
@@ -47,8 +50,9 @@ MAX_SETTLED = 16 * MAX_NAMED
 FETCH_TIMEOUT_S = 10.0
 
 
-#: The records that a proposal names; raises RecordError for those that may not be settled.
-LookUp = Callable[[Proposal], tuple[dict[bytes, Verdict], dict[bytes, Commitment]]]
+#: The records that a proposal names, asking these validators for what is lacking; raises RecordError for those that may
+#: not be settled.
+LookUp = Callable[[Proposal, Sequence[NodeKey]], tuple[dict[bytes, Verdict], dict[bytes, Commitment]]]
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,16 @@ class Candidate:
     proposal: Proposal
     content: RoundProposal
     totals_wei: dict[bytes, int]
+    earned_wei: Mapping[bytes, int]
+
+    @classmethod
+    def of(
+        cls, proposal: Proposal, content: RoundProposal, context: RoundContext, totals_wei: dict[bytes, int]
+    ) -> Candidate:
+        """With what the round alone earns whom."""
+        base_wei = context.base_wei
+        earned = {account: wei - base_wei.get(account, 0) for account, wei in totals_wei.items()}
+        return cls(proposal, content, totals_wei, {account: wei for account, wei in earned.items() if wei})
 
 
 @dataclass(frozen=True)
@@ -95,8 +109,9 @@ class RoundBooks:
         self._left_out: LeftOut | None = None
         self._number = -1
         self.admissions = AdmissionDesk(node, chain, network_id, membership, announced)
-        self.roots = RootChecks(chain, network_id, self._evidence_of)
-        self.look_up: LookUp = lambda proposal: ({}, {})
+        self.roots = RootChecks(chain, network_id, self._evidence_of, RootReview(self).before, self.others)
+        self.look_up: LookUp = lambda proposal, sources: ({}, {})
+        self._frozen_from = 0
         self.news = JobNews(node, network_id, membership.role_of)
         self.escrows = Escrows(chain, network_id, membership)
         self.records = Settleable(audits, membership, self.escrows, self.is_settled)
@@ -120,6 +135,7 @@ class RoundBooks:
             if (state.number, state.previous_hash) == (self._number, self._rounds.get(self._number, NO_HASH)):
                 return
             self._unwind(state)
+            self._frozen_from = state.frozen_from
             first = max(self._number + 1, state.number - MAX_MISSED + 1, 1)
             for number in range(first, state.number + 1):
                 executed = self.chain.executed_round(self.network_id, number)
@@ -172,7 +188,7 @@ class RoundBooks:
         if known is not None:
             proposal, content = known.proposal, known.content
             self.rewards.publish(known.totals_wei)
-            self.roots.accept(content, known.totals_wei)
+            self.roots.accept(content, known.totals_wei, known.earned_wei)
         elif kept is not None:  # executed again, after a reorganisation
             proposal, content = kept, RoundProposal.decode(kept.content)
         else:
@@ -195,8 +211,9 @@ class RoundBooks:
             self._settled.update(dict.fromkeys([*proposal.verdicts, *proposal.settled], number))
             trim(self._settled, MAX_SETTLED)
             self.executed.append(content)
-            # those of the last round may have to be settled again
-            self.audits.books.forget({digest for digest, settled_in in self._settled.items() if settled_in < number})
+            # those of the last round may have to be settled again, those of frozen rounds have to be shown
+            kept_from = min(number, self._frozen_from or number)
+            self.audits.books.forget({digest for digest, settled_in in self._settled.items() if settled_in < kept_from})
 
     def _ask_again(self) -> None:
         """For the oldest round of which nobody could tell: validators come back, and are met after a start."""
@@ -205,6 +222,17 @@ class RoundBooks:
         if self._unknown:
             number = min(self._unknown)
             self._note(number, self._unknown[number])
+
+    def executed_proposal(self, number: int) -> tuple[Proposal, RoundProposal]:
+        """What a round has executed, from the other validators where it is not kept here. Raises RecordError."""
+        executed = self.chain.executed_round(self.network_id, number)
+        if executed is not None:
+            with self._lock:
+                kept = self._kept.get(executed.digest)
+            found = (kept, RoundProposal.decode(kept.content)) if kept else self._fetch_executed(executed.digest)
+            if found is not None:
+                return found
+        raise RecordError(f"no validator tells what round {number} has executed")
 
     def _fetch_executed(self, digest: bytes) -> tuple[Proposal, RoundProposal] | None:
         for validator in self.others():
@@ -270,9 +298,22 @@ class RoundBooks:
         with self._lock:
             return [digest for digest in digests if digest in self._settled]
 
-    def _evidence_of(self, state: RoundState, proposal: Proposal) -> RoundEvidence:
-        """What an executed proposal stood on. Raises RecordError where this validator does not find its records."""
-        return self.records.evidence(state, *self.look_up(proposal))
+    def proposer_of(self, proposal: Proposal) -> list[NodeKey]:
+        """The node key of who made it, if it is known and not this validator's own."""
+        known = self.membership.node_key_of(proposal.proposer)
+        return [known] if known is not None and known != self.node.node_key else []
+
+    def _evidence_of(self, state: RoundState, proposal: Proposal, others: Sequence[NodeKey] = ()) -> RoundEvidence:
+        """What an executed proposal stood on; what rounds before it had settled does not count again. Raises
+        RecordError where neither this validator nor its proposer nor `others` have the records."""
+        number = proposal.round
+        with self._lock:
+            verdicts, settled = (
+                [digest for digest in named if self._settled.get(digest, number) >= number]
+                for named in (proposal.verdicts, proposal.settled)
+            )
+        shown = msgspec.structs.replace(proposal, verdicts=verdicts, settled=settled)
+        return self.records.evidence(state, *self.look_up(shown, [*self.proposer_of(proposal), *others]))
 
     def context(self, state: RoundState, view: int, until_s: int, num_validators: int) -> RoundContext:
         """What the rules take from the chain, which is asked four times."""
@@ -293,4 +334,5 @@ class RoundBooks:
             totals_wei=self.rewards.totals_wei,
             frozen_from=state.frozen_from,
             correction=self.roots.correction(state),
+            is_judged=self.roots.is_judged(state),
         )

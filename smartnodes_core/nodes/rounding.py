@@ -127,6 +127,8 @@ class RoundDesk:
         state = self._chain.round_state(self._network_id)
         self.meet()
         self.books.follow(state)
+        self.books.records.since()
+        self.books.roots.look_again(state)
         self.books.roots.freeze(state)
         self._endorser.endorse(state)
         view = self._clock.at(state)
@@ -244,7 +246,8 @@ class RoundDesk:
             parameters=self.books.wanted,
         )
         until_s = max(state.emitted_until_s, min(int(time.time()), state.chain_time_s))
-        content, totals_wei = propose(self.books.context(state, view, until_s, num_validators), evidence)
+        context = self.books.context(state, view, until_s, num_validators)
+        content, totals_wei = propose(context, evidence)
         proposal = Proposal(
             network_id=self._network_id,
             round=content.round,
@@ -255,7 +258,7 @@ class RoundDesk:
             verdicts=sorted(verdicts),
             settled=sorted(commitments),
         )
-        return Candidate(proposal, content, totals_wei)
+        return Candidate.of(proposal, content, context, totals_wei)
 
     def _carry(self, state: RoundState, view: int, order: list[bytes], box: BallotBox, motion: Motion) -> None:
         """Sign what leads, collect the others' signatures, execute."""

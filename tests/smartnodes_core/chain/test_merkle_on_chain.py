@@ -53,7 +53,7 @@ def test_every_leaf_of_a_tree_of_any_size_can_be_claimed_with_its_proof_and_with
         claims.set_root(tree.root, sum(totals.values()))
         for account, wei in totals.items():
             proof = list(tree.proof(account))
-            wrong = [proof[:place] + [bytes(32)] + proof[place + 1 :] for place in range(len(proof))]
+            wrong = [[*proof[:place], bytes(32), *proof[place + 1 :]] for place in range(len(proof))]
             wrong += [proof[:-1], proof[1:]] if proof else []
             wrong += [[*proof, tree.root], [*proof, bytes(32)], list(reversed(proof))]
             for other in wrong:

@@ -20,7 +20,7 @@ from smartnodes_core.nodes.validator import ValidatorSettings
 from smartnodes_core.nodes.views import ViewClock
 from smartnodes_core.nodes.voting import Signer
 from smartnodes_core.records import Proposal, Vote
-from smartnodes_core.rounds import draw_proposers, evidence_root, in_view, propose
+from smartnodes_core.rounds import COMPLETE_VIEWS, draw_proposers, evidence_root, in_view, propose
 
 from .conftest import FAST
 
@@ -489,6 +489,36 @@ def test_a_fraud_that_is_left_out_is_not_signed_for(net, eventually):
     vote = booth.vote(without)
     assert not vote.signature
     assert sum("is left out" in reason for reason in vote.reasons) == 2
+
+
+def test_work_that_is_passed_over_for_an_interval_is_not_signed_for_while_views_are_early(net, audited, eventually):
+    booth = Booth(net, eventually)
+    own = booth.proposer.role.rounds.books.records
+    verdicts, commitments = own.unsettled()
+    passed_over = next(iter(commitments))
+    own.unsettled = lambda: (verdicts, {each: c for each, c in commitments.items() if each != passed_over})
+    proposal, content = booth.proposal()
+    records = booth.voter.role.rounds.books.records
+    assert records.since().keys() == {*verdicts, *commitments}
+    assert booth.judge(proposal, content)[1] == []  # the proposer may not have heard of it yet
+    records._since_s[passed_over] -= booth.state.interval_s + 1
+    candidate, reasons = booth.judge(proposal, content)
+    assert candidate is None
+    assert reasons == [f"{passed_over.hex()[:16]} is left out: it could be settled an interval ago"]
+    candidate, reasons = booth.judge(proposal, in_view(content, COMPLETE_VIEWS))
+    assert reasons == []
+    assert candidate is not None
+
+
+def test_a_proposal_that_is_full_may_leave_out_what_it_has_no_room_for(net, audited, eventually, monkeypatch):
+    booth = Booth(net, eventually)
+    records = booth.voter.role.rounds.books.records
+    for digest in records.since():
+        records._since_s[digest] -= booth.state.interval_s + 1
+    monkeypatch.setattr("smartnodes_core.nodes.settleable.MAX_NAMED", 3)
+    proposal, content = booth.proposal()
+    assert len(proposal.verdicts) == 3
+    assert booth.judge(proposal, content)[1] == []
 
 
 def test_a_verdict_that_a_message_did_not_bring_is_fetched_for_the_vote(net, audited, eventually):

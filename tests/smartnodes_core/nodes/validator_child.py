@@ -63,7 +63,7 @@ def be_lazy(validator: ValidatorNode) -> None:
 
 def _blindly(motion: Motion, view: int) -> Any:
     content = in_view(motion.content, view)
-    return Candidate(proposed_in(motion.proposal, content), content, {})
+    return Candidate(proposed_in(motion.proposal, content), content, {}, {})
 
 
 def be_greedy(validator: ValidatorNode, key: bytes) -> None:
