@@ -28,3 +28,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=0,
         help="how often two of four validators, and then the chain, are killed at a random instant (the long mode: 5)",
     )
+    parser.addoption(
+        "--chain-reorgs",
+        type=int,
+        default=0,
+        help="how often the chain takes back the last rounds of four validators (the long mode: 10)",
+    )
+    parser.addoption(
+        "--chain-away-s",
+        type=float,
+        default=0.0,
+        help="how many seconds the chain is away from four validators, and from a network that trains (long: 180)",
+    )

@@ -32,7 +32,7 @@ class Endorser:
     def is_waiting(self, state: RoundState) -> bool:
         """Whether this validator's signature may still have to be added to the last round."""
         found = self._books.left_out
-        return found is not None and found != self._done and found.content.round == state.number and _is_open(state)
+        return found is not None and found is not self._done and found.content.round == state.number and _is_open(state)
 
     def endorse(self, state: RoundState) -> None:
         """Add what is missing when it is this validator's turn. Raises ChainError when the chain is away; what it
@@ -40,7 +40,7 @@ class Endorser:
         found = self._books.left_out
         if found is None or not self.is_waiting(state):
             return
-        if found != self._waiting:
+        if found is not self._waiting:
             self._waiting, self._from_s = found, time.monotonic() + self._wait_s(found, state)
         if time.monotonic() < self._from_s:
             return

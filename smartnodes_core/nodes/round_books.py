@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from smartnodes_core.nodes.job_news import JobNews
 from smartnodes_core.nodes.membership import Membership
 from smartnodes_core.nodes.params import digest_in
 from smartnodes_core.nodes.paying import Escrows
+from smartnodes_core.nodes.polling import ask_all
 from smartnodes_core.nodes.reward_books import MAX_PUBLISHED, RewardBooks, trim
 from smartnodes_core.nodes.root_checks import RootChecks
 from smartnodes_core.nodes.root_reviews import RootReview
@@ -48,6 +50,10 @@ MAX_MISSED = 8
 #: Digests of settled records that are remembered; older ones are refused by step (`AuditedJob.settled_step`).
 MAX_SETTLED = 16 * MAX_NAMED
 FETCH_TIMEOUT_S = 10.0
+#: How often a round of which nobody could tell is asked for again.
+ASK_AGAIN_S = 5.0
+#: Proposals signed in one round that are remembered: its views may be many while the chain is away.
+MAX_CANDIDATES = 64
 
 
 #: The records that a proposal names, asking these validators for what is lacking; raises RecordError for those that may
@@ -103,6 +109,7 @@ class RoundBooks:
         self._following = threading.Lock()
         self._settled: dict[bytes, int] = {}  # and in which round
         self._unknown: dict[int, bytes] = {}  # of which no validator has told yet
+        self._ask_again_at_s = 0.0
         self._rounds: dict[int, bytes] = {}  # digests of the rounds that were followed
         self._candidates: dict[bytes, Candidate] = {}
         self._kept: dict[bytes, Proposal] = {}
@@ -219,9 +226,10 @@ class RoundBooks:
         """For the oldest round of which nobody could tell: validators come back, and are met after a start."""
         for number in [each for each in self._unknown if each <= self._number - MAX_MISSED or each not in self._rounds]:
             del self._unknown[number]
-        if self._unknown:
+        if self._unknown and time.monotonic() >= self._ask_again_at_s:
             number = min(self._unknown)
             self._note(number, self._unknown[number])
+            self._ask_again_at_s = time.monotonic() + ASK_AGAIN_S
 
     def executed_proposal(self, number: int) -> tuple[Proposal, RoundProposal]:
         """What a round has executed, from the other validators where it is not kept here. Raises RecordError."""
@@ -235,7 +243,9 @@ class RoundBooks:
         raise RecordError(f"no validator tells what round {number} has executed")
 
     def _fetch_executed(self, digest: bytes) -> tuple[Proposal, RoundProposal] | None:
-        for validator in self.others():
+        """From all others at once: some may hang."""
+
+        def ask(validator: NodeKey) -> tuple[Proposal, RoundProposal] | None:
             try:
                 reply = self.node.call(
                     validator,
@@ -252,7 +262,12 @@ class RoundBooks:
                 logger.warning("%s gave another proposal than was executed", validator.hex()[:8])
             except SmartnodesError as error:
                 logger.info("%s does not know the executed proposal: %s", validator.hex()[:8], error)
-        return None
+            except Exception:
+                logger.exception("the executed proposal of %s", validator.hex()[:8])
+            return None
+
+        answers = ask_all(self.others(), ask, lambda found: any(found.values()), FETCH_TIMEOUT_S, 0.0)
+        return next((found for found in answers.values() if found), None)
 
     @allow(roles=("validator",), max_body_bytes=0)
     def rpc_executed_proposal(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
@@ -284,6 +299,7 @@ class RoundBooks:
         """Keep a proposal that this validator signs."""
         with self._lock:
             self._candidates[digest] = candidate
+            trim(self._candidates, MAX_CANDIDATES)
 
     def _signed_totals(self, root: bytes) -> dict[bytes, int] | None:
         """The rewards under a root that was signed here, and may just have been executed."""

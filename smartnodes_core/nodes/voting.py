@@ -204,6 +204,8 @@ class VoteDesk:
         proposal = proposed_in(motion.proposal, content)
         if content.until_s > time.time() + CLOCK_SKEW_S or content.until_s < state.emitted_until_s:
             return None, [f"until_s {content.until_s} is in the future, or before the last round's"]
+        if content.until_s < min(state.earliest_at_s, int(time.time())) - CLOCK_SKEW_S:
+            return None, [f"until_s {content.until_s} is before the round was due: its work would earn less"]
         if not (books.knows_rewards(state) if content.ruling == CORRECT else books.rewards.knows(state)):
             return None, ["the rewards under the last root are not known here"]
         again = books.is_settled([*proposal.verdicts, *proposal.settled])

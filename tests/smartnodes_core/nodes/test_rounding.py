@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import replace
 from typing import Any
@@ -316,6 +317,29 @@ def test_a_validator_that_missed_a_round_learns_what_it_settled(net, audited, ev
     assert away.role.rounds.books.rewards.knows(after)
 
 
+def test_who_asks_for_an_executed_round_is_not_held_up_by_validators_that_hang(net, audited, eventually, monkeypatch):
+    booth = Booth(net, eventually)
+    booth.carry()
+    after = state_of(net)
+    booth.proposer.role.rounds.books.follow(after)
+    node, over = booth.voter.node, threading.Event()
+    call = node.call
+
+    def slow(validator, *args, **options):
+        if validator != booth.proposer.key:
+            over.wait(60)
+        return call(validator, *args, **options)
+
+    monkeypatch.setattr(node, "call", slow)
+    books = booth.voter.role.rounds.books
+    books._candidates.clear()  # as after a restart
+    began_s = time.monotonic()
+    books.follow(after)
+    assert time.monotonic() - began_s < 8
+    assert books.executed[-1].round == 1
+    over.set()
+
+
 def test_a_validator_that_restarts_gets_the_reward_totals_from_the_others(net, audited, eventually):
     booth = Booth(net, eventually)
     booth.carry()
@@ -392,6 +416,22 @@ def test_what_the_evidence_does_not_justify_is_not_signed_and_the_reasons_say_wh
         assert candidate is None, complaint
         assert complaint in "; ".join(reasons)
     assert booth.vote(proposal).signature
+
+
+def test_a_proposer_cannot_have_work_settled_for_less_than_an_intervals_emission(net, audited, eventually):
+    booth = Booth(net, eventually)
+    desk = booth.proposer.role.rounds
+    early_s = booth.state.emitted_until_s
+    booth.state = replace(booth.state, earliest_at_s=early_s + 600, chain_time_s=early_s + 600)
+    books, records = desk.books, desk.books.records
+    poor, _ = propose(books.context(booth.state, 0, early_s, 4), records.evidence(booth.state, *records.unsettled()))
+    assert poor.allotment_wei == 0
+    proposal, _ = booth.proposal()
+    named = msgspec.structs.replace(proposal, content=poor.encode())
+    assert booth.judge(named, poor)[1] == []  # the proposer's own clock may be behind the chain's
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "time", lambda: early_s + 600.0)
+        assert "before the round was due" in booth.judge(named, poor)[1][0]
 
 
 def test_a_proposal_of_another_place_is_not_signed(net, audited, eventually):
