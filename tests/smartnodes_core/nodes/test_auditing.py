@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -519,3 +520,15 @@ def test_a_validator_whose_hash_chain_is_used_up_says_so_and_lists_no_more(net, 
     net.work(job, range(1))
     eventually(lambda: "hash chain is used up" in caplog.text)
     assert not any(key == validator.key for key, _ in net.audited(validator, job).lists)
+
+
+def test_a_validator_that_shows_what_it_named_too_slowly_is_given_up(net, monkeypatch):
+    asker, slow = net.validators[:2]
+    asked = []
+    monkeypatch.setattr(asker.node, "call", lambda *args, **options: asked.append(args) or SimpleNamespace(body=b""))
+    digests = [bytes([number]) * 32 for number in range(5)]
+    asker.role.audits.fetch_missing(slow.key, digests, [])
+    assert len(asked) == 5
+    monkeypatch.setattr("smartnodes_core.nodes.auditing.MAX_FETCH_S", -1.0)  # it is over at once
+    asker.role.audits.fetch_missing(slow.key, digests, [])
+    assert len(asked) == 5

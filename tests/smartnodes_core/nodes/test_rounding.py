@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -16,6 +17,7 @@ from smartnodes_core.chain.proposal import Parameters, RoundProposal
 from smartnodes_core.chain.signing import sign_digest
 from smartnodes_core.errors import AuthorityError, ChainUnreachableError, RecordError
 from smartnodes_core.journal import EquivocationError, Journal
+from smartnodes_core.nodes.balloting import MAX_EARLY
 from smartnodes_core.nodes.rewards import claim
 from smartnodes_core.nodes.validator import ValidatorSettings
 from smartnodes_core.nodes.views import ViewClock
@@ -614,6 +616,29 @@ def test_a_validator_that_waits_for_a_round_looks_at_the_chain_once(net, eventua
 def test_a_round_that_nobody_keeps_is_told_so(net):
     with pytest.raises(RecordError, match="no such round"):
         net.validators[0].node.call(net.validators[1].key, "executed_proposal", {"digest": bytes(32)})
+
+
+def test_votes_that_one_validator_sends_early_do_not_crowd_out_anothers(net, eventually):
+    desk = net.validators[0].role.rounds.ballots
+    floods, other = (SimpleNamespace(node_key=validator.key) for validator in net.validators[1:3])
+    place = {"round": 1, "previous": bytes(32), "view": 0}
+    vote = {"content": b"c" * 32, "signature": sign_digest(net.validators[2].account_key, b"d" * 32)}
+    desk.rpc_ballot(other, {**place, **vote}, memoryview(b""))
+    for number in range(2000):
+        desk.rpc_ballot(floods, {**place, **vote, "round": number + 2}, memoryview(b""))
+    held = [each.number for of_one in desk._early.values() for each in of_one]
+    assert held.count(1) == 1
+    assert len(held) == 1 + MAX_EARLY
+
+
+def test_proposals_signed_in_many_views_are_not_all_remembered(net, audited, eventually, monkeypatch):
+    monkeypatch.setattr("smartnodes_core.nodes.round_books.MAX_CANDIDATES", 3)
+    booth = Booth(net, eventually)
+    desk = booth.proposer.role.rounds
+    for view in range(10):
+        candidate = desk._propose(booth.state, view, 4)
+        desk.books.remember(net.model.domain.digest(candidate.content), candidate)
+    assert [each.content.view for each in desk.books._candidates.values()] == [7, 8, 9]
 
 
 def test_parameters_change_when_a_quorum_wants_the_same(make_net, eventually):
