@@ -26,6 +26,7 @@ def until(condition, timeout_s=90.0):
         pause.wait(0.2)
 
 
+@pytest.mark.timeout(1800)
 def test_a_network_trains_on_while_the_chain_is_away_and_settles_it_later(pytestconfig):
     away_s = pytestconfig.getoption("--chain-away-s")
     if not away_s:

@@ -29,6 +29,7 @@ def nobody_was_harmed(town_: Town) -> None:
     assert "Traceback" not in town_.logs()
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", ["embedded", "anvil"])
 def test_rounds_go_on_when_the_chain_takes_the_last_ones_back(
     kind: str, town: Callable[..., Town], pytestconfig: pytest.Config
@@ -65,6 +66,7 @@ def digest_of(town_: Town, number: int) -> bytes:
     return executed.digest
 
 
+@pytest.mark.timeout(1800)
 def test_validators_outlast_a_chain_that_is_away_for_minutes(
     town: Callable[..., Town], pytestconfig: pytest.Config
 ) -> None:
