@@ -40,7 +40,7 @@ def test_validators_that_hang_hold_nobody_up(net, monkeypatch):
     monkeypatch.setattr(node, "call", slow)
     began_s = time.monotonic()
     assert fetch_reward_totals(node, chain, NETWORK, keys, root) == totals
-    assert time.monotonic() - began_s < 10
+    assert time.monotonic() - began_s < 40
     over.set()
 
 
