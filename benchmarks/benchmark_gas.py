@@ -1,8 +1,9 @@
 """Gas of rounds and claims, beside the figures of the original Smartnodes contracts (v2).
 
 `python benchmarks/benchmark_gas.py [--most-workers 10000]`. A round changes every worker's reputation, sets a new
-rewards root and mints; it is carried by a quorum, and measured in the steady state, when the storage it writes has been
-written before. The contracts run in this process (py-evm, cancun): any chain of that fork charges the same.
+rewards root and mints; it carries as many signatures as validators send where all have signed, and is measured in the
+steady state, when the storage it writes has been written before. The contracts run in this process (py-evm, cancun):
+any chain of that fork charges the same.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from smartnodes_core.ballots import SPARE_SIGNATURES
 from smartnodes_core.chain.devnet.direct import Direct
 from smartnodes_core.chain.merkle import RewardTree
 from smartnodes_core.chain.packing import pack_reputations
@@ -109,6 +111,11 @@ class Measured:
         ]
 
 
+def num_sent(num_validators: int) -> int:
+    """The signatures that validators send where all have signed (`smartnodes_core.ballots.carrying`)."""
+    return min(num_validators, quorum(num_validators) + SPARE_SIGNATURES)
+
+
 def show(what: str, used: int, limit: int = 0, original: int = 0) -> None:
     beside = f"   at most {limit:9,}" if limit else ""
     print(f"  {what:52} {used:10,}{beside}" + (f"   original {original:9,}" if original else ""), flush=True)
@@ -116,12 +123,12 @@ def show(what: str, used: int, limit: int = 0, original: int = 0) -> None:
 
 def measure_workers(num_validators: int, num_workers: int) -> Measured:
     network = Measured(num_validators, num_workers)
-    needed = quorum(num_validators)
-    _, tree = network.full_round(needed)
+    sent = num_sent(num_validators)
+    _, tree = network.full_round(sent)
     first_claim = network.claim(tree)
-    used, tree = network.full_round(needed)
+    used, tree = network.full_round(sent)
     whole = num_workers == 1000
-    what = f"round, {num_validators} validators ({needed} sign), {num_workers:,} workers"
+    what = f"round, {num_validators} validators ({sent} signatures), {num_workers:,} workers"
     show(what, used, LIMITS.get(num_validators, 0) * whole, ORIGINAL_ROUND.get(num_validators, 0) * whole)
     show("  claim, first", first_claim)
     show("  claim, repeated", network.claim(tree), CLAIM_LIMIT, ORIGINAL_CLAIM)
@@ -135,10 +142,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     began = time.monotonic()
     print("Gas, every worker's reputation changed:")
     network = measure_workers(50, min(1000, options.most_workers))
-    show("  the same signed by all 50", network.full_round(50)[0])
-    show("  the same by 34", network.full_round(quorum(50))[0])
-    show("    the other 16 endorse it, in one transaction", network.endorse(34, 50))
-    show("    one of them endorses it alone", network.endorse(34, 35))
+    sent = num_sent(50)
+    network.full_round(sent)
+    show(f"    the other {50 - sent} endorse it, in one transaction", network.endorse(sent, 50))
+    show("    one of them endorses it alone", network.endorse(sent, sent + 1))
+    show(f"  the same carried by the {quorum(50)} of a quorum", network.full_round(quorum(50))[0])
+    show("  the same carried by all 50, which no node sends", network.full_round(50)[0])
     show("registration of a worker", network.registration_gas)
     for num_workers in [count for count in (1, 10, 100, 1000, 10_000) if count <= options.most_workers]:
         network = measure_workers(3, num_workers)

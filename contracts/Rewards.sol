@@ -2,10 +2,10 @@
 pragma solidity ^0.8.30;
 
 import {SafeERC20} from "@openzeppelin/contracts/token/ERC20/utils/SafeERC20.sol";
-import {MerkleProof} from "@openzeppelin/contracts/utils/cryptography/MerkleProof.sol";
 import {IRegistry} from "./interfaces/IRegistry.sol";
 import {IRounds} from "./interfaces/IRounds.sol";
 import {ISNO} from "./interfaces/ISNO.sol";
+import {MerklePath} from "./libraries/MerklePath.sol";
 
 /// @title The rewards' half of Rounds: see IRounds. What may be allotted, under which roots it is claimed, who stops one.
 abstract contract Rewards is IRounds {
@@ -72,11 +72,12 @@ abstract contract Rewards is IRounds {
         bytes32 leaf = keccak256(
             bytes.concat(keccak256(abi.encode(block.chainid, address(this), networkId, account, total)))
         );
-        if (!MerkleProof.verifyCalldata(proof, root.root, leaf)) revert BadProof();
-        uint256 before = claimedBy[networkId][account];
+        if (MerklePath.root(proof, leaf) != root.root) revert BadProof();
+        mapping(address account => uint256) storage claimed = claimedBy[networkId];
+        uint256 before = claimed[account];
         if (total <= before) return 0;
         amount = total - before;
-        claimedBy[networkId][account] = total;
+        claimed[account] = total;
         emit Claimed(networkId, account, amount);
         sno.pay(networkId, account, amount); // what the network was allotted is all that it can pay
     }

@@ -10,7 +10,7 @@ it and others cannot, and a later one that all can justify must not wait behind 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from smartnodes_core.chain.proposal import Domain, Equivocation, Place, RoundPro
 from smartnodes_core.chain.signing import keccak, recover, word
 from smartnodes_core.errors import RecordError
 from smartnodes_core.records import Proposal
-from smartnodes_core.rounds import in_view
+from smartnodes_core.rounds import in_view, quorum
 
 #: Validators that may propose in one view at most.
 MAX_PROPOSERS = 8
@@ -28,6 +28,8 @@ MAX_PROPOSALS_OF_ONE = 4
 MAX_VIEWS = 256
 #: Views in which a proposal is voted on, from the one in which it was made.
 PATIENCE_VIEWS = 4
+#: Signatures beyond a quorum that carry a round: some of their makers may leave the epoch meanwhile.
+SPARE_SIGNATURES = 5
 #: Where a proposal's encoding holds the view: behind the offset of the struct, network and round.
 _VIEW_AT = 96
 
@@ -83,6 +85,15 @@ def proposers_in(order: Sequence[bytes], view: int) -> list[bytes]:
     """
     width = min(1 << min(view, MAX_PROPOSERS.bit_length() - 1), len(order))
     return [order[(view + place) % len(order)] for place in range(width)]
+
+
+def carrying(order: Sequence[bytes], signatures: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+    """Of the signatures of a proposal, by account, those that are sent to carry it: each costs gas, so no more than a
+    quorum and SPARE_SIGNATURES. They are taken in the order of the round's draw, so that chance decides anew in each
+    round who is left out; what was left out can be endorsed.
+    """
+    found = [account for account in order if account in signatures][: quorum(len(order)) + SPARE_SIGNATURES]
+    return {account: signatures[account] for account in sorted(found)}
 
 
 class BallotBox:
@@ -218,9 +229,13 @@ class BallotBox:
 
     def signatures(self, motion: Motion, view: int) -> dict[bytes, bytes]:
         """By signer, of a motion in one view."""
+        return self.signatures_over(view, self.hash_of(motion, view))
+
+    def signatures_over(self, view: int, content: bytes) -> dict[bytes, bytes]:
+        """By signer, of the content with this hash in one view; those of equivocators are left out."""
+        found = {signer: known[view] for signer, known in self._ballots.items() if view in known}
         return {
             signer: ballot.signature
-            for signer, ballots in self.ballots_for(motion).items()
-            for ballot in ballots
-            if ballot.view == view
+            for signer, ballot in found.items()
+            if ballot.content == content and signer not in self.equivocators
         }

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from smartnodes_core.errors import LocalError
 
+#: What the name of a file that is being written ends in (`write_durably`).
+DRAFT = ".draft"
 _HEAD = struct.Struct(">II")
 _DIGEST_BYTES = 32
 _MIN_ENTRY_BYTES = 1 + _DIGEST_BYTES
@@ -170,3 +172,19 @@ def make_durable(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_durably(path: Path, *parts: bytes | memoryview) -> None:
+    """A file of `parts`: all of it on disk, name included, or nothing of it. Raises LocalError."""
+    draft = path.with_suffix(DRAFT)
+    try:
+        with open(draft, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+        make_durable(path.parent)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise LocalError(f"{path} cannot be written: {error.strerror}") from None

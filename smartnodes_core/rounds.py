@@ -8,7 +8,7 @@ builds itself: the same evidence gives the same bytes. `contracts/Rounds.sol` ex
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from smartnodes_core.chain.emission import WORKERS_PERCENT, fee_on, workers_cap_wei
@@ -41,17 +41,23 @@ __all__ = [
     "Settlement",
     "Slash",
     "Standing",
+    "add",
     "allot",
     "draw_proposers",
     "evidence_root",
     "justify",
+    "left_out",
     "propose",
     "quorum",
     "rewards_of",
+    "undecided",
 ]
 
 #: Below this many validators a verdict costs reputation only: too few to take somebody's stake.
 MIN_VALIDATORS_TO_SLASH = 3
+#: Views in which a proposal must be complete. In later ones it is enough that what it holds is justified: a round must
+#: not wait for what some validators see and others cannot.
+COMPLETE_VIEWS = 4
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,8 @@ class RoundContext:
     `totals_wei` are the cumulative rewards under the last executed root, `signers` those whose signatures carried the
     round before, `emission_wei` what may be emitted up to `until_s`, `parameters` those of this round,
     `frozen_from` the round whose root a validator has frozen (0: none), `correction` what this validator finds
-    instead, if it finds it wrong. `reputation_rule` is the network's own.
+    instead, if it finds it wrong, `is_judged` whether it could find anything: who cannot judge does not rule.
+    `reputation_rule` is the network's own.
     """
 
     domain: Domain
@@ -114,6 +121,17 @@ class RoundContext:
     frozen_from: int = 0
     correction: Correction | None = None
     reputation_rule: ReputationRule = next_reputation
+    is_judged: bool = True
+
+    @property
+    def ruled_round(self) -> int:
+        """The frozen round on which this validator rules; 0 where there is none, or it cannot judge."""
+        return self.frozen_from if self.is_judged else 0
+
+    @property
+    def base_wei(self) -> Mapping[bytes, int]:
+        """The cumulative rewards on which those of the round are added."""
+        return self.correction.totals_wei if self.correction and self.ruled_round else self.totals_wei
 
 
 @dataclass(frozen=True)
@@ -182,8 +200,8 @@ def evidence_root(digests: Iterable[bytes]) -> bytes:
 def propose(context: RoundContext, evidence: RoundEvidence) -> tuple[RoundProposal, dict[bytes, int]]:
     """The proposal that this evidence justifies, and the cumulative rewards under its root.
 
-    A frozen root is upheld, unless this validator finds it wrong: then it is corrected. Work of an account with a
-    fraudulent verdict, or that is blacklisted or unknown, earns nothing.
+    A frozen root is upheld, unless this validator finds it wrong (then it is corrected) or cannot judge it. Work of an
+    account with a fraudulent verdict, or that is blacklisted or unknown, earns nothing.
     """
     scores: dict[int, int] = {}
     slashes: list[Slash] = []
@@ -200,11 +218,9 @@ def propose(context: RoundContext, evidence: RoundEvidence) -> tuple[RoundPropos
     paid = [settle(job, context.signers, context.parameters) for job in work]
     settlements = sorted((each for each in paid if each), key=lambda settlement: settlement.escrow_id)
     rewards = rewards_of(context, evidence, settlements)
-    correction = context.correction if context.frozen_from else None
-    totals = dict(correction.totals_wei if correction else context.totals_wei)
-    for account, wei in rewards.items():
-        totals[account] = totals.get(account, 0) + wei
-    ruling = NO_RULING if not context.frozen_from else CORRECT if correction else UPHOLD
+    correction = context.correction if context.ruled_round else None
+    totals = add(context.base_wei, rewards)
+    ruling = NO_RULING if not context.ruled_round else CORRECT if correction else UPHOLD
     domain = context.domain
     proposal = RoundProposal(
         network_id=context.network_id,
@@ -222,7 +238,7 @@ def propose(context: RoundContext, evidence: RoundEvidence) -> tuple[RoundPropos
         slashes=tuple(sorted(slashes, key=lambda slash: slash.index)),
         settlements=tuple(settlements),
         ruling=ruling,
-        ruled_round=context.frozen_from,
+        ruled_round=context.ruled_round,
         parameters=() if evidence.parameters in (None, context.parameters) else (evidence.parameters,),
         evidence_root=evidence_root(evidence.digests),
     )
@@ -238,6 +254,14 @@ def rewards_of(context: RoundContext, evidence: RoundEvidence, settlements: Iter
         if not job.in_coin
     ]
     return allot(earned, context.signers, context.emission_wei)
+
+
+def add(totals_wei: Mapping[bytes, int], earned_wei: Mapping[bytes, int]) -> dict[bytes, int]:
+    """Cumulative rewards with what was earned since."""
+    totals = dict(totals_wei)
+    for account, wei in earned_wei.items():
+        totals[account] = totals.get(account, 0) + wei
+    return totals
 
 
 def _earning(context: RoundContext, evidence: RoundEvidence, job: JobWork) -> JobWork:
@@ -269,6 +293,28 @@ def justify(proposed: RoundProposal, recomputed: RoundProposal) -> list[str] | N
         else:
             reasons.append(f"{name}: proposed {_show(found)}, recomputed {_show(own)}")
     return reasons or None
+
+
+def left_out(
+    settleable_since_s: Mapping[bytes, float], named: Collection[bytes], now_s: float, interval_s: float, view: int
+) -> list[bytes]:
+    """Records that a proposal in this view must name and does not: those that the validator that checks it could have
+    settled itself for an interval or longer. A proposer whose knowledge is up to an interval older than the checking
+    one's is so never refused, and nobody's work can be passed over for long.
+    """
+    if view >= COMPLETE_VIEWS:
+        return []
+    vested = (digest for digest, since_s in settleable_since_s.items() if since_s <= now_s - interval_s)
+    return sorted(digest for digest in vested if digest not in named)
+
+
+def undecided(context: RoundContext, proposed: RoundProposal) -> RoundContext:
+    """The context in which to check a proposal that decides nothing about a frozen root: in later views it is signed
+    by those who can judge too, so that rounds go on while too few can.
+    """
+    if proposed.ruling == NO_RULING and context.view >= COMPLETE_VIEWS:
+        return replace(context, is_judged=False)
+    return context
 
 
 def _reputation_differences(found: bytes, own: bytes) -> list[str]:

@@ -102,6 +102,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=200,
         help="connections after which nothing may be left of them (the long mode: 10000)",
     )
+    parser.addoption(
+        "--chain-reorgs",
+        type=int,
+        default=0,
+        help="how often the chain takes back the last rounds of four validators (the long mode: 10)",
+    )
+    parser.addoption(
+        "--chain-away-s",
+        type=float,
+        default=0.0,
+        help="how many seconds the chain is away from four validators, and from a network that trains (long: 180)",
+    )
 
 
 def _namespaces_module() -> ModuleType:

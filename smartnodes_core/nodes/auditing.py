@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 FETCH_TIMEOUT_S = 10.0
 QUIET_S = 1.0
+#: How long records are fetched from one validator in one go: one that answers each call slowly stops nobody's rounds.
+MAX_FETCH_S = 20.0
 #: Records fetched from one validator in one go.
 MAX_FETCH = 512
 
@@ -193,7 +195,11 @@ class AuditDesk:
         self._fetch_all(holder, "fetch_verdict", verdicts, self.take_verdict)
 
     def _fetch_all(self, holder: NodeKey, method: str, digests: Iterable[bytes], take: Callable[[bytes], None]) -> None:
+        end_s = time.monotonic() + MAX_FETCH_S
         for digest in list(digests)[:MAX_FETCH]:
+            if time.monotonic() > end_s:
+                logger.warning("%s: %s takes too long to show what it named", method, holder.hex()[:8])
+                return
             try:
                 reply = self._node.call(
                     holder, method, {"digest": digest}, timeout_s=FETCH_TIMEOUT_S, max_body_bytes=MAX_RECORD_BYTES

@@ -17,7 +17,7 @@ import msgspec
 from smartnodes_core.ballots import Ballot, BallotBox, Motion
 from smartnodes_core.chain.base import RoundState
 from smartnodes_core.chain.proposal import Domain, Equivocation, RoundProposal
-from smartnodes_core.chain.signing import SIGNATURE_BYTES
+from smartnodes_core.chain.signing import SIGNATURE_BYTES, keccak
 from smartnodes_core.errors import ProtocolError, RecordError, SmartnodesError
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.mailing import Mailer
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 #: Rounds whose votes are kept: a second signature may come to light late.
 MAX_BOXES = 8
-#: Votes that came before this node knew of their round.
-MAX_EARLY = 1024
+#: Votes of one validator that came before this node knew of their round.
+MAX_EARLY = 32
 #: Votes that come with one proposal, and views that they may be of: each view costs an encoding.
 MAX_BALLOTS, MAX_BALLOT_VIEWS = 512, 16
 MAX_VIEW = (1 << 32) - 1
@@ -67,7 +67,7 @@ class BallotDesk:
         self._node, self._domain, self._network_id = node, domain, network_id
         self._members, self._others, self._on_proof = members, others, on_proof
         self._boxes: dict[tuple[int, bytes], BallotBox] = {}
-        self._early: deque[_Early] = deque(maxlen=MAX_EARLY)
+        self._early: dict[NodeKey, deque[_Early]] = {}
         self._mailer = Mailer(node, "ballots")
         node.serve(self)
 
@@ -85,7 +85,8 @@ class BallotDesk:
             self._boxes[(number, previous_hash)] = box
             for place in list(self._boxes)[: max(0, len(self._boxes) - MAX_BOXES)]:
                 del self._boxes[place]
-            early = [each for each in self._early if (each.number, each.previous_hash) == (number, previous_hash)]
+            held = [each for of_one in self._early.values() for each in of_one]
+            early = [each for each in held if (each.number, each.previous_hash) == (number, previous_hash)]
         self.add(box, [each.ballot for each in early])
         return box
 
@@ -127,6 +128,12 @@ class BallotDesk:
             ballot = Ballot(view, box.hash_of(motion, view), signature)
         self.add(box, [ballot])
 
+    def signatures_of(self, content: RoundProposal) -> dict[bytes, bytes]:
+        """By signer, of a proposal in its view, as far as the votes of its round are still kept."""
+        with self.lock:
+            box = self._boxes.get((content.round, content.previous_hash))
+            return box.signatures_over(content.view, keccak(content.encode())) if box is not None else {}
+
     def packed(self, box: BallotBox, motion: Motion) -> list[bytes]:
         """One vote of each signer of a motion, the proposer's first, as they go with it."""
         with self.lock:
@@ -162,7 +169,8 @@ class BallotDesk:
         with self.lock:
             box = self._boxes.get((number, previous_hash))
             if box is None:
-                self._early.append(_Early(number, previous_hash, ballot))
+                of_one = self._early.setdefault(caller.node_key, deque(maxlen=MAX_EARLY))
+                of_one.append(_Early(number, previous_hash, ballot))
                 return
         self.add(box, [ballot])
 

@@ -64,6 +64,7 @@ class AuditedJob:
     verdicts: dict[bytes, tuple[Verdict, bytes]] = field(default_factory=dict)
     by_unit: dict[tuple[bytes, int, int], bytes] = field(default_factory=dict)
     confirmed: dict[bytes, float] = field(default_factory=dict)  # frauds that were re-run here, and when
+    came_at_s: dict[bytes, float] = field(default_factory=dict)
     settled_at_s: dict[bytes, float] = field(default_factory=dict)
     link_faults: deque[str] = field(default_factory=lambda: deque(maxlen=MAX_LINK_FAULTS))
     active_at_s: float = field(default_factory=time.monotonic)  # when it was opened, or the last commitment came
@@ -104,6 +105,7 @@ class AuditedJob:
         self.num_bytes[stage] = num_bytes
         self.by_place[place_of(commitment)] = digest
         self.commitments[digest], self.signed[digest] = commitment, data
+        self.came_at_s[digest] = time.monotonic()
         insort(self.steps.setdefault(stage, []), commitment.step)
         self.unlisted.append(digest)
         self.active_at_s = time.monotonic()
@@ -141,14 +143,33 @@ class AuditedJob:
         return faults
 
     def window_closed(self, commitment: Commitment) -> bool:
-        """Whether nothing of it will be challenged any more: the job has ended, or a window of later ones is held.
+        """Whether nothing of it will be challenged any more: the job has ended, or a window of later ones is held, and
+        what was drawn of it has been examined; who withholds a draw or a verdict delays that for `window_s` at most.
 
-        Held ones are counted, not step numbers: a worker that names a far step closes no window.
+        Held ones are counted, not step numbers: a worker that names a far step closes no window. One that shows many
+        steps at once, just before a round, closes it no sooner than they are examined.
         """
         if place_of(commitment) in self.void or self._is_late(place_of(commitment)):
             return False
-        steps = self.steps.get((commitment.stage, commitment.replica), [])
-        return self.closed or len(steps) - bisect_right(steps, commitment.step) >= self.job.record.audit.window_steps
+        if self.closed:
+            return True
+        steps, terms = self.steps.get((commitment.stage, commitment.replica), []), self.job.record.audit
+        if len(steps) - bisect_right(steps, commitment.step) < terms.window_steps:
+            return False
+        digest = self.by_place.get(place_of(commitment), b"")
+        waited_s = time.monotonic() - self.came_at_s.get(digest, 0.0)
+        return waited_s > terms.window_s or self._is_examined(digest)
+
+    def _is_examined(self, digest: bytes) -> bool:
+        """Whether it was drawn for, and every unit that fell out has a verdict; frauds those that were re-run here."""
+        if digest not in self.drawn:
+            return False
+        found = [self.by_unit.get((digest, each.tier, each.unit), b"") for each in self.drawn[digest]]
+        return all(
+            verdict in self.verdicts
+            and (self.verdicts[verdict][0].finding != "fraudulent" or verdict in self.confirmed)
+            for verdict in found
+        )
 
     # -- lists and reveals --------------------------------------------------------------------------------------------
 
@@ -239,6 +260,7 @@ class AuditedJob:
         self.settled_step[stage] = max(commitment.step - LATE_STEPS, self.settled_step.get(stage, -1))
         self.steps[stage].remove(commitment.step)
         self.settled_at_s.pop(digest, None)
+        self.came_at_s.pop(digest, None)
         self.listed_by.pop(digest, None)
         for selection in self.drawn.pop(digest, []):
             verdict = self.by_unit.pop((digest, selection.tier, selection.unit), b"")

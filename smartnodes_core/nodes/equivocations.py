@@ -7,7 +7,6 @@ another. The contract takes the signer out of the epoch at once; its stake is bu
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from typing import Any
 from smartnodes_core.chain.base import Chain, NoFundsError, RefusedError
 from smartnodes_core.chain.proposal import Equivocation
 from smartnodes_core.errors import ChainError, LocalError, SmartnodesError
-from smartnodes_core.journal import make_durable
+from smartnodes_core.journal import write_durably
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.mailing import Mailer
 from smartnodes_core.nodes.params import bytes_in
@@ -83,7 +82,7 @@ class EquivocationDesk:
             if account in self._open or account in self._done:
                 return
             if self._folder is not None:
-                _write(self._path(self._folder, account), proof.encode())
+                write_durably(self._path(self._folder, account), proof.encode())
             self._open[account] = (proof, time.monotonic())
         logger.warning("0x%s signed two proposals for round %d: a proof is kept", account.hex(), proof.place.round)
         self._mailer.post(self._others(), "equivocation", {"proof": proof.encode()})
@@ -140,17 +139,3 @@ class EquivocationDesk:
 
     def _path(self, folder: Path, account: bytes) -> Path:
         return folder / f"{account.hex()}.proof"
-
-
-def _write(path: Path, data: bytes) -> None:
-    """All of it on disk, or nothing of it."""
-    draft = path.with_suffix(".draft")
-    try:
-        with open(draft, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-        make_durable(path.parent)
-    except OSError as error:
-        raise LocalError(f"the proof {path} cannot be written: {error.strerror}") from None

@@ -8,6 +8,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
@@ -17,6 +18,7 @@ from smartnodes_core.errors import RecordError, SmartnodesError
 from smartnodes_core.identity import verify
 from smartnodes_core.jobs import spec_digest
 from smartnodes_core.nodes.base import Node
+from smartnodes_core.nodes.evidence_shelf import MAX_EVIDENCE_BYTES, EvidenceShelf
 from smartnodes_core.nodes.params import count_in, digest_in
 from smartnodes_core.records import Challenge, Commitment, Digest, Evidence, JobRecord, Opening, Signed, Verdict
 from smartnodes_core.rpc import Result, allow
@@ -24,20 +26,18 @@ from smartnodes_core.transport.base import Peer
 
 logger = logging.getLogger(__name__)
 
-MAX_EVIDENCE_BYTES = 8 << 30
 FETCH_TIMEOUT_S = 120.0
-MAX_KEPT = 64
 
 
 class EvidenceDesk:
     """Keeps evidence, and re-runs what other auditors found; `on_confirmed(verdict)` is told where it came out the
-    same.
+    same. `folder` makes what is kept durable (None: in memory only, for tests).
     """
 
-    def __init__(self, node: Node, auditor: Auditor):
+    def __init__(self, node: Node, auditor: Auditor, folder: Path | None = None):
         self.on_confirmed: Callable[[Verdict], None] = lambda verdict: None
         self._node, self._auditor = node, auditor
-        self._kept: dict[bytes, tuple[Evidence, bytes]] = {}
+        self._shelf = EvidenceShelf(folder)
         self._lock = threading.Lock()
         self._waiting: set[bytes] = set()
         self._queue: queue.Queue[Verdict | None] = queue.Queue()
@@ -55,7 +55,8 @@ class EvidenceDesk:
     def keep(
         self, case: Case, signed_commitment: bytes, earlier: list[bytes], signed_opening: bytes, body: memoryview
     ) -> Digest:
-        """Keep what a fraud was found in; returns the digest that the verdict carries."""
+        """Keep what a fraud was found in; returns the digest that the verdict carries, when it is durable. Raises
+        LocalError where it cannot be written: then the fraud is not announced."""
         evidence = Evidence(
             job=case.job.encode(),
             spec=case.spec,
@@ -67,15 +68,7 @@ class EvidenceDesk:
             body_digest=blake3(body).digest(),
             body_bytes=len(body),
         )
-        digest = evidence.digest()
-        with self._lock:
-            self._kept[digest] = (evidence, bytes(body))
-            while len(self._kept) > MAX_KEPT or (len(self._kept) > 1 and self._num_kept_bytes() > MAX_EVIDENCE_BYTES):
-                del self._kept[next(iter(self._kept))]
-        return digest
-
-    def _num_kept_bytes(self) -> int:
-        return sum(len(body) for _, body in self._kept.values())
+        return self._shelf.put(evidence, body)
 
     def confirm(self, verdict: Verdict) -> None:
         """Re-run another auditor's fraud verdict, in the background; once at a time for each."""
@@ -88,13 +81,8 @@ class EvidenceDesk:
     @allow(roles=("validator",), max_body_bytes=0)
     def rpc_evidence(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
         """The evidence with this digest: the record, then the opened bytes."""
-        digest = digest_in(params, "digest")
-        with self._lock:
-            found = self._kept.get(digest)
-        if found is None:
-            raise RecordError("no such evidence is kept here")
-        record = found[0].encode()
-        return {"record_bytes": len(record)}, [record, found[1]]
+        record, opened = self._shelf.get(digest_in(params, "digest"))
+        return {"record_bytes": len(record)}, [record, opened]
 
     def _confirm_all(self) -> None:
         while (verdict := self._queue.get()) is not None:

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from smartnodes_core.chain.base import Chain, RoundState
-from smartnodes_core.errors import RecordError, Unavailable
-from smartnodes_core.journal import make_durable
+from smartnodes_core.errors import LocalError, RecordError, Unavailable
+from smartnodes_core.journal import write_durably
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.params import digest_in
 from smartnodes_core.nodes.rewards import fetch_reward_totals, reward_root
@@ -76,6 +75,13 @@ class RewardBooks:
         self.publish(totals)
         return True
 
+    def under(self, root: bytes) -> dict[bytes, int]:
+        """The totals under a root on chain, from the other validators where they are not kept here. Raises
+        Unavailable."""
+        with self._lock:
+            known = self._published.get(root)
+        return known or fetch_reward_totals(self._node, self._chain, self._network_id, self._others(), root)
+
     def publish(self, totals_wei: dict[bytes, int]) -> None:
         """These are the totals under the last root now."""
         root = reward_root(self._chain, self._network_id, totals_wei)
@@ -109,16 +115,11 @@ class RewardBooks:
     def _save(self, kept: list[dict[bytes, int]]) -> None:
         if self._path is None:
             return
-        part = self._path.with_name(self._path.name + ".part")
+        content = [{account.hex(): str(wei) for account, wei in totals.items()} for totals in kept]
         try:
-            with part.open("w", encoding="utf-8") as file:
-                json.dump([{account.hex(): str(wei) for account, wei in totals.items()} for totals in kept], file)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(self._path)
-            make_durable(self._path.parent)
-        except OSError as error:
-            logger.error("the rewards cannot be kept in %s: %s", self._path, error.strerror)
+            write_durably(self._path, json.dumps(content).encode())
+        except LocalError as error:
+            logger.error("the rewards are not kept: %s", error)
 
     @allow(max_body_bytes=0)
     def rpc_reward_totals(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:

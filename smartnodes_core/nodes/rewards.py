@@ -11,11 +11,14 @@ from smartnodes_core.chain.base import Chain
 from smartnodes_core.chain.merkle import RewardTree
 from smartnodes_core.errors import RecordError, SmartnodesError, Unavailable
 from smartnodes_core.nodes.base import Node
+from smartnodes_core.nodes.polling import ask_all
 from smartnodes_core.records import NO_DIGEST, NodeKey
 
 logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 20.0
+#: A table may be large, and a validator may hang.
+ASKED_AT_ONCE = 4
 
 
 def reward_root(chain: Chain, network_id: int, totals_wei: dict[bytes, int]) -> bytes:
@@ -37,16 +40,26 @@ def fetch_reward_totals(
     """
     if not any(root):
         return {}
-    for validator in validators:
+
+    def ask(validator: NodeKey) -> dict[bytes, int] | None:
         try:
             reply = node.call(validator, "reward_totals", {"root": root}, timeout_s=CALL_TIMEOUT_S)
             totals = decode_totals(reply.body)
+            if reward_root(chain, network_id, totals) == root:
+                return totals
+            logger.warning("the reward totals of %s do not lead to the root on chain", validator.hex()[:8])
         except SmartnodesError as error:
             logger.info("no reward totals of %s: %s", validator.hex()[:8], error)
-            continue
-        if reward_root(chain, network_id, totals) == root:
-            return totals
-        logger.warning("the reward totals of %s do not lead to the root on chain", validator.hex()[:8])
+        except Exception:
+            logger.exception("reward totals of %s", validator.hex()[:8])
+        return None
+
+    for at in range(0, len(validators), ASKED_AT_ONCE):
+        group = validators[at : at + ASKED_AT_ONCE]
+        answers = ask_all(group, ask, lambda found: any(found.values()), CALL_TIMEOUT_S, 0.0)
+        for totals in answers.values():
+            if totals is not None:
+                return totals
     raise Unavailable(f"none of {len(validators)} validators knows the rewards under root {root.hex()[:16]}: try later")
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from smartnodes_core.chain.base import Chain, RoundState
 from smartnodes_core.chain.proposal import NO_HASH, Parameters
@@ -25,8 +28,10 @@ from smartnodes_core.nodes.job_news import JobNews
 from smartnodes_core.nodes.membership import Membership
 from smartnodes_core.nodes.params import digest_in
 from smartnodes_core.nodes.paying import Escrows
+from smartnodes_core.nodes.polling import ask_all
 from smartnodes_core.nodes.reward_books import MAX_PUBLISHED, RewardBooks, trim
 from smartnodes_core.nodes.root_checks import RootChecks
+from smartnodes_core.nodes.root_reviews import RootReview
 from smartnodes_core.nodes.settleable import MAX_NAMED, Settleable
 from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, NodeKey, Proposal, Signed, Verdict
 from smartnodes_core.reputation import ReputationRule, next_reputation
@@ -48,10 +53,15 @@ MAX_MISSED = 8
 #: Digests of settled records that are remembered; older ones are refused by step (`AuditedJob.settled_step`).
 MAX_SETTLED = 16 * MAX_NAMED
 FETCH_TIMEOUT_S = 10.0
+#: How often a round of which nobody could tell is asked for again.
+ASK_AGAIN_S = 5.0
+#: Proposals signed in one round that are remembered: its views may be many while the chain is away.
+MAX_CANDIDATES = 64
 
 
-#: The records that a proposal names; raises RecordError for those that may not be settled.
-LookUp = Callable[[Proposal], tuple[dict[bytes, Verdict], dict[bytes, Commitment]]]
+#: The records that a proposal names, asking these validators for what is lacking; raises RecordError for those that may
+#: not be settled.
+LookUp = Callable[[Proposal, Sequence[NodeKey]], tuple[dict[bytes, Verdict], dict[bytes, Commitment]]]
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,24 @@ class Candidate:
     proposal: Proposal
     content: RoundProposal
     totals_wei: dict[bytes, int]
+    earned_wei: Mapping[bytes, int]
+
+    @classmethod
+    def of(
+        cls, proposal: Proposal, content: RoundProposal, context: RoundContext, totals_wei: dict[bytes, int]
+    ) -> Candidate:
+        """With what the round alone earns whom."""
+        base_wei = context.base_wei
+        earned = {account: wei - base_wei.get(account, 0) for account, wei in totals_wei.items()}
+        return cls(proposal, content, totals_wei, {account: wei for account, wei in earned.items() if wei})
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """An executed round that this validator signed, and those whose signatures it counted: this one's is not there."""
+
+    content: RoundProposal
+    signers: tuple[bytes, ...]
 
 
 class RoundBooks:
@@ -87,14 +115,16 @@ class RoundBooks:
         self._following = threading.Lock()
         self._settled: dict[bytes, int] = {}  # and in which round
         self._unknown: dict[int, bytes] = {}  # of which no validator has told yet
+        self._ask_again_at_s = 0.0
         self._rounds: dict[int, bytes] = {}  # digests of the rounds that were followed
         self._candidates: dict[bytes, Candidate] = {}
         self._kept: dict[bytes, Proposal] = {}
-        self._left_out: RoundProposal | None = None
+        self._left_out: LeftOut | None = None
         self._number = -1
         self.admissions = AdmissionDesk(node, chain, network_id, membership, announced)
-        self.roots = RootChecks(chain, network_id, self._evidence_of)
-        self.look_up: LookUp = lambda proposal: ({}, {})
+        self.roots = RootChecks(chain, network_id, self._evidence_of, RootReview(self).before, self.others)
+        self.look_up: LookUp = lambda proposal, sources: ({}, {})
+        self._frozen_from = 0
         self.news = JobNews(node, network_id, membership.role_of)
         self.escrows = Escrows(chain, network_id, membership)
         self.records = Settleable(audits, membership, self.escrows, self.is_settled)
@@ -118,13 +148,15 @@ class RoundBooks:
             if (state.number, state.previous_hash) == (self._number, self._rounds.get(self._number, NO_HASH)):
                 return
             self._unwind(state)
+            self._frozen_from = state.frozen_from
             first = max(self._number + 1, state.number - MAX_MISSED + 1, 1)
             for number in range(first, state.number + 1):
                 executed = self.chain.executed_round(self.network_id, number)
                 if executed is not None:
                     with self._lock:
                         signed = self._candidates.get(executed.digest)
-                        self._left_out = signed.content if signed and self.account not in executed.signers else None
+                        is_left_out = signed is not None and self.account not in executed.signers
+                        self._left_out = LeftOut(signed.content, executed.signers) if signed and is_left_out else None
                     self._note(number, executed.digest)
             with self._lock:
                 self._number = state.number
@@ -155,11 +187,11 @@ class RoundBooks:
                 self.executed.remove(content)
             self._number = number
 
-    def take_left_out(self) -> RoundProposal | None:
-        """The last executed round if this validator signed it and is not among its signers; once."""
+    @property
+    def left_out(self) -> LeftOut | None:
+        """The last executed round, if this validator signed it and was not among its signers when it was executed."""
         with self._lock:
-            found, self._left_out = self._left_out, None
-        return found
+            return self._left_out
 
     def _note(self, number: int, digest: bytes) -> None:
         with self._lock:
@@ -171,7 +203,7 @@ class RoundBooks:
         if known is not None:
             proposal, content = known.proposal, known.content
             self.rewards.publish(known.totals_wei)
-            self.roots.accept(content, known.totals_wei)
+            self.roots.accept(content, known.totals_wei, known.earned_wei)
         elif kept is not None:  # executed again, after a reorganisation
             proposal, content = kept, RoundProposal.decode(kept.content)
         else:
@@ -194,19 +226,34 @@ class RoundBooks:
             self._settled.update(dict.fromkeys([*proposal.verdicts, *proposal.settled], number))
             trim(self._settled, MAX_SETTLED)
             self.executed.append(content)
-            # those of the last round may have to be settled again
-            self.audits.books.forget({digest for digest, settled_in in self._settled.items() if settled_in < number})
+            # those of the last round may have to be settled again, those of frozen rounds have to be shown
+            kept_from = min(number, self._frozen_from or number)
+            self.audits.books.forget({digest for digest, settled_in in self._settled.items() if settled_in < kept_from})
 
     def _ask_again(self) -> None:
         """For the oldest round of which nobody could tell: validators come back, and are met after a start."""
         for number in [each for each in self._unknown if each <= self._number - MAX_MISSED or each not in self._rounds]:
             del self._unknown[number]
-        if self._unknown:
+        if self._unknown and time.monotonic() >= self._ask_again_at_s:
             number = min(self._unknown)
             self._note(number, self._unknown[number])
+            self._ask_again_at_s = time.monotonic() + ASK_AGAIN_S
+
+    def executed_proposal(self, number: int) -> tuple[Proposal, RoundProposal]:
+        """What a round has executed, from the other validators where it is not kept here. Raises RecordError."""
+        executed = self.chain.executed_round(self.network_id, number)
+        if executed is not None:
+            with self._lock:
+                kept = self._kept.get(executed.digest)
+            found = (kept, RoundProposal.decode(kept.content)) if kept else self._fetch_executed(executed.digest)
+            if found is not None:
+                return found
+        raise RecordError(f"no validator tells what round {number} has executed")
 
     def _fetch_executed(self, digest: bytes) -> tuple[Proposal, RoundProposal] | None:
-        for validator in self.others():
+        """From all others at once: some may hang."""
+
+        def ask(validator: NodeKey) -> tuple[Proposal, RoundProposal] | None:
             try:
                 reply = self.node.call(
                     validator,
@@ -223,7 +270,12 @@ class RoundBooks:
                 logger.warning("%s gave another proposal than was executed", validator.hex()[:8])
             except SmartnodesError as error:
                 logger.info("%s does not know the executed proposal: %s", validator.hex()[:8], error)
-        return None
+            except Exception:
+                logger.exception("the executed proposal of %s", validator.hex()[:8])
+            return None
+
+        answers = ask_all(self.others(), ask, lambda found: any(found.values()), FETCH_TIMEOUT_S, 0.0)
+        return next((found for found in answers.values() if found), None)
 
     @allow(roles=("validator",), max_body_bytes=0)
     def rpc_executed_proposal(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
@@ -256,6 +308,7 @@ class RoundBooks:
         self.rewards.keep(candidate.totals_wei)
         with self._lock:
             self._candidates[digest] = candidate
+            trim(self._candidates, MAX_CANDIDATES)
 
     def _signed_totals(self, root: bytes) -> dict[bytes, int] | None:
         """The rewards under a root that was signed here, and may just have been executed."""
@@ -270,9 +323,22 @@ class RoundBooks:
         with self._lock:
             return [digest for digest in digests if digest in self._settled]
 
-    def _evidence_of(self, state: RoundState, proposal: Proposal) -> RoundEvidence:
-        """What an executed proposal stood on. Raises RecordError where this validator does not find its records."""
-        return self.records.evidence(state, *self.look_up(proposal))
+    def proposer_of(self, proposal: Proposal) -> list[NodeKey]:
+        """The node key of who made it, if it is known and not this validator's own."""
+        known = self.membership.node_key_of(proposal.proposer)
+        return [known] if known is not None and known != self.node.node_key else []
+
+    def _evidence_of(self, state: RoundState, proposal: Proposal, others: Sequence[NodeKey] = ()) -> RoundEvidence:
+        """What an executed proposal stood on; what rounds before it had settled does not count again. Raises
+        RecordError where neither this validator nor its proposer nor `others` have the records."""
+        number = proposal.round
+        with self._lock:
+            verdicts, settled = (
+                [digest for digest in named if self._settled.get(digest, number) >= number]
+                for named in (proposal.verdicts, proposal.settled)
+            )
+        shown = msgspec.structs.replace(proposal, verdicts=verdicts, settled=settled)
+        return self.records.evidence(state, *self.look_up(shown, [*self.proposer_of(proposal), *others]))
 
     def context(self, state: RoundState, view: int, until_s: int, num_validators: int) -> RoundContext:
         """What the rules take from the chain, which is asked four times."""
@@ -294,4 +360,5 @@ class RoundBooks:
             frozen_from=state.frozen_from,
             correction=self.roots.correction(state),
             reputation_rule=self._reputation_rule,
+            is_judged=self.roots.is_judged(state),
         )

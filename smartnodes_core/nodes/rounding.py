@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from smartnodes_core.ballots import BallotBox, Motion, proposers_in
+from smartnodes_core.ballots import BallotBox, Motion, carrying, proposers_in
 from smartnodes_core.chain.base import Chain, RefusedError, RoundState
 from smartnodes_core.chain.proposal import Equivocation, Parameters
 from smartnodes_core.chain.signing import address_of
@@ -24,6 +24,7 @@ from smartnodes_core.nodes.auditing import AuditDesk
 from smartnodes_core.nodes.balloting import BallotDesk
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.collecting import Collector
+from smartnodes_core.nodes.endorsing import Endorser
 from smartnodes_core.nodes.equivocations import EquivocationDesk
 from smartnodes_core.nodes.membership import Membership
 from smartnodes_core.nodes.round_books import Candidate, RoundBooks
@@ -82,6 +83,7 @@ class RoundDesk:
         self.ballots = BallotDesk(node, chain.domain, network_id, self._validators, others, self._report)
         self._signer = Signer(account_key, journal)
         self._votes = VoteDesk(self.books, self._signer, self.ballots, proposer_timeout_s)
+        self._endorser = Endorser(chain, self.books, self.ballots, self._signer, proposer_timeout_s)
         self._collector = Collector(node, self._account, membership, self.ballots)
         self._clock = ViewClock(proposer_timeout_s)
         self._poll_s = poll_s
@@ -132,13 +134,16 @@ class RoundDesk:
         state = self._chain.round_state(self._network_id)
         self.meet()
         self.books.follow(state)
-        self._endorse(state)
-        view = self._clock.at(state)
+        self.books.records.since()
+        self.books.roots.look_again(state)
         self.books.roots.freeze(state)
+        self._endorser.endorse(state)
+        view = self._clock.at(state)
         if self.proofs.is_waiting:
             self.proofs.submit(self._chain.validators(self._network_id))
         if view is None:  # nothing can be executed before, by anybody
-            most_s = self._poll_s if self.proofs.is_waiting else MAX_SLEEP_S
+            is_busy = self.proofs.is_waiting or self._endorser.is_waiting(state)
+            most_s = self._poll_s if is_busy else MAX_SLEEP_S
             return min(most_s, max(self._poll_s, state.earliest_at_s - state.chain_time_s))
         order = self.books.proposers(state)
         box = self.ballots.box(state)
@@ -170,12 +175,6 @@ class RoundDesk:
             self.books.roots.remember(state, context)
             self._remembered = (state.number, state.previous_hash)
 
-    def _endorse(self, state: RoundState) -> None:
-        left_out = self.books.take_left_out()
-        if left_out is not None and state.chain_time_s < state.earliest_at_s:
-            signature = self._signer.sign(left_out, self._chain.proposal_digest(left_out))
-            self._chain.endorse_round(self._network_id, [signature])
-
     def _take_turn(self, state: RoundState, view: View, order: list[bytes], box: BallotBox) -> None:
         """Execute what has its quorum, carry on what leads, or propose."""
         leads = order[view.number % len(order)] == self._account
@@ -205,12 +204,12 @@ class RoundDesk:
         if view.passed * len(order) < place:
             return False
         motion, signed_in, signatures = found
-        return self._execute(box, motion, in_view(motion.content, signed_in), signatures)
+        return self._execute(box, motion, in_view(motion.content, signed_in), carrying(order, signatures))
 
     def _execute(self, box: BallotBox, motion: Motion, content: RoundProposal, signatures: dict[bytes, bytes]) -> bool:
         """Whether the round is executed, by this validator or another."""
         try:
-            self._chain.execute_round(content, [signatures[account] for account in sorted(signatures)])
+            self._chain.execute_round(content, list(signatures.values()))
         except RefusedError as error:
             if error.reason not in PASSING:
                 self._votes.reject(box, motion, str(error))
@@ -255,7 +254,8 @@ class RoundDesk:
             parameters=self.books.wanted,
         )
         until_s = max(state.emitted_until_s, min(int(time.time()), state.chain_time_s))
-        content, totals_wei = propose(self.books.context(state, view, until_s, num_validators), evidence)
+        context = self.books.context(state, view, until_s, num_validators)
+        content, totals_wei = propose(context, evidence)
         proposal = Proposal(
             network_id=self._network_id,
             round=content.round,
@@ -266,7 +266,7 @@ class RoundDesk:
             verdicts=sorted(verdicts),
             settled=sorted(commitments),
         )
-        return Candidate(proposal, content, totals_wei)
+        return Candidate.of(proposal, content, context, totals_wei)
 
     def _carry(self, state: RoundState, view: int, order: list[bytes], box: BallotBox, motion: Motion) -> None:
         """Sign what leads, collect the others' signatures, execute."""
@@ -284,4 +284,4 @@ class RoundDesk:
         if len(signatures) < needed:
             logger.warning("round %s, view %d: %d of %d signatures", box.number, view, len(signatures), needed)
             return
-        self._execute(box, motion, in_view(motion.content, view), signatures)
+        self._execute(box, motion, in_view(motion.content, view), carrying(order, signatures))

@@ -42,7 +42,7 @@ def running_validator(config: ValidatorConfig, auditor: Auditor, settings: Valid
             journal,
             settings,
             station.learn_validators,
-            config.data_dir / "proofs",
+            config.data_dir,
             station.announced,
             station.dht_node,
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +34,8 @@ class Settleable:
         is_settled: Callable[[Iterable[bytes]], list[bytes]],
     ):
         self._audits, self._membership, self._escrows, self._is_settled = audits, membership, escrows, is_settled
+        self._lock = threading.Lock()
+        self._since_s: dict[bytes, float] = {}
 
     def unsettled(self) -> tuple[dict[bytes, Verdict], dict[bytes, Commitment]]:
         """What the next proposal may name, capped: verdicts in the order of their digests, commitments in that of
@@ -43,6 +47,20 @@ class Settleable:
         jobs = list(dict.fromkeys(commitment.job for commitment in commitments.values()))[:MAX_JOBS]
         commitments = {digest: c for digest, c in commitments.items() if c.job in jobs}
         return _first(verdicts), _first(commitments)
+
+    def since(self) -> dict[bytes, float]:
+        """What could be settled now, and since when it was seen to be so here (of `time.monotonic`). To be asked again
+        and again: what nobody has looked at counts as new."""
+        held = [*self.verdicts(), *self.payable()]
+        settled, now_s = set(self._is_settled(held)), time.monotonic()
+        with self._lock:
+            self._since_s = {each: self._since_s.get(each, now_s) for each in held if each not in settled}
+            return self._since_s
+
+    def is_full(self, verdicts: Collection[Verdict], commitments: Collection[Commitment]) -> bool:
+        """Whether a proposal names as many as it may: what is left out waits for the next round."""
+        num_jobs = len({commitment.job for commitment in commitments})
+        return max(len(verdicts), len(commitments)) >= MAX_NAMED or num_jobs >= MAX_JOBS
 
     def verdicts(self) -> dict[bytes, Verdict]:
         """Verdicts on units that the seeds select; of frauds, those that were found or re-run here."""

@@ -55,9 +55,9 @@ class ValidatorSettings:
 
 
 class ValidatorNode:
-    """Keeps jobs, audits workers, votes on rounds. `hash_chain`'s tip must be the one posted on chain, `proofs` is the
-    folder where proofs of equivocation are kept (None: in memory only), `announced` gives what a node announced last,
-    `dht` this node's place in the DHT once it has joined.
+    """Keeps jobs, audits workers, votes on rounds. `hash_chain`'s tip must be the one posted on chain, `folder` is
+    where evidence of fraud and proofs of equivocation are kept (None: in memory only, for tests), `announced` gives
+    what a node announced last, `dht` this node's place in the DHT once it has joined.
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class ValidatorNode:
         journal: Journal,
         settings: ValidatorSettings,
         learn_validators: Callable[[], None] = lambda: None,
-        proofs: Path | None = None,
+        folder: Path | None = None,
         announced: Callable[[NodeKey], Signed | None] = lambda node_key: None,
         dht: Callable[[], DhtNode | None] = lambda: None,
     ):
         self.node = node
-        self.evidence = EvidenceDesk(node, auditor)
+        self.evidence = EvidenceDesk(node, auditor, folder / "evidence" if folder is not None else None)
         self.audits = AuditDesk(
             node,
             identity,
@@ -101,7 +101,7 @@ class ValidatorNode:
             learn_validators=learn_validators,
             poll_s=settings.poll_s,
             proposer_timeout_s=settings.proposer_timeout_s,
-            folder=proofs,
+            folder=folder / "proofs" if folder is not None else None,
             wanted=settings.parameters,
             announced=announced,
             reputation_rule=settings.reputation_rule,

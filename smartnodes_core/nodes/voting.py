@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ import msgspec
 
 from smartnodes_core.ballots import BallotBox, Motion
 from smartnodes_core.chain.base import RoundState
+from smartnodes_core.chain.proposal import CORRECT, NO_RULING
 from smartnodes_core.chain.signing import sign_digest
 from smartnodes_core.errors import RecordError
 from smartnodes_core.journal import EquivocationError, Journal
@@ -27,7 +28,7 @@ from smartnodes_core.nodes.params import bytes_list_in
 from smartnodes_core.nodes.round_books import Candidate, RoundBooks
 from smartnodes_core.nodes.views import ViewClock
 from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, NodeKey, Proposal, Verdict, Vote
-from smartnodes_core.rounds import RoundProposal, in_view, justify, propose
+from smartnodes_core.rounds import RoundProposal, in_view, justify, left_out, propose, undecided
 from smartnodes_core.rpc import Result, allow
 from smartnodes_core.transport.base import Peer
 
@@ -63,7 +64,7 @@ class VoteDesk:
         self._patience_s = proposer_timeout_s
         self._lock = threading.Lock()
         self._opinions: dict[tuple[int, bytes, bytes, int], list[str]] = {}  # (round, previous, motion, view): why not
-        books.look_up = lambda proposal: self._look_up(proposal, self._sources(proposal, None))
+        books.look_up = self._look_up
         books.node.serve(self)
 
     @allow(roles=("validator",), max_body_bytes=MAX_RECORD_BYTES)
@@ -183,8 +184,7 @@ class VoteDesk:
 
     def _sources(self, proposal: Proposal, caller: NodeKey | None) -> list[NodeKey]:
         """Who may hold the records behind a proposal."""
-        known = self._books.membership.node_key_of(proposal.proposer)
-        return [key for key in dict.fromkeys((known, caller)) if key is not None and key != self._books.node.node_key]
+        return list(dict.fromkeys([*self._books.proposer_of(proposal), *([caller] if caller else [])]))
 
     def _keep_opinion(self, box: BallotBox, motion: Motion, view: int, reasons: list[str]) -> None:
         with self._lock:
@@ -204,18 +204,19 @@ class VoteDesk:
         proposal = proposed_in(motion.proposal, content)
         if content.until_s > time.time() + CLOCK_SKEW_S or content.until_s < state.emitted_until_s:
             return None, [f"until_s {content.until_s} is in the future, or before the last round's"]
-        if not books.knows_rewards(state):
+        if content.until_s < min(state.earliest_at_s, int(time.time())) - CLOCK_SKEW_S:
+            return None, [f"until_s {content.until_s} is before the round was due: its work would earn less"]
+        if not (books.knows_rewards(state) if content.ruling == CORRECT else books.rewards.knows(state)):
             return None, ["the rewards under the last root are not known here"]
+        again = books.is_settled([*proposal.verdicts, *proposal.settled])
+        if again:
+            return None, [f"{len(again)} records were settled in a round before"]
         try:
             verdicts, commitments = self._look_up(proposal, sources)
             evidence = books.records.evidence(state, verdicts, commitments)
         except RecordError as error:
             return None, [str(error)]
-        reasons = [
-            f"the fraudulent verdict {digest.hex()[:16]} is left out"
-            for digest in books.records.frauds_since(time.monotonic() - self._patience_s)
-            if digest not in verdicts
-        ]
+        reasons = self._left_out(state, view, verdicts, commitments)
         reasons += books.admissions.unproven(content.admissions, sources)
         reasons += books.news.unproven(content, sources)
         wanted = books.wanted if content.parameters else None
@@ -226,21 +227,35 @@ class VoteDesk:
             jobs_completed=content.jobs_completed,
             parameters=wanted,
         )
-        context = books.context(state, view, content.until_s, num_validators)
+        context = undecided(books.context(state, view, content.until_s, num_validators), content)
+        if content.ruling != NO_RULING and not context.is_judged:
+            reasons.append(f"the roots frozen from round {state.frozen_from} on: {books.roots.why_not(state)}")
         recomputed, totals_wei = propose(context, evidence)
         reasons += justify(content, recomputed) or []
-        return (None, reasons) if reasons else (Candidate(proposal, content, totals_wei), [])
+        return (None, reasons) if reasons else (Candidate.of(proposal, content, context, totals_wei), [])
+
+    def _left_out(
+        self, state: RoundState, view: int, verdicts: Mapping[bytes, Verdict], commitments: Mapping[bytes, Commitment]
+    ) -> list[str]:
+        """Reasons against a proposal that names these records: what else it had to name."""
+        records, now_s = self._books.records, time.monotonic()
+        frauds = [each for each in records.frauds_since(now_s - self._patience_s) if each not in verdicts]
+        missing: list[bytes] = []
+        if not records.is_full(verdicts.values(), commitments.values()):
+            named = verdicts.keys() | commitments.keys()
+            missing = left_out(records.since(), named, now_s, state.interval_s, view)
+        return [
+            *(f"the fraudulent verdict {digest.hex()[:16]} is left out" for digest in frauds),
+            *(f"{digest.hex()[:16]} is left out: it could be settled an interval ago" for digest in missing),
+        ]
 
     def _look_up(
         self, proposal: Proposal, sources: Sequence[NodeKey]
     ) -> tuple[dict[bytes, Verdict], dict[bytes, Commitment]]:
         """The records that a proposal names, from this validator's own books, asking `sources` for what they lack.
 
-        Raises RecordError for what may not be settled.
+        Raises RecordError for what may not be settled, whether a round has settled it or not.
         """
-        again = self._books.is_settled([*proposal.verdicts, *proposal.settled])
-        if again:
-            raise RecordError(f"{len(again)} records were settled in a round before")
         verdicts, payable, unknown, missing = self._held(proposal)
         for source in sources:
             if not unknown and not missing:

@@ -195,7 +195,8 @@ class RpcEndpoint:
     def allocate(self, connection: Connection, header: Header, num_bytes: int) -> memoryview | None:
         """Checks a frame by its header alone; None, after an error reply where one is due, has the body skipped."""
         kind = header.get("kind")
-        if kind == "notify" and connection.peer.bulk:
+        no_streams = not (connection.peer.bulk or getattr(connection, "introduced", False))
+        if (kind == "notify" and connection.peer.bulk) or (kind == "stream" and no_streams):
             raise ProtocolError(f"{connection.peer} sent a {kind} on a connection of the other kind")
         if kind in ("call", "notify"):
             return self._allocate_call(connection, header, num_bytes)

@@ -8,12 +8,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smartnodes_core.ballots import MAX_PROPOSALS_OF_ONE, MAX_PROPOSERS, Ballot, BallotBox, Motion, proposers_in
+from smartnodes_core.ballots import (
+    MAX_PROPOSALS_OF_ONE,
+    MAX_PROPOSERS,
+    SPARE_SIGNATURES,
+    Ballot,
+    BallotBox,
+    Motion,
+    carrying,
+    proposers_in,
+)
 from smartnodes_core.chain.proposal import Domain, Equivocation, RoundProposal
 from smartnodes_core.chain.signing import address_of, keccak, sign_digest
 from smartnodes_core.errors import RecordError, SignatureError
 from smartnodes_core.records import Proposal
-from smartnodes_core.rounds import in_view, quorum
+from smartnodes_core.rounds import draw_proposers, in_view, quorum
 
 KEYS = {address_of(bytes([number] * 32)): bytes([number] * 32) for number in range(1, 8)}
 VALIDATORS = sorted(KEYS)
@@ -184,3 +193,35 @@ def test_a_box_takes_proposals_of_its_round_and_few_of_each_proposer(box: Ballot
         box.add_motion(record(content(until)), content(until))
     assert len(box.motions) == MAX_PROPOSALS_OF_ONE
     assert kept in box.motions  # those with the fewest votes go
+
+
+@given(st.integers(1, 60), st.data())
+def test_no_more_signatures_are_sent_than_a_quorum_and_a_few_and_no_quorum_is_lost(n: int, data: st.DataObject) -> None:
+    order = draw_proposers([bytes([number] * 20) for number in range(n)], 1)
+    signed = data.draw(st.sets(st.sampled_from(order)))
+    signatures = {account: account * 3 for account in signed}
+    sent = carrying(order, signatures)
+    assert len(sent) == min(len(signed), quorum(n) + SPARE_SIGNATURES)
+    assert list(sent) == sorted(sent)
+    assert all(signatures[account] == signature for account, signature in sent.items())
+
+
+def test_chance_decides_in_each_round_who_is_left_out() -> None:
+    validators, rounds = [bytes([number] * 20) for number in range(50)], 400
+    left_out = dict.fromkeys(validators, 0)
+    for number in range(rounds):
+        sent = carrying(draw_proposers(validators, number), dict.fromkeys(validators, b"s"))
+        for account in set(validators) - sent.keys():
+            left_out[account] += 1
+    share = 1 - (quorum(50) + SPARE_SIGNATURES) / 50
+    assert all(0.6 * share < times / rounds < 1.4 * share for times in left_out.values())
+
+
+def test_signatures_over_a_content_are_those_of_its_view_without_equivocators(box: BallotBox) -> None:
+    motion = box.add_motion(record(content(1)), content(1))
+    rival = box.add_motion(record(content(2), VALIDATORS[1]), content(2))
+    vote(box, motion, 0, *VALIDATORS[:4])
+    vote(box, motion, 1, VALIDATORS[4])
+    vote(box, rival, 0, VALIDATORS[3], VALIDATORS[5])
+    assert set(box.signatures_over(0, keccak(content(1).encode()))) == set(VALIDATORS[:3])
+    assert set(box.signatures_over(1, box.hash_of(motion, 1))) == {VALIDATORS[4]}

@@ -12,6 +12,7 @@ from smartnodes_core.errors import RecordError
 from smartnodes_core.payments import Price
 from smartnodes_core.reputation import VerdictCounts
 from smartnodes_core.rounds import (
+    COMPLETE_VIEWS,
     Correction,
     Domain,
     JobWork,
@@ -26,8 +27,10 @@ from smartnodes_core.rounds import (
     evidence_root,
     in_view,
     justify,
+    left_out,
     propose,
     quorum,
+    undecided,
 )
 
 SNO = 10**18
@@ -282,3 +285,55 @@ def test_parameters_are_proposed_where_they_differ_from_those_in_force() -> None
     wanted = Parameters(100, 20_000)
     assert propose(CONTEXT, replace(EVIDENCE, parameters=wanted))[0].parameters == (wanted,)
     assert propose(CONTEXT, replace(EVIDENCE, parameters=CONTEXT.parameters))[0].parameters == ()
+
+
+INTERVAL_S = 600.0
+known = st.dictionaries(st.binary(min_size=1, max_size=2), st.floats(0, 10_000), max_size=30)
+now = st.floats(0, 12_000)
+
+
+@given(known, now, st.integers(0, 10))
+def test_a_proposer_that_knows_what_others_knew_an_interval_ago_is_never_refused(
+    since_s: dict[bytes, float], now_s: float, view: int
+) -> None:
+    named = {record for record, from_s in since_s.items() if from_s <= now_s - INTERVAL_S}
+    assert left_out(since_s, named, now_s, INTERVAL_S, view) == []
+
+
+@given(known, now, st.data())
+def test_nothing_that_could_be_settled_an_interval_ago_is_passed_over(
+    since_s: dict[bytes, float], now_s: float, data: st.DataObject
+) -> None:
+    named = data.draw(st.sets(st.sampled_from(sorted(since_s)))) if since_s else set()
+    missing = left_out(since_s, named, now_s, INTERVAL_S, 0)
+    for record, from_s in since_s.items():
+        assert (record in missing) == (from_s <= now_s - INTERVAL_S and record not in named)
+    assert left_out(since_s, named | set(missing), now_s, INTERVAL_S, 0) == []
+
+
+@given(known, now, st.integers(COMPLETE_VIEWS, 100))
+def test_a_round_does_not_wait_for_what_only_some_see(since_s: dict[bytes, float], now_s: float, view: int) -> None:
+    assert left_out(since_s, (), now_s, INTERVAL_S, view) == []
+
+
+def test_who_cannot_judge_a_frozen_root_does_not_rule_on_it() -> None:
+    context = replace(CONTEXT, frozen_from=4, is_judged=False)
+    proposal, totals = propose(context, EVIDENCE)
+    assert (proposal.ruling, proposal.ruled_round) == (NO_RULING, 0)
+    assert totals[WORKERS[0]] > CONTEXT.totals_wei[WORKERS[0]]
+    for ruling in (UPHOLD, CORRECT):
+        reasons = justify(replace(proposal, ruling=ruling, ruled_round=4), proposal)
+        assert reasons is not None
+        assert "ruling" in reasons[0]
+
+
+def test_an_undecided_proposal_is_signed_by_those_who_can_rule_in_later_views_only() -> None:
+    correction = Correction({}, {WORKERS[0]: 30}, 30)
+    for frozen in (replace(CONTEXT, frozen_from=4), replace(CONTEXT, frozen_from=4, correction=correction)):
+        for view in (0, COMPLETE_VIEWS - 1, COMPLETE_VIEWS, 9):
+            own = replace(frozen, view=view)
+            proposed, _ = propose(replace(own, is_judged=False), EVIDENCE)
+            recomputed, _ = propose(undecided(own, proposed), EVIDENCE)
+            assert (justify(proposed, recomputed) is None) == (view >= COMPLETE_VIEWS)
+            ruled, _ = propose(own, EVIDENCE)
+            assert justify(ruled, propose(undecided(own, ruled), EVIDENCE)[0]) is None

@@ -71,6 +71,16 @@ class History:
             self._head = block
             return block
 
+    def cut(self, last: int) -> None:
+        """Forget the blocks after number `last`, which is in memory."""
+        with self._lock:
+            kept = last + 1 - self._archived
+            for block in self._tail[kept:]:
+                if block.mined is not None:
+                    del self._tail_by_hash[block.mined.hash]
+            del self._tail[kept:]
+            self._head = self._tail[-1]
+
     def block(self, number: int) -> Block | None:
         with self._lock:
             if number >= self._archived:

@@ -33,6 +33,9 @@ class Ledger:
     the journal, and when it is closed.
     """
 
+    evm: Evm
+    history: History
+
     def __init__(
         self,
         journal: DevnetJournal | None = None,
@@ -44,6 +47,7 @@ class Ledger:
         self._shift_s = 0
         self._journal: DevnetJournal | None = None
         self._broken = False
+        self._snapshots: list[int] = []  # numbers of the blocks that can be gone back to
         self._checkpoint_entries, self._new_entries = checkpoint_entries, 0
         self._archive = Archive(journal.path.with_name(journal.path.name + ARCHIVE_SUFFIX)) if journal else None
         if journal is None or self._archive is None or not self._resume(journal, self._archive):
@@ -104,6 +108,27 @@ class Ledger:
             self._shift_s += seconds
             self._record(Entry(Kind.SHIFT_TIME, seconds))
             return self._shift_s
+
+    def snapshot(self) -> int:
+        """Marks the present, so that `revert` can come back to it; returns the snapshot's number. Raises ChainError for
+        a chain with a journal: what that holds is final."""
+        with self._lock:
+            if self._journal is not None:
+                raise ChainError("a devnet with a journal takes nothing back: start one without")
+            self._snapshots.append(self.head.number)
+            return len(self._snapshots)
+
+    def revert(self, snapshot: int) -> bool:
+        """Takes back every block since a snapshot, as a reorganisation does, and forgets this snapshot and later ones;
+        False where there is none. The clock goes on.
+        """
+        with self._lock:
+            if not 0 < snapshot <= len(self._snapshots):
+                return False
+            self.history.cut(self._snapshots[snapshot - 1])
+            self.evm = Evm({}, self.evm.nodes, self.head.state_root)
+            del self._snapshots[snapshot - 1 :]
+            return True
 
     def close(self) -> None:
         with self._lock:

@@ -60,6 +60,8 @@ class Methods:
             "eth_getBlockByHash": self._block_by_hash,
             "eth_getLogs": lambda criteria: find_logs(ledger.history, _fields(criteria), self._number),
             "evm_mine": lambda *_: hex(ledger.mine().number),
+            "evm_snapshot": lambda: hex(ledger.snapshot()),
+            "evm_revert": lambda snapshot: ledger.revert(_quantity(snapshot)),
             "evm_increaseTime": lambda seconds: ledger.shift_time(_quantity(seconds)),
         }
 

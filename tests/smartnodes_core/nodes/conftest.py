@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -232,6 +233,7 @@ class Citizen:
         self.auditor: Any = None
         self.dht: Any = None
         self.journal = Journal(None)
+        self.folder: Path | None = None  # where a validator keeps evidence and proofs
 
     def sign(self, record: Any) -> bytes:
         return self.identity.sign(record).encode()
@@ -304,6 +306,7 @@ class Net:
             validator.journal,
             settings or self.settings,
             dht=lambda: validator.dht,
+            folder=validator.folder,
         )
 
     def start(self, rounds: bool = False, only: Sequence[Citizen] | None = None) -> None:

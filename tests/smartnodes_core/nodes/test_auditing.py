@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -559,3 +560,45 @@ def test_a_validator_whose_hash_chain_is_used_up_says_so_and_lists_no_more(net, 
     net.work(job, range(1))
     eventually(lambda: "hash chain is used up" in caplog.text)
     assert not any(key == validator.key for key, _ in net.audited(validator, job).lists)
+
+
+def test_a_validator_that_shows_what_it_named_too_slowly_is_given_up(net, monkeypatch):
+    asker, slow = net.validators[:2]
+    asked = []
+    monkeypatch.setattr(asker.node, "call", lambda *args, **options: asked.append(args) or SimpleNamespace(body=b""))
+    digests = [bytes([number]) * 32 for number in range(5)]
+    asker.role.audits.fetch_missing(slow.key, digests, [])
+    assert len(asked) == 5
+    monkeypatch.setattr("smartnodes_core.nodes.auditing.MAX_FETCH_S", -1.0)  # it is over at once
+    asker.role.audits.fetch_missing(slow.key, digests, [])
+    assert len(asked) == 5
+
+
+def test_steps_shown_all_at_once_are_not_payable_before_what_was_drawn_of_them_is_examined(net, eventually):
+    worker, may_open = net.workers[0], threading.Event()
+    opened = worker.handler.open
+    worker.handler.open = lambda *args: may_open.wait(60) and opened(*args)
+    job = net.open(num_stages=1)
+    net.work(job, range(6))
+    validator = net.validators[0]
+    audited, records = net.audited(validator, job), validator.role.rounds.books.records
+    eventually(lambda: len(audited.drawn) == 6)
+    assert records.payable() == {}
+    may_open.set()
+    eventually(lambda: net.everyone_has(12, job))
+    assert sorted(each.step for each in records.payable().values()) == [0, 1, 2, 3]
+
+
+def test_who_withholds_a_verdict_delays_the_pay_for_the_seconds_of_the_window_at_most(net, eventually):
+    worker, never = net.workers[0], threading.Event()
+    worker.handler.open = lambda *args: never.wait(60)
+    job = net.open(num_stages=1)
+    net.work(job, range(3))
+    validator = net.validators[0]
+    audited, records = net.audited(validator, job), validator.role.rounds.books.records
+    eventually(lambda: len(audited.drawn) == 3)
+    assert records.payable() == {}
+    [first] = [digest for digest, commitment in audited.commitments.items() if commitment.step == 0]
+    audited.came_at_s[first] -= job.record.audit.window_s
+    assert list(records.payable()) == [first]
+    never.set()

@@ -6,11 +6,9 @@ import msgspec
 import pytest
 from blake3 import blake3
 
-from smartnodes_core.audit import Case
 from smartnodes_core.errors import ProtocolError, RecordError, SignatureError
-from smartnodes_core.nodes import evidence as module
-from smartnodes_core.nodes.evidence import EvidenceDesk, case_of
-from smartnodes_core.records import Commitment, Evidence, Signed, Verdict
+from smartnodes_core.nodes.evidence import case_of
+from smartnodes_core.records import Commitment, Evidence, Signed
 
 
 @pytest.fixture
@@ -23,8 +21,8 @@ def fraud(net, eventually):
     eventually(lambda: all(net.audited(v, job).confirmed for v in net.validators))
     verdict = next(iter(net.audited(net.validators[0], job).verdicts.values()))[0]
     auditor = next(v for v in net.validators if v.key == verdict.auditor)
-    kept, body = auditor.role.evidence._kept[verdict.evidence]
-    return verdict, kept, memoryview(body), auditor
+    record, body = auditor.role.evidence._shelf.get(verdict.evidence)
+    return verdict, Evidence.decode(record), body, auditor
 
 
 def test_evidence_tells_the_whole_case(fraud):
@@ -89,7 +87,7 @@ def test_evidence_that_its_auditor_does_not_give_confirms_nothing(net, fraud, ev
     judge = next(v for v in net.validators if v is not auditor)
     told = []
     judge.role.evidence.on_confirmed = told.append
-    auditor.role.evidence._kept.clear()
+    auditor.role.evidence._shelf._drop(verdict.evidence)
     judge.role.evidence.confirm(verdict)
     eventually(lambda: not judge.role.evidence._waiting)
     assert told == []
@@ -101,18 +99,3 @@ def test_asking_for_evidence_takes_a_digest(net, digest):
         net.validators[0].node.call(net.validators[1].key, "evidence", {"digest": digest})
     with pytest.raises(RecordError, match="no such evidence"):
         net.validators[0].node.call(net.validators[1].key, "evidence", {"digest": bytes(32)})
-
-
-def test_what_is_kept_is_capped(net, fraud, monkeypatch):
-    verdict, kept, body, auditor = fraud
-    case = case_of(kept, verdict, body)
-    desk: EvidenceDesk = auditor.role.evidence
-    monkeypatch.setattr(module, "MAX_KEPT", 3)
-    for number in range(10):
-        desk.keep(Case(case.job, case.spec, case.commitment, case.challenge, bytes([number]), b""), b"", [], b"", body)
-    assert len(desk._kept) == 3
-    monkeypatch.setattr(module, "MAX_EVIDENCE_BYTES", 1)
-    last = desk.keep(case, b"", b"", body)
-    assert list(desk._kept) == [last]
-    assert isinstance(desk._kept[last][0], Evidence)
-    assert isinstance(verdict, Verdict)

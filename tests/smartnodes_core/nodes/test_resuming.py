@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +13,13 @@ from .conftest import NETWORK
 
 
 def restart(net: Any, index: int) -> Any:
-    """The validator's process dies; the same member begins anew, with its journal and nothing else."""
+    """The validator's process dies; the same member begins anew, with its journal, what it keeps on
+    disk, and nothing else."""
     old = net.validators[index]
     net.everybody.remove(old)
     old.stop()
     again = net.citizen(index + 1, "validator")
-    again.journal = old.journal
+    again.journal, again.folder = old.journal, old.folder
     net.validators[index] = again
     net.meet()
     net.make_validator(again)
@@ -46,6 +48,26 @@ def test_a_validator_that_restarts_justifies_rounds_of_jobs_that_were_open(net: 
     net.work(job, range(3, 5))  # and goes on auditing
     eventually(lambda: net.everyone_has(20, job))
     assert all(not audited.void for audited in again.role.audits.jobs.values())
+
+
+def test_a_fraud_can_be_re_run_when_its_auditor_and_who_is_to_sign_for_it_have_both_restarted(
+    bare: Any, eventually: Any, tmp_path: Path
+) -> None:
+    net = bare
+    for number, validator in enumerate(net.validators):
+        validator.folder = tmp_path / str(number)
+    net.start()
+    net.workers[0].handler.wrong = {0}
+    job = net.open(num_stages=1)
+    net.work(job, range(1), num_units=1)
+    eventually(lambda: net.everyone_has(1, job))
+    [(digest, (verdict, _))] = net.audited(net.validators[0], job).verdicts.items()
+    [auditor] = [each for each, validator in enumerate(net.validators) if validator.key == verdict.auditor]
+    for index in (auditor, (auditor + 1) % 4):
+        again = restart(net, index)
+        again.role.resume()
+        eventually(lambda again=again: digest in net.audited(again, job).confirmed)
+    assert len(again.auditor.cases) == 1  # it has re-run it, from the file that its auditor kept
 
 
 def test_a_job_that_only_a_faulty_validator_names_is_not_taken_up(net: Any, eventually: Any) -> None:

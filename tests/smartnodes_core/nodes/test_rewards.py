@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import threading
+import time
+
 import msgspec
 import pytest
 
@@ -20,6 +23,25 @@ def test_totals_are_taken_from_the_first_validator_whose_answer_leads_to_the_roo
     assert fetch_reward_totals(net.user.node, chain, NETWORK, keys, root) == totals
     with pytest.raises(Unavailable, match="none of 2 validators"):
         fetch_reward_totals(net.user.node, chain, NETWORK, keys[:2], root)
+
+
+def test_validators_that_hang_hold_nobody_up(net, monkeypatch):
+    chain, node, keys = net.user.chain, net.user.node, [validator.key for validator in net.validators]
+    totals = {ACCOUNTS[0]: 5}
+    root = reward_root(chain, NETWORK, totals)
+    net.validators[3].role.rounds.books.rewards._published[root] = totals
+    over, call = threading.Event(), node.call
+
+    def slow(validator, *args, **options):
+        if validator != keys[3]:
+            over.wait(60)
+        return call(validator, *args, **options)
+
+    monkeypatch.setattr(node, "call", slow)
+    began_s = time.monotonic()
+    assert fetch_reward_totals(node, chain, NETWORK, keys, root) == totals
+    assert time.monotonic() - began_s < 40
+    over.set()
 
 
 def test_no_root_means_no_rewards(net):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -15,12 +17,13 @@ from smartnodes_core.chain.proposal import Parameters, RoundProposal
 from smartnodes_core.chain.signing import sign_digest
 from smartnodes_core.errors import AuthorityError, ChainUnreachableError, RecordError
 from smartnodes_core.journal import EquivocationError, Journal
+from smartnodes_core.nodes.balloting import MAX_EARLY
 from smartnodes_core.nodes.rewards import claim
 from smartnodes_core.nodes.validator import ValidatorSettings
 from smartnodes_core.nodes.views import ViewClock
 from smartnodes_core.nodes.voting import Signer
 from smartnodes_core.records import Proposal, Vote
-from smartnodes_core.rounds import draw_proposers, evidence_root, in_view, propose
+from smartnodes_core.rounds import COMPLETE_VIEWS, draw_proposers, evidence_root, in_view, propose
 
 from .conftest import FAST
 
@@ -316,6 +319,29 @@ def test_a_validator_that_missed_a_round_learns_what_it_settled(net, audited, ev
     assert away.role.rounds.books.rewards.knows(after)
 
 
+def test_who_asks_for_an_executed_round_is_not_held_up_by_validators_that_hang(net, audited, eventually, monkeypatch):
+    booth = Booth(net, eventually)
+    booth.carry()
+    after = state_of(net)
+    booth.proposer.role.rounds.books.follow(after)
+    node, over = booth.voter.node, threading.Event()
+    call = node.call
+
+    def slow(validator, *args, **options):
+        if validator != booth.proposer.key:
+            over.wait(60)
+        return call(validator, *args, **options)
+
+    monkeypatch.setattr(node, "call", slow)
+    books = booth.voter.role.rounds.books
+    books._candidates.clear()  # as after a restart
+    began_s = time.monotonic()
+    books.follow(after)
+    assert time.monotonic() - began_s < 40
+    assert books.executed[-1].round == 1
+    over.set()
+
+
 def test_a_validator_that_restarts_gets_the_reward_totals_from_the_others(net, audited, eventually):
     booth = Booth(net, eventually)
     booth.carry()
@@ -392,6 +418,23 @@ def test_what_the_evidence_does_not_justify_is_not_signed_and_the_reasons_say_wh
         assert candidate is None, complaint
         assert complaint in "; ".join(reasons)
     assert booth.vote(proposal).signature
+
+
+def test_a_proposer_cannot_have_work_settled_for_less_than_an_intervals_emission(net, audited, eventually):
+    booth = Booth(net, eventually)
+    desk = booth.proposer.role.rounds
+    early_s = booth.state.emitted_until_s
+    booth.state = replace(booth.state, earliest_at_s=early_s + 600, chain_time_s=early_s + 600)
+    books, records = desk.books, desk.books.records
+    poor, _ = propose(books.context(booth.state, 0, early_s, 4), records.evidence(booth.state, *records.unsettled()))
+    assert poor.allotment_wei == 0
+    proposal, _ = booth.proposal()
+    named = msgspec.structs.replace(proposal, content=poor.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "time", lambda: early_s + 1.0)
+        assert booth.judge(named, poor)[1] == []  # clocks may be behind the chain's
+        patch.setattr(time, "time", lambda: early_s + 600.0)
+        assert "before the round was due" in booth.judge(named, poor)[1][0]
 
 
 def test_a_proposal_of_another_place_is_not_signed(net, audited, eventually):
@@ -491,6 +534,36 @@ def test_a_fraud_that_is_left_out_is_not_signed_for(net, eventually):
     assert sum("is left out" in reason for reason in vote.reasons) == 2
 
 
+def test_work_that_is_passed_over_for_an_interval_is_not_signed_for_while_views_are_early(net, audited, eventually):
+    booth = Booth(net, eventually)
+    own = booth.proposer.role.rounds.books.records
+    verdicts, commitments = own.unsettled()
+    passed_over = next(iter(commitments))
+    own.unsettled = lambda: (verdicts, {each: c for each, c in commitments.items() if each != passed_over})
+    proposal, content = booth.proposal()
+    records = booth.voter.role.rounds.books.records
+    assert records.since().keys() == {*verdicts, *commitments}
+    assert booth.judge(proposal, content)[1] == []  # the proposer may not have heard of it yet
+    records._since_s[passed_over] -= booth.state.interval_s + 1
+    candidate, reasons = booth.judge(proposal, content)
+    assert candidate is None
+    assert reasons == [f"{passed_over.hex()[:16]} is left out: it could be settled an interval ago"]
+    candidate, reasons = booth.judge(proposal, in_view(content, COMPLETE_VIEWS))
+    assert reasons == []
+    assert candidate is not None
+
+
+def test_a_proposal_that_is_full_may_leave_out_what_it_has_no_room_for(net, audited, eventually, monkeypatch):
+    booth = Booth(net, eventually)
+    records = booth.voter.role.rounds.books.records
+    for digest in records.since():
+        records._since_s[digest] -= booth.state.interval_s + 1
+    monkeypatch.setattr("smartnodes_core.nodes.settleable.MAX_NAMED", 3)
+    proposal, content = booth.proposal()
+    assert len(proposal.verdicts) == 3
+    assert booth.judge(proposal, content)[1] == []
+
+
 def test_a_verdict_that_a_message_did_not_bring_is_fetched_for_the_vote(net, audited, eventually):
     booth = Booth(net, eventually)
     proposal, _ = booth.proposal()
@@ -544,6 +617,29 @@ def test_a_validator_that_waits_for_a_round_looks_at_the_chain_once(net, eventua
 def test_a_round_that_nobody_keeps_is_told_so(net):
     with pytest.raises(RecordError, match="no such round"):
         net.validators[0].node.call(net.validators[1].key, "executed_proposal", {"digest": bytes(32)})
+
+
+def test_votes_that_one_validator_sends_early_do_not_crowd_out_anothers(net, eventually):
+    desk = net.validators[0].role.rounds.ballots
+    floods, other = (SimpleNamespace(node_key=validator.key) for validator in net.validators[1:3])
+    place = {"round": 1, "previous": bytes(32), "view": 0}
+    vote = {"content": b"c" * 32, "signature": sign_digest(net.validators[2].account_key, b"d" * 32)}
+    desk.rpc_ballot(other, {**place, **vote}, memoryview(b""))
+    for number in range(2000):
+        desk.rpc_ballot(floods, {**place, **vote, "round": number + 2}, memoryview(b""))
+    held = [each.number for of_one in desk._early.values() for each in of_one]
+    assert held.count(1) == 1
+    assert len(held) == 1 + MAX_EARLY
+
+
+def test_proposals_signed_in_many_views_are_not_all_remembered(net, audited, eventually, monkeypatch):
+    monkeypatch.setattr("smartnodes_core.nodes.round_books.MAX_CANDIDATES", 3)
+    booth = Booth(net, eventually)
+    desk = booth.proposer.role.rounds
+    for view in range(10):
+        candidate = desk._propose(booth.state, view, 4)
+        desk.books.remember(net.model.domain.digest(candidate.content), candidate)
+    assert [each.content.view for each in desk.books._candidates.values()] == [7, 8, 9]
 
 
 def test_parameters_change_when_a_quorum_wants_the_same(make_net, eventually):

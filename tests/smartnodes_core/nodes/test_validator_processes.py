@@ -18,6 +18,7 @@ from smartnodes_core.chain.account import save_account_key
 from smartnodes_core.chain.client import ChainClient
 from smartnodes_core.chain.deploy import deploy
 from smartnodes_core.chain.devnet.accounts import devnet_key
+from smartnodes_core.chain.devnet.anvil import AnvilProcess
 from smartnodes_core.chain.devnet.launcher import DevnetProcess
 from smartnodes_core.chain.proposal import UNCAPPED
 from smartnodes_core.chain.settings import SNO, ChainSettings
@@ -33,14 +34,18 @@ CHILD = Path(__file__).with_name("validator_child.py")
 
 
 class Town:
-    """A chain, its contracts, and validator processes that behave as `conducts` say, all registered before they run."""
+    """A chain, its contracts, and validator processes that behave as `conducts` say, all registered before they run.
+    `chain` is started instead of an embedded one with a journal.
+    """
 
-    def __init__(self, folder: Path, conducts: Sequence[str]) -> None:
+    def __init__(
+        self, folder: Path, conducts: Sequence[str], chain: Callable[[], DevnetProcess | AnvilProcess] | None = None
+    ) -> None:
         self.folder, self.conducts = folder, conducts
         self.keys = [devnet_key(number) for number in range(1, 1 + len(conducts))]
         self.accounts = [address_of(key) for key in self.keys]
         self.processes: dict[int, subprocess.Popen[str]] = {}
-        self.devnet = DevnetProcess(journal=folder / "chain.journal")
+        self.devnet = chain() if chain else DevnetProcess(journal=folder / "chain.journal")
         try:
             self._deploy()
             self.endpoints: dict[int, str] = {}
@@ -164,8 +169,8 @@ class Town:
 def town(tmp_path: Path) -> Iterator[Callable[..., Town]]:
     made: list[Town] = []
 
-    def make(*conducts: str) -> Town:
-        made.append(Town(tmp_path, conducts))
+    def make(*conducts: str, chain: Callable[[], DevnetProcess | AnvilProcess] | None = None) -> Town:
+        made.append(Town(tmp_path, conducts, chain))
         return made[-1]
 
     yield make

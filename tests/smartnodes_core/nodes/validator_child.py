@@ -63,7 +63,7 @@ def be_lazy(validator: ValidatorNode) -> None:
 
 def _blindly(motion: Motion, view: int) -> Any:
     content = in_view(motion.content, view)
-    return Candidate(proposed_in(motion.proposal, content), content, {})
+    return Candidate(proposed_in(motion.proposal, content), content, {}, {})
 
 
 def be_greedy(validator: ValidatorNode, key: bytes) -> None:
@@ -121,7 +121,7 @@ def main() -> None:
         Journal(config.data_dir / "signed.journal"),
         ValidatorSettings(poll_s=0.25, proposer_timeout_s=settings["proposer_timeout_s"]),
         station.learn_validators,
-        config.data_dir / "proofs",
+        config.data_dir,
         dht=station.dht_node,
     )
     if settings["conduct"] == "silent":

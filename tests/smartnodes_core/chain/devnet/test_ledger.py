@@ -19,7 +19,7 @@ from smartnodes_core.chain.devnet.evm import Evm
 from smartnodes_core.chain.devnet.journal import DevnetJournal
 from smartnodes_core.chain.devnet.ledger import Ledger
 from smartnodes_core.chain.devnet.methods import Methods
-from smartnodes_core.errors import ConfigError
+from smartnodes_core.errors import ChainError, ConfigError
 
 from .conftest import RECEIVER, creation, signed, storing
 
@@ -246,4 +246,30 @@ def test_readers_see_one_history_while_checkpoints_are_made(tmp_path: Path) -> N
         finally:
             ended.set()
     assert all(reader.result() > 0 for reader in readers)
+    ledger.close()
+
+
+def test_what_is_taken_back_was_never_there() -> None:
+    ledger, draw = opened(None), random.Random(7)
+    for nonce in range(6):
+        act(ledger, draw, nonce)
+    before, first = everything(ledger), ledger.snapshot()
+    for nonce in range(6, 12):
+        act(ledger, draw, nonce)
+    second = ledger.snapshot()
+    act(ledger, draw, 12)
+    after = everything(ledger)
+    assert ledger.revert(first)
+    taken_back = everything(ledger)
+    assert {**taken_back, "now": 0} == {**before, "now": 0} != {**after, "now": 0}
+    assert not ledger.revert(second)  # it was of what is gone
+    assert not ledger.revert(0)
+    act(ledger, draw, 6)  # and goes on from there
+    assert ledger.snapshot() == 1
+
+
+def test_a_chain_with_a_journal_takes_nothing_back(tmp_path: Path) -> None:
+    ledger = opened(tmp_path / "journal")
+    with pytest.raises(ChainError, match="takes nothing back"):
+        ledger.snapshot()
     ledger.close()
