@@ -72,7 +72,7 @@ def sign_and_encrypt_nothing() -> None:
 
     class PlainConnection(TlsConnection):
         def _pump(self) -> None:
-            self._tls = _Plain(self._tcp)  # type: ignore[assignment]
+            self._stream = _Plain(self._tcp)  # type: ignore[assignment]
             super()._pump()
 
     identity.Identity.sign_bytes = lambda self, domain, data: bytes(64)  # type: ignore[method-assign]
@@ -81,7 +81,7 @@ def sign_and_encrypt_nothing() -> None:
 
 
 class _Plain:
-    """What a connection asks of TLS, from its socket; reads as much as there is, for there are no records."""
+    """What a connection asks of TLS, or of a sealed stream, from its socket; reads as much as there is."""
 
     def __init__(self, tcp: socket.socket):
         self._tcp = tcp

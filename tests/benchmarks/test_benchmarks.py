@@ -176,7 +176,7 @@ def test_interpreter_runs(run: Run) -> None:
 
 
 def test_transport_runs(run: Run) -> None:
-    assert "ours / TCP" in run("transport", "--rounds=1", "--tensors=1")
+    assert "of raw TCP" in run("transport", "--rounds=1", "--tensors=1")
 
 
 def test_devnet_start_runs(run: Run) -> None:

