@@ -26,6 +26,7 @@ from tensorlink.records import StepOrder, set_root
 from tensorlink.stage_optimizer import StageOptimizer
 
 _BOUND = ("weights", "optimizer")
+_ALWAYS = ("gradient", "buffers_before", "buffers_after")
 
 
 class UnknownPastError(Exception):
@@ -73,7 +74,7 @@ def start_of(
     for one, signed in zip(earlier, past.orders, strict=True):
         if signed.digest() != one.order:
             raise AuditError(f"opened other data: the order of step {one.step} is not the one that was committed to")
-    _check_bound(commitment, len(earlier), past.interval_steps)
+    _check_bound(chain[max(begin - 1, 0) :], len(earlier), past.interval_steps)
     _check_unchanged(chain[max(begin - 1, 0) :], [*past.orders, order], past.initial_root)
     weights = data.checked("weights", base.roots, "weights_before")
     if set(weights) != set(program.parameters):
@@ -84,7 +85,7 @@ def start_of(
     optimizer = _optimizer(data, weights, base, [*past.orders, order][0])
     for at, (one, signed) in enumerate(zip(earlier, past.orders, strict=True)):
         gradient = data.checked(f"earlier/{at}/gradient", one.roots, "gradient")
-        optimizer.step(clipped(gradient, float.fromhex(one.clip_coefficient)), signed.options)
+        optimizer.step(clipped(gradient, number_in(one, "clip_coefficient")), signed.options)
     return Start(weights, optimizer, len(earlier))
 
 
@@ -98,9 +99,21 @@ def _optimizer(data: OpenedData, weights: dict[str, Tensor], base: Commitment, o
     return optimizer
 
 
-def _check_bound(commitment: Commitment, num_earlier: int, interval_steps: int) -> None:
-    """An interval is no longer than the job says, and where it ends the state is bound."""
-    roots = commitment.roots
+def number_in(commitment: Commitment, field: str) -> float:
+    """A number that a worker committed to as `float.hex()` text. Raises AuditError for other text."""
+    try:
+        return float.fromhex(getattr(commitment, field))
+    except (ValueError, OverflowError):
+        raise AuditError(f"the {field} of step {commitment.step} is no number") from None
+
+
+def _check_bound(chain: Sequence[Commitment], num_earlier: int, interval_steps: int) -> None:
+    """Each commitment binds what it must; an interval is no longer than the job says, and where it ends the state is
+    bound."""
+    for one in chain:
+        if any(name not in one.roots for name in _ALWAYS):
+            raise AuditError(f"the commitment of step {one.step} has no root of {', '.join(_ALWAYS)}")
+    commitment, roots = chain[-1], chain[-1].roots
     if num_earlier >= interval_steps:
         raise AuditError(f"the state was not committed to for {num_earlier} steps, the job says {interval_steps}")
     if num_earlier == interval_steps - 1 and any(f"{part}_after" not in roots for part in _BOUND):

@@ -13,6 +13,7 @@ from torch import Tensor
 from smartnodes_core.errors import AuditError
 from smartnodes_core.records import NO_DIGEST, Unit
 from tensorlink.audit.compare import Deviation, deviation, update_deviation
+from tensorlink.audit.interval import number_in
 from tensorlink.audit.sums import own_gradient
 from tensorlink.audit.unit import Case, compare, compare_unit, unit_inputs
 from tensorlink.pipeline.backward import GradientSum
@@ -90,12 +91,12 @@ def _gradient(case: Case, units: Sequence[UnitInputs], native: Mapping[str, Tens
 def _norm(case: Case, gradient: Mapping[str, Tensor]) -> Deviation | None:
     """The norm over `gradient` that the worker reported, and a clip coefficient that the author's order allows."""
     squared = sum(float(tensor.double().square().sum()) for tensor in gradient.values())
-    reported = float.fromhex(case.commitment.squared_norm)
+    reported = number_in(case.commitment, "squared_norm")
     if not math.isclose(reported, squared, rel_tol=NORM_TOLERANCE, abs_tol=1e-30):
         return Deviation(
             "squared norm", abs(reported - squared), NORM_TOLERANCE * squared, "is not that of the gradient"
         )
-    coefficient = float.fromhex(case.commitment.clip_coefficient)
+    coefficient = number_in(case.commitment, "clip_coefficient")
     if not clip_fits(coefficient, case.order.clip_norm, squared, NORM_TOLERANCE):
         return Deviation("clip coefficient", coefficient, 1.0, "is not what the order and the gradient allow")
     return None
@@ -112,7 +113,7 @@ def _update(case: Case) -> Deviation | None:
         return None
     replayed = {name: tensor.detach() for name, tensor in case.start.weights.items()}
     before = {name: tensor.clone() for name, tensor in (*replayed.items(), *optimizer.state_tensors().items())}
-    optimizer.step(clipped(gradient, float.fromhex(case.commitment.clip_coefficient)), case.order.options)
+    optimizer.step(clipped(gradient, number_in(case.commitment, "clip_coefficient")), case.order.options)
     state = optimizer.state_tensors()
     if set(claimed) != set(replayed) or set(claimed_state) != set(state):
         raise AuditError("weights or optimizer state after the step have other names than they must")

@@ -164,6 +164,24 @@ def test_a_state_that_the_author_replaces_begins_an_interval_and_is_honest(rig):
     assert "before the last had ended" in training.examine(1, 2, 1, 0)["reason"]
 
 
+@pytest.mark.parametrize("name", ["gradient", "buffers_before", "buffers_after"])
+def test_a_commitment_without_a_root_that_it_must_have_is_fraudulent(trained, name):
+    known = trained.committed[(1, 1)]
+    roots = {key: value for key, value in known.roots.items() if key != name}
+    trained.committed[(1, 1)] = replace(known, roots=roots)
+    changed(trained, 1, 2)
+    for step in (1, 2):
+        found = trained.examine(1, step, 1, 0)
+        assert (found["finding"], "has no root of" in found["reason"]) == ("fraudulent", True)
+
+
+def test_text_that_is_no_number_is_fraudulent(trained):
+    trained.committed[(1, 1)] = replace(trained.committed[(1, 1)], clip_coefficient="many")
+    changed(trained, 1, 2)
+    assert "clip_coefficient of step 1 is no number" in trained.examine(1, 2, 1, 0)["reason"]
+    assert "clip_coefficient of step 1 is no number" in trained.examine(1, 1, 2)["reason"]
+
+
 def test_the_log_keeps_an_interval_as_long_as_one_of_its_steps_is_in_the_window(rig):
     training = Training(rig, "mlp", interval=INTERVAL, window=2)
     for step in range(8):
