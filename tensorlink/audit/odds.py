@@ -16,7 +16,7 @@ from smartnodes_core.audit import NUM_ASSIGNED
 from smartnodes_core.errors import ConfigError
 from smartnodes_core.rounds import MIN_VALIDATORS_TO_SLASH, quorum
 
-Attack = Literal["wrong-output", "wrong-gradient", "wrong-update", "changed-state", "refused"]
+Attack = Literal["wrong-output", "wrong-gradient", "wrong-update", "changed-state", "refused", "wrong-link"]
 #: What colluding validators do for the worker: call its work honest, or keep back preimages, so that nothing is drawn.
 Collusion = Literal["approve", "withhold"]
 
@@ -26,7 +26,10 @@ ATTACKS: Mapping[Attack, str] = {
     "wrong-update": "bends the last update of an interval; seen by an audit of the whole step that ends it",
     "changed-state": "changes the state between two intervals; seen by any audit of the interval that follows",
     "refused": "opens nothing that it bent: such an audit is inconclusive, costs no reputation, and the work is paid",
+    "wrong-link": "uses other inputs than came, or sends other results than it commits to; logged, seen by no audit",
 }
+#: What no audit leads to a verdict, whatever the rates.
+UNSEEN: frozenset[Attack] = frozenset({"refused", "wrong-link"})
 
 
 @dataclass(frozen=True)

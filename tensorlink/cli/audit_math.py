@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from smartnodes_core.errors import ConfigError
-from tensorlink.audit.odds import ATTACKS, Attack, Settings, can_slash, honest_carry_rounds, odds
+from tensorlink.audit.odds import ATTACKS, UNSEEN, Attack, Settings, can_slash, honest_carry_rounds, odds
 from tensorlink.network import DEFAULT_AUDIT_TERMS
 from tensorlink.stage_papers import STATE_INTERVAL_STEPS
 
@@ -97,6 +97,9 @@ def _table(settings: Settings, num_steps: int, found: list[dict[str, Any]]) -> l
     ]
     for one in found:
         lines += ["", f"{one['attack']}: {one['what']}"]
+        if one["attack"] in UNSEEN:
+            lines.append("  never found at any rate; no stake is enough")
+            continue
         lines.append(
             f"  {'colluding':>9}  {'of all jobs':>11}  {f'found in {num_steps}':>16}  {'steps until':>12}  stake"
         )

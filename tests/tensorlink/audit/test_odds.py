@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from smartnodes_core.audit import assigned_validators, seed_of, select
 from smartnodes_core.errors import ConfigError
 from smartnodes_core.records import AuditTerms
-from tensorlink.audit.odds import ATTACKS, Settings, can_slash, honest_carry_rounds, odds
+from tensorlink.audit.odds import ATTACKS, UNSEEN, Settings, can_slash, honest_carry_rounds, odds
 
 from .test_examine import Training
 
@@ -23,7 +23,7 @@ NUM_STEPS = 15_000
 #: Standard deviations: a right formula fails one comparison in 1.7 million, and seeds are fixed.
 BOUND = 5
 VALIDATORS = [bytes([number] * 32) for number in range(1, 10)]
-SEEN = sorted(set(ATTACKS) - {"refused"})
+SEEN = sorted(set(ATTACKS) - UNSEEN)
 
 
 def of(**changes):
@@ -148,10 +148,11 @@ def test_at_the_stake_a_cheat_gains_nothing_however_long_it_goes_on(attack):
         assert here.stake * here.detection(periods * len(here.chances)) == pytest.approx(gained)
 
 
-def test_three_that_collude_and_a_worker_that_refuses_are_never_found():
+def test_three_that_collude_and_what_no_audit_sees_are_never_found():
     for attack in ATTACKS:
         assert odds(of(), attack, 3).expected_steps == odds(of(), attack, 3).stake == math.inf
-    assert odds(of(), "refused", 0).detection(10**9) == 0
+    for attack in UNSEEN:
+        assert odds(of(unit_rate=1.0, step_rate=1.0), attack, 0).detection(10**9) == 0
 
 
 def test_one_that_withholds_preimages_is_enough():

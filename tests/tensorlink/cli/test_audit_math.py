@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tensorlink.audit.odds import ATTACKS
+from tensorlink.audit.odds import ATTACKS, UNSEEN
 from tensorlink.cli.main import main
 from tensorlink.network import DEFAULT_AUDIT_TERMS
 
@@ -23,6 +23,7 @@ def test_the_table_says_of_each_attack_when_it_is_found_and_what_stake_stops_it(
     assert all(f"\n{attack}: {what}" in out for attack, what in ATTACKS.items())
     assert "0 of 3        23.8%           100.00%          50.0  392.0\n" in out
     assert "never  none is enough" in out
+    assert out.count("never found at any rate") == len(UNSEEN)
 
 
 def test_json_has_the_same_numbers_and_the_defaults_are_the_network_s(capsys):
