@@ -180,7 +180,7 @@ def test_transport_runs(run: Run) -> None:
 
 
 def test_relay_runs(run: Run) -> None:
-    assert "of raw TCP" in run("relay", "--megabytes=4", "--calls=5")
+    assert "through the relay" in run("relay", "--megabytes=4", "--calls=5")
 
 
 def test_devnet_start_runs(run: Run) -> None:
