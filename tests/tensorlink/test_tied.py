@@ -52,7 +52,8 @@ def test_weights_and_moments_of_all_holders_make_the_round_trip_and_training_goe
     torch.manual_seed(1)
     other = type(module)(module.config)
     arguments = {"micro_batches": 2, "example_inputs": x, "seed": 5}
-    options = {"network": network, "stages": 2, "progress": False, "audit_rates": EVERY_STEP, **arguments}
+    options = {"network": network, "stages": 2, "schedule": "1f1b", "progress": False, "audit_rates": EVERY_STEP}
+    options |= arguments
 
     def steps(model, optimizer, numbers):
         found = []
