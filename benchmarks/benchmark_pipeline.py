@@ -35,8 +35,8 @@ from yardstick.model import Sizes, batch, loss_fn, make_model
 from yardstick.processes import cpu_s
 from yardstick.rivals import PIPELINES, PLAIN, Rivals
 
-#: Enough for the audit window to be full, so that memory is used again rather than taken.
-WARM_UP_ROUNDS = 6
+#: Enough for the audit window, with the rest of its interval, to be full: memory is then used again rather than taken.
+WARM_UP_ROUNDS = 9
 #: What networks audit where nothing else is said: of micro-batches, of steps.
 RATES = (0.002, 0.02)
 OURS = ("1f1b", "zb", "zbv", "drop-in")
