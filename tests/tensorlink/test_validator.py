@@ -23,12 +23,17 @@ def order(step=0):
     )  # fmt: skip
 
 
-def case(signer=AUTHOR, committed=None, num_bytes=4):
+def case(signer=AUTHOR, committed=None, num_bytes=4, step=0):
     opening = Opening(
         challenge=NO_DIGEST, commitment=NO_DIGEST, items=[OpeningItem(label="x", meta=b"", num_bytes=num_bytes)]
     )
     commitment = SimpleNamespace(
-        stage=0, order=order(committed or 0).digest(), numeric_class="any", encode=lambda: b"not a commitment"
+        job=NO_DIGEST,
+        step=step,
+        stage=0,
+        order=order(committed or 0).digest(),
+        numeric_class="any",
+        encode=lambda: b"not a commitment",
     )
     job = SimpleNamespace(author=AUTHOR.node_key, terms={"seed": 0}, initial_roots=[NO_DIGEST])
     challenge = SimpleNamespace(encode=lambda: b"not a challenge")
@@ -47,6 +52,7 @@ def auditor():
     [
         ({"signer": OTHER}, "not the author's"),
         ({"committed": 1}, "not the one committed to"),
+        ({"step": 1}, "is for another step"),
         ({"num_bytes": 5}, "do not add up"),
     ],
 )
