@@ -26,6 +26,8 @@ from tensorlink.stage_papers import LOSS_PROGRAM, earlier_order, state_interval_
 EXAMINE_TIMEOUT_S = 600.0
 ARENA_BYTES = 16 << 30
 NICE = 10
+#: A loss program (at most 64 MiB, as any program) and the author's orders of an interval of steps.
+MAX_PAPERS_BYTES = 128 << 20
 
 
 class _Papers(NamedTuple):
@@ -86,6 +88,9 @@ class ReplayAuditor:
         opening = Opening.decode(case.opening)
         if sum(item.num_bytes for item in opening.items) != len(body):
             raise PeerFault("the opening's items do not add up to its body")
+        num_bytes = sum(item.num_bytes for item in opening.items if not item.meta)
+        if num_bytes > MAX_PAPERS_BYTES:
+            raise PeerFault(f"{num_bytes} bytes of papers were opened, at most {MAX_PAPERS_BYTES} are read")
         papers, at = {}, 0
         for item in opening.items:
             if not item.meta:  # tensors have one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from smartnodes_core.audit import Case
 from smartnodes_core.identity import Identity
 from smartnodes_core.records import NO_DIGEST, Opening, OpeningItem
 from tensorlink.records import StepOrder
-from tensorlink.validator import ReplayAuditor
+from tensorlink.validator import MAX_PAPERS_BYTES, ReplayAuditor
 
 AUTHOR, OTHER = Identity.create(), Identity.create()
 
@@ -60,6 +61,13 @@ def test_what_the_worker_opened_wrong_is_fraud(auditor, options, says):
     finding, reason = auditor.examine(case(**options), memoryview(b"1234"))
     assert finding == "fraudulent"
     assert says in reason
+
+
+def test_papers_that_are_too_long_are_not_read(auditor):
+    with mmap.mmap(-1, MAX_PAPERS_BYTES + 1) as body:  # takes no memory until it is read
+        finding, reason = auditor.examine(case(num_bytes=len(body)), memoryview(body))
+    assert finding == "fraudulent"
+    assert "bytes of papers" in reason
 
 
 def test_an_audit_that_could_not_be_run_accuses_nobody(auditor):
