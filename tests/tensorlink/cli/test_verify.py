@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from msgspec.structs import replace
 
@@ -10,7 +12,9 @@ from smartnodes_core.evidence import HEAD, case_of, check_draw, split
 from smartnodes_core.identity import Identity
 from smartnodes_core.nodes.evidence_shelf import EvidenceShelf
 from smartnodes_core.records import MAX_RECORD_BYTES, Evidence, Signed
+from tensorlink.cli import verify as command_line
 from tensorlink.cli.main import main
+from tensorlink.validator import ReplayAuditor
 
 from ..audit.accusation import Accusation, file_of
 from ..audit.test_examine import Training, cheating
@@ -182,6 +186,25 @@ def test_what_cannot_be_judged_here_is_told(made, verify, tmp_path, capsys):
     assert "the job is of type 'primes/1'" in err
     assert main(["verify", str(tmp_path / "none")]) == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_an_audit_that_cannot_be_run_is_no_answer(made, verify, monkeypatch):
+    command = (sys.executable, "-c", "raise SystemExit(1)")
+    monkeypatch.setattr(command_line, "ReplayAuditor", lambda memory: ReplayAuditor(memory, command=command))
+    code, out, err = verify(file_of(made.evidence(), made.body))
+    assert code == 2
+    assert "executed again: inconclusive: the audit could not be run" in out
+    assert "cannot be judged here" in err
+
+
+def test_what_strangers_wrote_cannot_steer_the_terminal(made, verify):
+    verdict = replace(made.verdict(), reason="fine\x1b[2J\nthe fraud is confirmed")
+    signed = made.auditor.sign(verdict).encode()
+    other = Accusation(made.training, job_type="primes/1\x1b[2J")
+    for file in (file_of(made.evidence(), made.body, signed), file_of(other.evidence(), other.body)):
+        _, out, err = verify(file)
+        assert "\x1b" not in out + err
+        assert out.count("\nthe fraud is confirmed") <= 1
 
 
 def test_no_byte_of_the_record_can_be_changed(made):
