@@ -14,7 +14,7 @@ from dataclasses import dataclass
 BLACKLISTED = 0
 NEWCOMER = 1
 BEST = 255
-#: A step is this share of the way to the top, at least one point: about 350 honest verdicts lead from 1 to 255.
+#: A step is this share of the way to the top, at least one point: 180 honest verdicts lead from 1 to 255.
 STEP_SHARE = 64
 #: Honest verdicts that count in one round: more audits in a round do not make a name faster.
 MAX_STEPS = 4

@@ -40,6 +40,7 @@ from tensorlink.sharding.partition import partition_between
 from tensorlink.sharding.plan import CutModel, PlacementPlan, check_schedule, plan
 from tensorlink.sharding.private import Private, PrivateCut
 from tensorlink.sharding.profile import profile
+from tensorlink.stage_papers import STATE_INTERVAL_STEPS
 from tensorlink.weight_files import Weights
 from tensorlink.weight_sending import send_parts
 from tensorlink.worker import JOB_TYPE
@@ -53,9 +54,6 @@ STEPS_IN_MEMORY = 1
 #: The audit window of a job spans this time as predicted, and at least so many steps.
 WINDOW_S = 15.0
 LEAST_WINDOW_STEPS = 2
-#: Stages commit to weights and optimizer state every so many steps: hashing and copying them costs more than all else
-#: that protects a step, and the steps between follow from gradients that are committed to anyway.
-STATE_INTERVAL_STEPS = 4
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,9 @@ from smartnodes_core.records import digest_of
 LOSS_DOMAIN = "loss program 1"
 #: Labels of what the node adds to an opening: papers, not tensors.
 LOSS_PROGRAM = "loss_program"
+#: Stages commit to weights and optimizer state every so many steps: hashing and copying them costs more than all else
+#: that protects a step, and the steps between follow from gradients that are committed to anyway.
+STATE_INTERVAL_STEPS = 4
 _EARLIER_ORDER = "earlier/{}/order"
 #: Losses of one stage that are kept; an order that names an older one cannot be audited any more.
 MAX_LOSSES = 16

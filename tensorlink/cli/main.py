@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from smartnodes_core.errors import SmartnodesError
-from tensorlink.cli import chain, demo, doctor, home, keys, schedule, stake, status, verify
+from tensorlink.cli import audit_math, chain, demo, doctor, home, keys, schedule, stake, status, verify
 from tensorlink.cli.options import fail
 
 
@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "tensorlink", description="Train PyTorch models on strangers' GPUs, where bad work is found out."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (demo, doctor, home, schedule, keys, chain, stake, status, verify):
+    for module in (demo, doctor, home, schedule, keys, chain, stake, status, audit_math, verify):
         module.add_commands(commands)
     options = parser.parse_args(arguments)
     try:

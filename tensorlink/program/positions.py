@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Node, map_arg
 from torch.fx.experimental.proxy_tensor import get_innermost_proxy_mode, get_proxy_slot
 from torch.utils._python_dispatch import _disable_current_modes
@@ -25,10 +26,10 @@ _SIZE = torch.ops.aten.sym_size.int
 def known_positions() -> Iterator[None]:
     """For the time of a trace transformers, where it is loaded, is told what it would find in eager."""
     masks: Any = sys.modules.get("transformers.masking_utils")
-    find = getattr(masks, "find_packed_sequence_indices", None)
-    if find is None:
+    if masks is None or "find_packed_sequence_indices" not in vars(masks):
         yield
         return
+    find = masks.find_packed_sequence_indices
 
     def find_known(position_ids: Tensor) -> Tensor | None:
         value = value_without_inputs(position_ids)
@@ -67,11 +68,13 @@ def _computed(node: Node, values: dict[Node, Any]) -> bool:
     if node.target is _SIZE:
         values[node] = _hint(node.meta["val"])
         return True
-    known = node.op == "call_function" and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
-    if not known or not all(_computed(each, values) for each in node.all_input_nodes):
+    target = node.target
+    if not isinstance(target, OpOverload) or torch.Tag.nondeterministic_seeded in target.tags:
+        return False
+    if not all(_computed(each, values) for each in node.all_input_nodes):
         return False
     args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-    values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    values[node] = target(*args, **kwargs)
     return True
 
 

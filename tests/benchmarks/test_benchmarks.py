@@ -179,6 +179,10 @@ def test_transport_runs(run: Run) -> None:
     assert "of raw TCP" in run("transport", "--rounds=1", "--tensors=1")
 
 
+def test_relay_runs(run: Run) -> None:
+    assert "through the relay" in run("relay", "--megabytes=4", "--calls=5")
+
+
 def test_devnet_start_runs(run: Run) -> None:
     assert "a transaction takes" in run("devnet_start", "--most-blocks=100")
 
@@ -193,4 +197,5 @@ def test_attacks_runs(run: Run) -> None:
 
 def test_every_benchmark_is_run_here() -> None:
     names = {path.stem.removeprefix("benchmark_") for path in BENCHMARKS.glob("benchmark_*.py")}
-    assert names == {test[5:-5] for test in globals() if test.startswith("test_") and test.endswith("_runs")}
+    here = {test[5:-5] for test in globals() if test.startswith("test_") and test.endswith("_runs")}
+    assert names == here | {"dht"}  # which has a file of its own

@@ -40,12 +40,12 @@ class NatPmpRouter:
         while True:
             try:
                 request, sender = self._socket.recvfrom(64)
-            except OSError:
+                self.num_asked += 1
+                if self.mood == "silent" or (self.mood == "loses one" and self.num_asked == 1):
+                    continue
+                self._socket.sendto(self._answer(request), sender)
+            except OSError:  # closed
                 return
-            self.num_asked += 1
-            if self.mood == "silent" or (self.mood == "loses one" and self.num_asked == 1):
-                continue
-            self._socket.sendto(self._answer(request), sender)
 
     def _answer(self, request: bytes) -> bytes:
         if self.mood == "refuses":
