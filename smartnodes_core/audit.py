@@ -62,15 +62,17 @@ class Case:
     earlier: tuple[Commitment, ...] = ()
 
 
-class Opened(Record, frozen=True, kw_only=True, tag="Opened/1"):
-    """What a worker signs when it opens: the `Opening` and the digest of its body.
+class Opened(Record, frozen=True, kw_only=True, tag="Opened/2"):
+    """What a worker signs when it opens: the `Opening`, and the digests of its body and of the author's order that it
+    showed.
 
-    Without the body under the worker's signature, an auditor could put other bytes beside an honest opening and
-    accuse with them.
+    Without both under the worker's signature, an auditor could put other bytes beside an honest opening and accuse
+    with them.
     """
 
     opening: bytes
     body_digest: Digest
+    order_digest: Digest
 
 
 @dataclass(frozen=True)
@@ -184,11 +186,12 @@ def check_challenge(
     assigned: Sequence[bytes],
     lists: Sequence[ReceivedList],
     reveals: Sequence[Reveal],
-    tips: Mapping[bytes, TipTracker],
+    tips: Mapping[bytes, TipTracker] | None,
 ) -> None:
     """The worker's check before it opens anything. Raises AuditError with what does not hold.
 
-    `lists` and `reveals` carry verified signatures of the validators they name.
+    `lists` and `reveals` carry verified signatures of the validators they name. `tips` None: without the chain, so that
+    it stays open whether the preimages lead to what was posted there.
     """
     digest = commitment.digest()
     if challenge.commitment != digest or challenge.job != commitment.job:
@@ -199,8 +202,8 @@ def check_challenge(
         received = listed.get(reveal.validator)
         if received is None or reveal.received_list != received.digest() or reveal.reveal != received.reveal:
             raise AuditError("a preimage was revealed for a list that does not hold this commitment")
-        tip = tips.get(reveal.validator)
-        if tip is None or not tip.check(reveal.reveal, reveal.preimage):
+        tip = None if tips is None else tips.get(reveal.validator)
+        if tips is not None and (tip is None or not tip.check(reveal.reveal, reveal.preimage)):
             raise AuditError("a preimage does not lead to the tip its validator posted on chain")
         preimages[reveal.validator] = reveal.preimage
     if sorted(preimages) != sorted(assigned):

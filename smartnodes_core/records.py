@@ -333,17 +333,24 @@ class Verdict(Record, frozen=True, kw_only=True, tag="Verdict/1"):
     decided_at_s: Count
 
 
-class Evidence(Record, frozen=True, kw_only=True, tag="Evidence/2"):
-    """Everything with which a stranger re-runs a verdict: signed records, and the digest of the opening's body."""
+class Evidence(Record, frozen=True, kw_only=True, tag="Evidence/3"):
+    """Everything with which a stranger re-runs a verdict: signed records, and the digest of the opening's body.
+
+    `job` and `plan` are signed by the author, `order` is what the worker showed as signed by the author, `lists` and
+    `reveals` are those from which the challenge was drawn; `smartnodes_core/evidence.py` checks all of it.
+    """
 
     max_bytes: ClassVar[int] = 128 << 20  # a spec may be 64 MiB
 
     job: bytes
+    plan: bytes
     spec: bytes
     commitment: bytes
     earlier: Annotated[list[bytes], Meta(max_length=64)]  # signed commitments, oldest first
     order: bytes
     challenge: bytes
+    lists: Annotated[list[bytes], Meta(max_length=16)]
+    reveals: Annotated[list[bytes], Meta(max_length=16)]
     opening: bytes
     body_digest: Digest
     body_bytes: Count

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import tensorlink.errors  # noqa: F401 - the computing process's errors find their classes among those that are loaded
 from smartnodes_core.audit import Case
-from smartnodes_core.errors import PeerFault, SmartnodesError
+from smartnodes_core.errors import JobError, PeerFault, SmartnodesError
 from smartnodes_core.identity import verify
 from smartnodes_core.records import Finding, Opening, Signed
 from smartnodes_core.sandbox import Limits, Sandbox
@@ -26,6 +26,8 @@ from tensorlink.stage_papers import LOSS_PROGRAM, earlier_order, state_interval_
 EXAMINE_TIMEOUT_S = 600.0
 ARENA_BYTES = 16 << 30
 NICE = 10
+#: A loss program (at most 64 MiB, as any program) and the author's orders of an interval of steps.
+MAX_PAPERS_BYTES = 128 << 20
 
 
 class _Papers(NamedTuple):
@@ -81,9 +83,14 @@ class ReplayAuditor:
         order = _order(case, case.order)
         if order.digest() != case.commitment.order:
             raise PeerFault("the opened order is not the one committed to")
+        if (order.job, order.step) != (case.commitment.job, case.commitment.step):
+            raise PeerFault("the order that was committed to is for another step or job")
         opening = Opening.decode(case.opening)
         if sum(item.num_bytes for item in opening.items) != len(body):
             raise PeerFault("the opening's items do not add up to its body")
+        num_bytes = sum(item.num_bytes for item in opening.items if not item.meta)
+        if num_bytes > MAX_PAPERS_BYTES:
+            raise PeerFault(f"{num_bytes} bytes of papers were opened, at most {MAX_PAPERS_BYTES} are read")
         papers, at = {}, 0
         for item in opening.items:
             if not item.meta:  # tensors have one
@@ -95,6 +102,9 @@ class ReplayAuditor:
         return _Papers(opening, order, earlier, papers.get(LOSS_PROGRAM, b""))
 
     def _examine(self, case: Case, papers: _Papers, body: memoryview) -> dict[str, Any]:
+        seed = case.job.terms.get("seed")
+        if type(seed) is not int:
+            raise JobError(f"found seed {seed!r:.40} in the terms of the job, needed a number")
         with self._lock:
             if not self._running:
                 self._sandbox.start()
@@ -104,7 +114,7 @@ class ReplayAuditor:
         params = {
             "program": case.spec,
             "loss_program": papers.loss,
-            "seed": int(case.job.terms["seed"]),
+            "seed": seed,
             "commitment": case.commitment.encode(),
             "challenge": case.challenge.encode(),
             "order": papers.order.encode(),

@@ -72,6 +72,7 @@ NODE_SIDE = (
     "tensorlink.cli.home",
     "tensorlink.cli.worker",
     "tensorlink.cli.validator",
+    "tensorlink.cli.verify",
     "tensorlink.cli.options",
     "tensorlink.cli.running",
 )

@@ -24,7 +24,7 @@ from smartnodes_core.nodes.drawing import DrawDesk
 from smartnodes_core.nodes.evidence import EvidenceDesk
 from smartnodes_core.nodes.mailing import Mailer
 from smartnodes_core.nodes.params import bytes_in, digest_in
-from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, NodeKey, Signed, Verdict
+from smartnodes_core.records import MAX_RECORD_BYTES, NO_DIGEST, Commitment, NodeKey, Signed, Verdict
 from smartnodes_core.rpc import Result, allow
 from smartnodes_core.transport.base import Peer
 
@@ -237,6 +237,8 @@ class AuditDesk:
         )
         COUNTERS.add("verdicts", verdict.finding)
         data = self._identity.sign(verdict).encode()
+        if found.evidence != NO_DIGEST:
+            self._evidence.accuse(found.evidence, data)
         self.take_verdict(data)
         told = (*audited.job.plan.validators, commitment.worker, audited.job.record.author)
         self._mailer.post(told, "verdict", {"verdict": data})

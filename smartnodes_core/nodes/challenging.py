@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 from smartnodes_core.audit import Auditor, Case, Selection, seed_of
 from smartnodes_core.errors import PeerFault, RecordError, SmartnodesError
+from smartnodes_core.evidence import chain_before, opening_of
 from smartnodes_core.identity import Identity
 from smartnodes_core.jobs import MAX_EARLIER, spec_digest
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.books import AuditBooks, AuditedJob, SecondVersionError
-from smartnodes_core.nodes.evidence import EvidenceDesk, chain_before, opening_of
+from smartnodes_core.nodes.evidence import EvidenceDesk, Signatures
 from smartnodes_core.nodes.params import count_in, counts_in
 from smartnodes_core.records import MAX_RECORD_BYTES, NO_DIGEST, Challenge, Commitment, Digest, Finding
 
@@ -143,9 +144,8 @@ class ChallengeDesk:
         finding: Finding = "inconclusive"
         evidence = NO_DIGEST
         try:
-            opened, earlier, signed_opening, body = self._open(
-                audited, commitment, challenge, lists, [reveals[key][1] for key in sorted(reveals)]
-            )
+            signed_reveals = [reveals[key][1] for key in sorted(reveals)]
+            opened, earlier, signed_opening, body = self._open(audited, commitment, challenge, lists, signed_reveals)
         except PeerFault as fault:
             reason = f"not opened: {fault}"
         except SmartnodesError as error:
@@ -153,7 +153,16 @@ class ChallengeDesk:
         else:
             finding, reason = self._compare(opened, body)
             if finding == "fraudulent":
-                evidence = self._evidence.keep(opened, signed_commitment, earlier, signed_opening, body)
+                signatures = Signatures(
+                    audited.job.signed_record,
+                    audited.job.signed_plan,
+                    signed_commitment,
+                    earlier,
+                    lists,
+                    signed_reveals,
+                    signed_opening,
+                )
+                evidence = self._evidence.keep(opened, signatures, body)
         self._on_found(audited, Found(commitment, challenge, finding, reason, evidence))
 
     def _compare(self, case: Case, body: memoryview) -> tuple[Finding, str]:
@@ -190,7 +199,7 @@ class ChallengeDesk:
             earlier.append(bytes(reply.body[end : end + num_bytes]))
             end += num_bytes
         body = reply.body[end:]
-        opening = opening_of(signed_opening, commitment.worker, challenge.digest(), body)
+        opening = opening_of(signed_opening, commitment.worker, challenge.digest(), order, body)
         chain = chain_before(commitment, earlier)
         self._compare_versions(earlier)
         case = Case(audited.job.record, spec, commitment, challenge, order, opening.encode(), chain)

@@ -1,25 +1,23 @@
 """Where an auditor keeps evidence of fraud: on disk before anybody is told, so that a restart or a power cut leaves no
 verdict behind that nobody can re-run.
 
-One file for each, named by its digest: `u64 length of the record | record | opened bytes`. A file appears whole or not
-at all; the oldest go when there are too many.
+One file for each, named by its digest, in the form of `smartnodes_core/evidence.py`; the verdict follows when it is
+signed. A file appears whole or not at all; the oldest go when there are too many.
 """
 
 from __future__ import annotations
 
-import mmap
-import struct
+import os
 import threading
 from pathlib import Path
 
 from smartnodes_core.errors import LocalError, RecordError
+from smartnodes_core.evidence import HEAD, MAX_EVIDENCE_BYTES, mapped, split
 from smartnodes_core.journal import DRAFT, write_durably
 from smartnodes_core.records import Digest, Evidence
 
-MAX_EVIDENCE_BYTES = 8 << 30
 MAX_KEPT = 64
 _SUFFIX = ".evidence"
-_HEAD = struct.Struct(">Q")
 
 
 class EvidenceShelf:
@@ -37,7 +35,7 @@ class EvidenceShelf:
     def put(self, evidence: Evidence, body: memoryview) -> Digest:
         """Keep evidence with the opened bytes; returns its digest when both are durable. Raises LocalError."""
         digest, record = evidence.digest(), evidence.encode()
-        parts = (_HEAD.pack(len(record)), record, body)
+        parts = (HEAD.pack(len(record)), record, body)
         with self._lock:
             if self._folder is None:
                 self._in_memory[digest] = b"".join(parts)
@@ -56,20 +54,32 @@ class EvidenceShelf:
             if digest not in self._sizes:
                 raise RecordError("no such evidence is kept here")
             data = self._load(digest)
-        end = _HEAD.size + (_HEAD.unpack_from(data)[0] if len(data) > _HEAD.size else len(data))
-        record = bytes(data[_HEAD.size : end])
-        if Evidence.decode(record).digest() != digest:
+        parts = split(data)
+        if parts.evidence.digest() != digest:
             raise RecordError(f"the file of evidence {digest.hex()} is damaged")
-        return record, data[end:]
+        return parts.evidence.encode(), parts.body
+
+    def add_verdict(self, digest: Digest, signed_verdict: bytes) -> None:
+        """Keep the signed verdict in the file of its evidence, durably. Raises RecordError where that is not kept here
+        or has one, LocalError where it cannot be written."""
+        with self._lock:
+            if digest not in self._sizes:
+                raise RecordError("no such evidence is kept here")
+            if split(self._load(digest)).verdict:
+                raise RecordError(f"the evidence {digest.hex()} has a verdict already")
+            if self._folder is None:
+                self._in_memory[digest] += signed_verdict
+            else:
+                _append(self._path(digest), signed_verdict)
+            self._sizes[digest] += len(signed_verdict)
 
     def _load(self, digest: Digest) -> memoryview:
         if self._folder is None:
             return memoryview(self._in_memory[digest])
         try:
-            with open(self._path(digest), "rb") as file:  # a mapping: it may be large, and outlives the file's name
-                return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        except (OSError, ValueError) as error:
-            raise RecordError(f"the file of evidence {digest.hex()} cannot be read: {error}") from None
+            return mapped(self._path(digest))
+        except LocalError as error:
+            raise RecordError(str(error)) from None
 
     def _drop(self, digest: Digest) -> None:
         del self._sizes[digest]
@@ -80,6 +90,17 @@ class EvidenceShelf:
     def _path(self, digest: Digest) -> Path:
         assert self._folder is not None
         return self._folder / f"{digest.hex()}{_SUFFIX}"
+
+
+def _append(path: Path, data: bytes) -> None:
+    """All of `data` at the end of the file, on disk. Raises LocalError."""
+    try:
+        with open(path, "ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise LocalError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def _read(folder: Path) -> dict[Digest, int]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from blake3 import blake3
 
 from smartnodes_core.audit import NUM_ASSIGNED, Opened, TipTracker, assigned_validators, check_challenge
 from smartnodes_core.errors import AuditError, AuthorityError
+from smartnodes_core.evidence import from_validator
 from smartnodes_core.identity import Identity, verify
 from smartnodes_core.jobs import JobHandler, StageOfJob
 from smartnodes_core.nodes.base import Node
@@ -24,8 +25,6 @@ from smartnodes_core.rpc import allow
 from smartnodes_core.transport.base import Peer
 
 logger = logging.getLogger(__name__)
-
-ListOrReveal = TypeVar("ListOrReveal", ReceivedList, Reveal)
 
 MAX_VERDICTS = 1000
 #: Lists and preimages that come with a challenge: of each assigned validator one.
@@ -82,7 +81,11 @@ class OpeningDesk:
             ledger.count_opening(challenge.commitment, challenge.unit)
         opened = self._handler.open(stage, commitment, challenge.tier, challenge.unit)
         opening = Opening(challenge=challenge.digest(), commitment=challenge.commitment, items=opened.items)
-        signable = Opened(opening=opening.encode(), body_digest=blake3(opened.body).digest())
+        signable = Opened(
+            opening=opening.encode(),
+            body_digest=blake3(opened.body).digest(),
+            order_digest=blake3(opened.order).digest(),
+        )
         signed_opening = self._identity.sign(signable).encode()
         with self._held.lock:
             before = ledger.before(challenge.commitment, opened.num_earlier)
@@ -114,8 +117,8 @@ class OpeningDesk:
             commitment,
             stage.job.record.audit,
             assigned,
-            [_from_validator(item, ReceivedList) for item in lists],
-            [_from_validator(item, Reveal) for item in reveals],
+            [from_validator(item, ReceivedList) for item in lists],
+            [from_validator(item, Reveal) for item in reveals],
             trackers,
         )
 
@@ -132,12 +135,3 @@ class OpeningDesk:
         self.verdicts.append(verdict)
         if verdict.finding != "honest":
             logger.warning("audit of step %s: %s (%s)", verdict.step, verdict.finding, verdict.reason)
-
-
-def _from_validator(data: bytes, kind: type[ListOrReveal]) -> ListOrReveal:
-    """The record in a `Signed`, which must be signed by the validator that it names. Raises AuthorityError."""
-    signed = Signed.decode(data)
-    record = verify(signed, kind)
-    if signed.signer != record.validator:
-        raise AuthorityError(f"a {kind.__name__} is signed by the validator it names")
-    return record

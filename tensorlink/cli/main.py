@@ -7,17 +7,17 @@ import sys
 from collections.abc import Sequence
 
 from smartnodes_core.errors import SmartnodesError
-from tensorlink.cli import audit_math, chain, demo, doctor, home, keys, schedule, stake, status
+from tensorlink.cli import audit_math, chain, demo, doctor, home, keys, schedule, stake, status, verify
 from tensorlink.cli.options import fail
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 2 for an error that was explained, 130 for Ctrl-C."""
+    """Run one command; the exit code is 0 (1 as a command says), 2 for an error that was explained, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
         "tensorlink", description="Train PyTorch models on strangers' GPUs, where bad work is found out."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (demo, doctor, home, schedule, keys, chain, stake, status, audit_math):
+    for module in (demo, doctor, home, schedule, keys, chain, stake, status, audit_math, verify):
         module.add_commands(commands)
     options = parser.parse_args(arguments)
     try:

@@ -279,9 +279,12 @@ def test_every_contradiction_of_stages_that_share_is_named_whichever_comes_first
 
 
 def test_what_a_worker_signs_when_it_opens_is_frozen():
-    opened = Opened(opening=b"o", body_digest=bytes(range(32)))
+    opened = Opened(opening=b"o", body_digest=bytes(range(32)), order_digest=bytes(range(32)))
     assert opened.encode().hex() == (
-        "83ab626f64795f646967657374c420" + bytes(range(32)).hex() + "a46b696e64a84f70656e65642f31a76f70656e696e67c4016f"
+        "84ab626f64795f646967657374c420"
+        + bytes(range(32)).hex()
+        + "a46b696e64a84f70656e65642f32a76f70656e696e67c4016fac6f726465725f646967657374c420"
+        + bytes(range(32)).hex()
     )
     assert Opened.decode(opened.encode()) == opened
 

@@ -91,7 +91,8 @@ SAMPLES = [
         worker=d(4), auditor=d(5), finding="fraudulent", reason="gx/0", evidence=d(6), work_units=10, decided_at_s=100,
     ),
     Evidence(
-        job=b"j", spec=b"s", commitment=b"c", earlier=[b"p"], order=b"o", challenge=b"ch", opening=b"op",
+        job=b"j", plan=b"pl", spec=b"s", commitment=b"c", earlier=[b"p"], order=b"o", challenge=b"ch", lists=[b"l"],
+        reveals=[b"r"], opening=b"op",
         body_digest=d(1), body_bytes=10,
     ),
     Proposal(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from smartnodes_core.audit import Case
 from smartnodes_core.identity import Identity
 from smartnodes_core.records import NO_DIGEST, Opening, OpeningItem
 from tensorlink.records import StepOrder
-from tensorlink.validator import ReplayAuditor
+from tensorlink.validator import MAX_PAPERS_BYTES, ReplayAuditor
 
 AUTHOR, OTHER = Identity.create(), Identity.create()
 
@@ -23,12 +24,17 @@ def order(step=0):
     )  # fmt: skip
 
 
-def case(signer=AUTHOR, committed=None, num_bytes=4):
+def case(signer=AUTHOR, committed=None, num_bytes=4, step=0):
     opening = Opening(
         challenge=NO_DIGEST, commitment=NO_DIGEST, items=[OpeningItem(label="x", meta=b"", num_bytes=num_bytes)]
     )
     commitment = SimpleNamespace(
-        stage=0, order=order(committed or 0).digest(), numeric_class="any", encode=lambda: b"not a commitment"
+        job=NO_DIGEST,
+        step=step,
+        stage=0,
+        order=order(committed or 0).digest(),
+        numeric_class="any",
+        encode=lambda: b"not a commitment",
     )
     job = SimpleNamespace(author=AUTHOR.node_key, terms={"seed": 0}, initial_roots=[NO_DIGEST])
     challenge = SimpleNamespace(encode=lambda: b"not a challenge")
@@ -47,6 +53,7 @@ def auditor():
     [
         ({"signer": OTHER}, "not the author's"),
         ({"committed": 1}, "not the one committed to"),
+        ({"step": 1}, "is for another step"),
         ({"num_bytes": 5}, "do not add up"),
     ],
 )
@@ -54,6 +61,13 @@ def test_what_the_worker_opened_wrong_is_fraud(auditor, options, says):
     finding, reason = auditor.examine(case(**options), memoryview(b"1234"))
     assert finding == "fraudulent"
     assert says in reason
+
+
+def test_papers_that_are_too_long_are_not_read(auditor):
+    with mmap.mmap(-1, MAX_PAPERS_BYTES + 1) as body:  # takes no memory until it is read
+        finding, reason = auditor.examine(case(num_bytes=len(body)), memoryview(body))
+    assert finding == "fraudulent"
+    assert "bytes of papers" in reason
 
 
 def test_an_audit_that_could_not_be_run_accuses_nobody(auditor):

@@ -15,6 +15,7 @@ from OpenSSL import SSL
 from smartnodes_core import audit, records
 from smartnodes_core.chain.proposal import Equivocation, RoundProposal
 from smartnodes_core.errors import PeerFault, SmartnodesError
+from smartnodes_core.evidence import case_of, check_draw, signed_verdict, split
 from smartnodes_core.identity import Identity, make_binding
 from smartnodes_core.nesting import bounded_json
 from smartnodes_core.nodes.rewards import decode_totals
@@ -71,6 +72,15 @@ def record(data: bytes) -> None:
     for expected in named or RECORDS[:1]:
         with contextlib.suppress(PeerFault):
             assert expected.decode(data).encode() == data
+
+
+def evidence_file(data: bytes) -> None:
+    """Evidence of fraud as a stranger hands it to somebody."""
+    with contextlib.suppress(PeerFault):
+        file = split(memoryview(data))
+        with contextlib.suppress(PeerFault):
+            signed_verdict(file.verdict)
+        check_draw(file.evidence, case_of(file.evidence, file.body))
 
 
 def proposal(data: bytes) -> None:
@@ -195,6 +205,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         frames,
         header,
         record,
+        evidence_file,
         proposal,
         certificate_of_a_peer,
         calls,

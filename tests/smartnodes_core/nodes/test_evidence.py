@@ -7,8 +7,9 @@ import pytest
 from blake3 import blake3
 
 from smartnodes_core.errors import ProtocolError, RecordError, SignatureError
-from smartnodes_core.nodes.evidence import case_of
-from smartnodes_core.records import Commitment, Evidence, Signed
+from smartnodes_core.evidence import case_of, check_draw, check_verdict, signed_verdict, split
+from smartnodes_core.identity import verify
+from smartnodes_core.records import Commitment, Evidence, JobRecord, Plan, Signed
 
 
 @pytest.fixture
@@ -25,40 +26,58 @@ def fraud(net, eventually):
     return verdict, Evidence.decode(record), body, auditor
 
 
+def judge(told, accused, body):
+    """As a validator that is to sign for the verdict."""
+    case = case_of(told, body)
+    check_verdict(accused, told, case)
+    return case
+
+
 def test_evidence_tells_the_whole_case(fraud):
     verdict, kept, body, _ = fraud
-    case = case_of(kept, verdict, body)
+    case = judge(kept, verdict, body)
+    check_draw(kept, case)
     assert case.commitment.digest() == verdict.commitment
     assert case.challenge.digest() == verdict.challenge
     assert case.order == b"the order"
 
 
+def test_the_verdict_lies_behind_its_evidence(fraud):
+    verdict, _, _, auditor = fraud
+    file = split(auditor.role.evidence._shelf._load(verdict.evidence))
+    assert signed_verdict(file.verdict) == verdict
+
+
 def test_no_part_of_it_can_be_the_auditors_own(net, fraud):
     verdict, kept, body, auditor = fraud
     change = msgspec.structs.replace
-    job = kept.job
-    other_job = net.record(num_stages=1).encode()
-    own_opening = Signed.decode(kept.opening)
-    forged = auditor.identity.sign(_decode_opened(own_opening)).encode()
+    own = auditor.identity.sign
+    job = verify(Signed.decode(kept.job), JobRecord)
+    plan = verify(Signed.decode(kept.plan), Plan)
+    forged = own(_decode_opened(Signed.decode(kept.opening))).encode()
     other_body = memoryview(b"\1" * len(body))
     commitment = Commitment.decode(Signed.decode(kept.commitment).record)
-    resigned = auditor.identity.sign(commitment).encode()
+    mine = own(change(job, author=auditor.key))
     cases = [
-        (change(kept, job=other_job), verdict, body, "another job"),
+        (change(kept, job=own(job).encode()), verdict, body, "job .*by its author"),
+        (change(kept, job=mine.encode()), verdict, body, "plan .*another job"),
+        (change(kept, plan=own(plan).encode()), verdict, body, "plan .*not signed by the job's author"),
         (change(kept, spec=b"another"), verdict, body, "spec"),
         (change(kept, opening=forged), verdict, body, "not the worker's"),
-        (change(kept, opening=b""), verdict, body, "not a Signed"),
+        (change(kept, opening=b""), verdict, body, "opening .*not a Signed"),
+        (change(kept, order=b"another"), verdict, body, "order is not the one that the worker showed"),
         (kept, verdict, other_body, "not those of the evidence"),
         (change(kept, body_digest=blake3(other_body).digest()), verdict, other_body, "not the one that the worker"),
-        (change(kept, commitment=resigned), verdict, body, "not the accused worker's"),
-        (kept, change(verdict, worker=auditor.key), body, "not the accused worker's"),
-        (kept, change(verdict, unit=5), body, "another unit"),
-        (kept, change(verdict, challenge=bytes(32)), body, "another job or unit"),
+        (change(kept, commitment=own(commitment).encode()), verdict, body, "not signed by the worker"),
+        (kept, change(verdict, worker=auditor.key), body, "verdict .*: worker$"),
+        (kept, change(verdict, unit=5), body, "verdict .*: unit$"),
+        (kept, change(verdict, challenge=bytes(32)), body, "verdict .*: challenge$"),
+        (kept, change(verdict, finding="honest"), body, "verdict .*: finding$"),
+        (change(kept, lists=[]), verdict, body, "verdict .*: evidence$"),
     ]
-    assert job
     for told, accused, opened, complaint in cases:
         with pytest.raises((RecordError, SignatureError), match=complaint):
-            case_of(told, accused, opened)
+            judge(told, accused, opened)
 
 
 def _decode_opened(signed):

@@ -13,6 +13,7 @@ import pytest
 from blake3 import blake3
 
 from smartnodes_core.errors import LocalError, RecordError
+from smartnodes_core.evidence import split
 from smartnodes_core.nodes import evidence_shelf as module
 from smartnodes_core.nodes.evidence_shelf import EvidenceShelf
 from smartnodes_core.records import Evidence
@@ -33,8 +34,9 @@ while True:
 
 
 def evidence_over(body: bytes) -> Evidence:
-    parts = dict.fromkeys(("job", "spec", "commitment", "order", "challenge", "opening"), b"part")
-    return Evidence(**parts, earlier=[b"part"], body_digest=blake3(body).digest(), body_bytes=len(body))
+    parts = dict.fromkeys(("job", "plan", "spec", "commitment", "order", "challenge", "opening"), b"part")
+    lists = {name: [b"part"] for name in ("earlier", "lists", "reveals")}
+    return Evidence(**parts, **lists, body_digest=blake3(body).digest(), body_bytes=len(body))
 
 
 def put(shelf: EvidenceShelf, body: bytes) -> bytes:
@@ -115,6 +117,20 @@ def test_a_file_that_is_damaged_is_told_and_not_given(tmp_path: Path) -> None:
         shelf._path(digest).write_bytes(damage)
         with pytest.raises(RecordError):
             shelf.get(digest)
+
+
+@pytest.mark.parametrize("is_durable", [False, True])
+def test_a_verdict_is_kept_behind_its_evidence_once(is_durable: bool, tmp_path: Path) -> None:
+    shelf = EvidenceShelf(tmp_path if is_durable else None)
+    digest = put(shelf, b"opened")
+    shelf.add_verdict(digest, b"verdict")
+    again = EvidenceShelf(tmp_path) if is_durable else shelf
+    assert again.get(digest)[1] == b"opened"
+    assert split(again._load(digest)).verdict == b"verdict"
+    with pytest.raises(RecordError, match="already"):
+        again.add_verdict(digest, b"other")
+    with pytest.raises(RecordError, match="no such evidence"):
+        again.add_verdict(bytes(32), b"verdict")
 
 
 def test_a_folder_that_cannot_be_used_is_a_local_error(tmp_path: Path) -> None:
