@@ -32,7 +32,7 @@ from yardstick.model import Sizes
 from yardstick.processes import Answering
 
 #: Steps until the audit window is full, and some more: memory is used again from then on.
-WARM_UP_STEPS = 6
+WARM_UP_STEPS = 8
 VARIANTS = ("protected", "unprotected")
 OVERHEADS = ("hashing_ns", "signing_ns", "encryption_ns")
 RESAMPLES = 10_000
