@@ -191,6 +191,9 @@ def test_a_listener_that_never_answers_costs_the_dialler_its_deadline_only(tls_p
         assert time.monotonic() - started_s < 3
 
 
+OF_A_CONNECTION = ("smartnodes_core", "OpenSSL", "socket", "threading", "cryptography")
+
+
 def test_connections_leave_no_threads_no_descriptors_and_no_memory(
     tls_party: Any, request: pytest.FixtureRequest
 ) -> None:
@@ -221,7 +224,8 @@ def test_connections_leave_no_threads_no_descriptors_and_no_memory(
         return set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
 
     def num_objects() -> int:
-        return len(gc.get_objects())
+        """Of ours, of TLS, threads and sockets: others come and go with what else this process does."""
+        return sum(str(type(each).__module__).partition(".")[0] in OF_A_CONNECTION for each in gc.get_objects())
 
     num_connections = request.config.getoption("--connections")
     for _ in range(num_connections // 4):  # caches and pools fill first
@@ -234,7 +238,7 @@ def test_connections_leave_no_threads_no_descriptors_and_no_memory(
     print(f"{num_connections} connections, and as many bulk ones: {grown_kb} KB and {grown_objects} objects more")
     assert after[0] <= before[0]  # those of earlier tests may end meanwhile
     assert after[1] <= before[1]
-    assert grown_objects < num_connections // 10 + 50  # each would leave dozens
+    assert grown_objects < num_connections // 10  # each would leave several
     assert len(far._rpc._inbound._loads) == len(far._rpc._inbound._seen) == 0
     assert grown_kb < 32 << 10, f"{grown_kb} KB were not given back"  # the allocator itself keeps up to half of that
 
