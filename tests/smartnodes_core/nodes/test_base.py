@@ -117,7 +117,7 @@ def test_a_node_does_not_dial_itself(party: Any) -> None:
 
 
 def test_stopping_is_quiet_complete_and_repeatable(party: Any, caplog: pytest.LogCaptureFixture) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     nodes = [serving(party) for _ in range(4)]
     for node in nodes[1:]:
         node.connect(nodes[0].endpoint)
@@ -125,7 +125,9 @@ def test_stopping_is_quiet_complete_and_repeatable(party: Any, caplog: pytest.Lo
     for node in nodes:
         node.stop()
         node.stop()
-    assert threading.active_count() <= before
+    for thread in set(threading.enumerate()) - before:
+        thread.join(WAIT_S)
+        assert not thread.is_alive(), thread
     assert [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
     with pytest.raises(Unavailable):
         nodes[1].call(nodes[0].node_key, "ping", timeout_s=2)

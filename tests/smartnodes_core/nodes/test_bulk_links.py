@@ -113,13 +113,15 @@ def test_notifications_and_tensors_keep_to_their_own_kind(party: Any, kind: str)
 
 
 def test_stopping_ends_them_and_leaves_no_threads(party: Any) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     near, far, got = pair(party)
     far.stream(near.node_key, "t", {}, [b"tensor"])
     assert got.acquire(timeout=WAIT_S)
     near.stop()
     far.stop()
-    assert threading.active_count() <= before
+    for thread in set(threading.enumerate()) - before:
+        thread.join(WAIT_S)
+        assert not thread.is_alive(), thread
     with pytest.raises(Unavailable):
         near.stream(far.node_key, "t", {}, [b"x"], timeout_s=1)
 

@@ -393,6 +393,9 @@ def test_calls_whose_bodies_break_off_do_not_count_against_the_peer_for_ever(nea
     connection = far._links.get(near.node_key)
     assert connection is not None
     inbound = far._rpc._inbound
+    deadline_s = time.monotonic() + WAIT_S
+    while inbound._loads and time.monotonic() < deadline_s:  # it answers before it counts the call as done
+        threading.Event().wait(0.001)
     for is_call in (True, False):
         inbound.reserve(connection, is_call=is_call, num_bytes=1000)
         assert len(inbound._loads) == 1

@@ -313,14 +313,16 @@ def test_a_broken_link_ends_both_sides(pair_of: Callable[..., Pair]) -> None:
 
 def test_many_connections_leave_no_threads_behind(pair_of: Callable[..., Pair]) -> None:
     pair = pair_of()
-    before = threading.active_count()
+    before = set(threading.enumerate())
     for _ in range(30):
         connection = pair.dial(sink=Recorder())
         connection.close("next")
         assert connection.join(WAIT_S)
         assert pair.far.opened.get(timeout=WAIT_S).join(WAIT_S)
         pair.connections.clear()
-    assert threading.active_count() <= before
+    for thread in set(threading.enumerate()) - before:
+        thread.join(WAIT_S)
+        assert not thread.is_alive(), thread
 
 
 def test_sending_from_many_threads_keeps_frames_whole(pair_of: Callable[..., Pair]) -> None:
