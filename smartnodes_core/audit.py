@@ -50,7 +50,8 @@ class Case:
     """One challenged unit with everything signed about it; `spec` is what the job record names for the stage.
 
     `earlier` are the stage's commitments before this one, oldest first and without a gap, as far back as the worker
-    opened them.
+    opened them. `state_root` is what the plan names as the state in which the stage began under it, None where the job
+    record does.
     """
 
     job: JobRecord
@@ -60,6 +61,7 @@ class Case:
     order: bytes
     opening: bytes
     earlier: tuple[Commitment, ...] = ()
+    state_root: Digest | None = None
 
 
 class Opened(Record, frozen=True, kw_only=True, tag="Opened/2"):

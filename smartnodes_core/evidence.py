@@ -92,7 +92,7 @@ def case_of(evidence: Evidence, body: memoryview) -> Case:
         if signed.signer != job.author:
             raise RecordError("a job record is signed by its author")
     with _part("plan"):
-        Job.open(evidence.job, evidence.plan)
+        planned = Job.open(evidence.job, evidence.plan)
     with _part("commitment"):
         signed = Signed.decode(evidence.commitment)
         commitment = verify(signed, Commitment)
@@ -100,6 +100,8 @@ def case_of(evidence: Evidence, body: memoryview) -> Case:
             raise RecordError("it is not signed by the worker that it names")
         if commitment.job != job.digest():
             raise RecordError("it is of another job than the job record")
+        if commitment.plan_version != planned.plan.version:
+            raise RecordError(f"it is of plan {commitment.plan_version}, the plan is {planned.plan.version}")
     with _part("spec"):
         if commitment.stage >= len(job.specs) or spec_digest(evidence.spec) != job.specs[commitment.stage]:
             raise RecordError("it is not the one that the job record names")
@@ -116,7 +118,8 @@ def case_of(evidence: Evidence, body: memoryview) -> Case:
         opening = opening_of(evidence.opening, commitment.worker, challenge.digest(), evidence.order, body)
     with _part("earlier"):
         earlier = chain_before(commitment, evidence.earlier)
-    return Case(job, evidence.spec, commitment, challenge, evidence.order, opening.encode(), earlier)
+    state_root = planned.state_root_of(commitment.stage, commitment.replica)
+    return Case(job, evidence.spec, commitment, challenge, evidence.order, opening.encode(), earlier, state_root)
 
 
 def check_verdict(verdict: Verdict, evidence: Evidence, case: Case) -> None:

@@ -27,6 +27,11 @@ def spec_digest(spec: bytes) -> bytes:
     return digest_of("job spec", spec)
 
 
+def stage_key(job_id: bytes, plan_version: int, replica: int, stage: int) -> str:
+    """The name by which nodes tell each other of a stage under a plan."""
+    return f"{job_id.hex()}/{plan_version}/{replica}/{stage}"
+
+
 @dataclass(frozen=True)
 class Job:
     """A job record with the plan in force, both signed by the author and checked against each other."""
@@ -63,6 +68,10 @@ class Job:
             item.replica >= record.num_replicas or item.stage >= record.num_stages for item in plan.assignments
         ):
             raise RecordError(f"the plan assigns {len(stages)} stages, needed {num_needed}, each once")
+        if (plan.first_step or plan.state_roots) and not plan.version:
+            raise RecordError("the first plan begins with step 0, in the states that the job record names")
+        if len(plan.state_roots) not in (0, num_needed):
+            raise RecordError(f"the plan has {len(plan.state_roots)} roots of states for {num_needed} stages")
         if not plan.validators or len(set(plan.validators)) != len(plan.validators):
             raise RecordError(f"the plan names {len(plan.validators)} validators: at least one, each once, is needed")
         if record.audit.window_steps > MAX_WINDOW_STEPS:
@@ -82,6 +91,12 @@ class Job:
                 return item.worker
         raise JobError(f"no worker runs stage {stage} of replica {replica}")
 
+    def state_root_of(self, stage: int, replica: int = 0) -> bytes | None:
+        """The root of the state in which a stage begins under this plan; None under the first, and where stages have no
+        state."""
+        at = replica * self.record.num_stages + stage
+        return self.plan.state_roots[at] if at < len(self.plan.state_roots) else None
+
     def stages_of(self, worker: NodeKey) -> list[StageOfJob]:
         """The stages that `worker` runs."""
         return [StageOfJob(self, item.stage, item.replica) for item in self.plan.assignments if item.worker == worker]
@@ -97,8 +112,8 @@ class StageOfJob:
 
     @property
     def key(self) -> str:
-        """A short name unique on this rig."""
-        return f"{self.job.id.hex()}/{self.replica}/{self.stage}"
+        """A short name unique on this rig, another under each plan: what is sent under an older plan finds no stage."""
+        return stage_key(self.job.id, self.job.plan.version, self.replica, self.stage)
 
     @property
     def author(self) -> NodeKey:

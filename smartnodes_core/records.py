@@ -179,13 +179,18 @@ class Assignment(Record, frozen=True, kw_only=True, tag="Assignment/1"):
     endpoint: Name
 
 
-class Plan(Record, frozen=True, kw_only=True, tag="Plan/1"):
-    """Who runs what. Every rollback, take-over and resume raises `version`; work under an older version counts for
-    nothing.
+class Plan(Record, frozen=True, kw_only=True, tag="Plan/2"):
+    """Who runs what. Every rollback, take-over and resume raises `version`; what comes in under an older version counts
+    for nothing.
+
+    A plan after the first says where its stages begin: with step `first_step`, in the states of which `state_roots`
+    holds the roots, one for each stage of the first replica, then of the next (none for stages that have no state).
     """
 
     job: Digest
     version: Count
+    first_step: Count = 0
+    state_roots: Annotated[list[Digest], Meta(max_length=4096)] = []
     assignments: Annotated[list[Assignment], Meta(max_length=4096)]
     spares: Annotated[list[NodeKey], Meta(max_length=256)]
     validators: Annotated[list[NodeKey], Meta(max_length=256)]

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import queue
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from tensorlink.pipeline.batching import check_finite, divided, flat_inputs, joi
 from tensorlink.pipeline.driver import Call
 from tensorlink.placement import Placement
 from tensorlink.program.inputs import unflatten_outputs
+
+if TYPE_CHECKING:
+    from tensorlink.recovery.recovery import Recovery
 
 
 class Calls:
@@ -39,6 +42,8 @@ class Calls:
         self.num_calls = 0
         self.dirty = False  # gradients were sent to stages since the last step
         self._num_micro_batches = num_micro_batches
+        #: Sees to it that losses of workers are mended; `model.py` puts the job's here.
+        self.recovery: Recovery | None = None
         self._open: list[Call] = []
         self._dropped: queue.SimpleQueue[Call] = queue.SimpleQueue()
 
@@ -62,11 +67,13 @@ class Calls:
         """A batch as micro-batches, and their sizes."""
         return micro_batches(self.traced, flat, self._num_micro_batches)
 
-    def open(self, samples: list[int], options: dict[str, Any]) -> Call:
-        """Announce a call to every stage."""
+    def open(self, samples: list[int], options: dict[str, Any], call: Call | None = None) -> Call:
+        """Announce a call to every stage: a new one, or `call` once more to stages that have not heard of it."""
         self.free_dropped()
-        call = Call(self.step_index, self.num_calls, samples, training=options["training"], grad=options["grad"])
-        self.num_calls += 1
+        if call is None:
+            call = Call(self.step_index, self.num_calls, samples, training=options["training"], grad=options["grad"])
+        call.begin_again()
+        self.num_calls = call.index + 1
         self._open.append(call)
         self.driver.begin(call, options)
         return call
@@ -99,6 +106,19 @@ class Calls:
         place = max((self.step_index, self.num_calls), (step_index, num_calls))
         self.step_index, self.num_calls = place
 
+    def resume_at(self, step_index: int, num_calls: int) -> None:
+        """What is done next was begun here."""
+        self.step_index, self.num_calls = step_index, num_calls
+
+    def begin_anew(self, step_index: int) -> None:
+        """Stages begin with this step; calls that were under way are not known to them."""
+        for call in self._open:
+            self._forget(call)
+        self._open.clear()
+        self.dirty = False
+        self.crossing.input_roots.clear()
+        self.resume_at(step_index, 0)
+
     def free_dropped(self) -> None:
         """Have the stages free the activations of forwards whose graph the user let go of."""
         while not self._dropped.empty():
@@ -118,13 +138,39 @@ class Calls:
         self._private.forget(call)
         call.freed = True
 
+    # -- for autograd, whatever workers are lost ----------------------------------------------------------------------
+
+    def forward_for_good(self, flat: list[Any], training: bool, grad: bool) -> tuple[Call, list[Tensor]]:
+        """As `run_forward`."""
+        if self.recovery is None:
+            return self.run_forward(flat, training, grad)
+        kept = [x.detach().clone() if isinstance(x, Tensor) else x for x in flat]  # the user may write into its own
+
+        def again(result: tuple[Call, list[Tensor]]) -> Callable[[], object]:
+            call = result[0]
+            return lambda: self.run_forward(kept, training, grad, call)
+
+        return self.recovery.run(lambda: self.run_forward(flat, training, grad), again if grad or training else None)
+
+    def backward_for_good(self, call: Call, gradients: Sequence[Tensor | None], retain: bool) -> dict[int, Tensor]:
+        """As `run_backward`."""
+
+        def act() -> dict[int, Tensor]:
+            return self.run_backward(call, gradients, retain)
+
+        if self.recovery is None:
+            return act()
+        return self.recovery.run(act, lambda _: act, depends_on_outputs=True)
+
     # -- for autograd -------------------------------------------------------------------------------------------------
 
-    def run_forward(self, flat: list[Any], training: bool, grad: bool) -> tuple[Call, list[Tensor]]:
-        """Send a batch through; returns the outputs by slot."""
+    def run_forward(
+        self, flat: list[Any], training: bool, grad: bool, call: Call | None = None
+    ) -> tuple[Call, list[Tensor]]:
+        """Send a batch through; returns the outputs by slot. `call` is given where it is done again."""
         pieces, samples = self.split(flat)
         options = {"type": "forward", "training": training, "grad": grad, "weights": [], "schedule": "gpipe"}
-        call = self.open(samples, options)
+        call = self.open(samples, options, call)
         crossing = self.crossing
         found: list[list[Tensor]] = []
         lanes = [
@@ -202,7 +248,7 @@ class _Pipeline(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, calls: Calls, flat: list[Any], training: bool, anchor: Tensor, *wanting: Any) -> Any:
         grad = anchor.requires_grad
-        call, outputs = calls.run_forward(flat, training, grad)
+        call, outputs = calls.forward_for_good(flat, training, grad)
         if grad:
             ctx.calls, ctx.call, ctx.graph = calls, call, _Graph()
             calls.drop_when_gone(ctx.graph, call)
@@ -214,7 +260,7 @@ class _Pipeline(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
         retain = torch._C._autograd._get_current_graph_task_keep_graph()
-        found = ctx.calls.run_backward(ctx.call, gradients, retain)
+        found = ctx.calls.backward_for_good(ctx.call, gradients, retain)
         return (None, None, None, None, *[found[slot] for slot in ctx.slots])
 
 

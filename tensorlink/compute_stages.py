@@ -1,7 +1,7 @@
 """What the computing process serves about stages: methods, one-way messages and events of the pipe.
 
-Calls: `load`, `load_part`, `load_end`, `set_loss`, `set_optimizer`, `prepare`, `decide`, `zero_grad`, `state`,
-`optimizer_state`, `set_state`, `set_optimizer_state`, `open`, `shards`, `unload`. One-way: `begin`, `backward`,
+Calls: `load`, `load_part`, `load_end`, `set_loss`, `set_optimizer`, `prepare`, `decide`, `zero_grad`, `open`, `shards`,
+`unload`, and those of `compute_state.py`. One-way: `begin`, `backward`,
 `drop_call`, `tensor`, `shared` (a tied parameter's sum). Events: `send`, `loss`, `done`, `commitment`, `failed` (and
 `released`, which the channel sends). Every message names its stage by `key`; tensors lie in the arenas and are named by
 `offset` and `num_bytes`.
@@ -14,9 +14,8 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,8 +28,10 @@ from tensorlink.audit import commitments
 from tensorlink.audit.opening import opening
 from tensorlink.audit.openings import Openings
 from tensorlink.compute_errors import translated
-from tensorlink.compute_port import ChannelPort, put
+from tensorlink.compute_port import ChannelPort
+from tensorlink.compute_state import StateDesk
 from tensorlink.errors import TensorError
+from tensorlink.hosted import Hosted, Waiting
 from tensorlink.later import Later
 from tensorlink.pipeline.executor import Ready
 from tensorlink.pipeline.headers import CALL_FIELDS, SHARED_FIELDS
@@ -41,7 +42,6 @@ from tensorlink.program.admission import Bounds
 from tensorlink.program.graph import LossProgram, StageProgram
 from tensorlink.program.limits import check
 from tensorlink.program.values import DTYPES
-from tensorlink.program.weights import dump
 from tensorlink.stage_loading import Loading
 from tensorlink.steplog.digests import root
 from tensorlink.steplog.shelf import Shelf
@@ -62,37 +62,6 @@ STATE_COPIES = 4
 OPEN_TIMEOUT_S = 30.0
 #: How long a prepare waits for what it needs where the node says nothing.
 PREPARE_TIMEOUT_S = 120.0
-
-
-@dataclass(eq=False)
-class Waiting:
-    """A prepare that is not answered yet; `deadline_s` on the monotonic clock."""
-
-    call_id: int
-    step: int
-    num_units: int
-    deadline_s: float
-
-
-@dataclass
-class Hosted:
-    """A loaded stage with what waits around it."""
-
-    key: str
-    stage: Stage
-    roots: commitments.Roots
-    work_units: int
-    pool: Later
-    hashing: Future[None] | None = None
-    prepares: list[Waiting] = field(default_factory=list)
-    failed: SmartnodesError | None = None
-    committed: set[int] = field(default_factory=set)
-
-    def wait_for_hashing(self) -> None:
-        """Returns when nobody reads parameters and optimizer state any more."""
-        if self.hashing is not None:
-            self.hashing.result()
-            self.hashing = None
 
 
 class Stages:
@@ -121,14 +90,11 @@ class Stages:
             "tensor": self._tensor,
             "shared": self._shared,
             "zero_grad": self._zero_grad,
-            "state": self._state,
-            "optimizer_state": self._optimizer_state,
-            "set_state": self._set_state,
-            "set_optimizer_state": self._set_optimizer_state,
             "open": self._open,
             "open_part": self._open_part,
             "unload": self._unload,
             "shards": self._shards,
+            **StateDesk(channel, self._of, self._loading, self._openings).methods,
         }
 
     # -- the loop's side ----------------------------------------------------------------------------------------------
@@ -289,7 +255,7 @@ class Stages:
             )
         work_units = estimate.flops_forward + estimate.flops_backward
 
-        def finish(state: dict[str, Tensor], digests: Mapping[str, bytes]) -> dict[str, Any]:
+        def finish(state: dict[str, Tensor], digests: Mapping[str, bytes] | None) -> dict[str, Any]:
             batch = int(limits.get("batch", 1))
             kept = {name: int(params[name]) for name in ("window_steps", "state_interval_steps")}
             one = self._host(key, place, program, state, kept, bounds, batch)
@@ -299,8 +265,8 @@ class Stages:
                 one.stage.set_loss(LossProgram.from_json(params["loss_program"]))
             if params.get("optimizer"):
                 one.stage.set_optimizer(params["optimizer"]["name"], params["optimizer"]["groups"])
-            root = commitments.initial_root_of(program, digests)
-            return {"initial_root": root, "tied_with": one.stage.tied.ties.others}
+            roots = {"initial_root": commitments.initial_root_of(program, digests)} if digests is not None else {}
+            return {**roots, "tied_with": one.stage.tied.ties.others}
 
         self._loading.begin(key, program.expected_state(), finish)
         return {
@@ -389,6 +355,11 @@ class Stages:
         one.roots.forget()
         return {}
 
+    def _zero_grad(self, params: dict[str, Any]) -> dict[str, Any]:
+        one = self._of(params)
+        one.stage.zero_grad(int(params.get("step", one.stage.step)))
+        return {}
+
     # -- one-way ------------------------------------------------------------------------------------------------------
 
     def _begin(self, params: dict[str, Any]) -> dict[str, Any]:
@@ -435,57 +406,7 @@ class Stages:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(view, dtype=torch.uint8).view(dtype).reshape(shape)
 
-    # -- state --------------------------------------------------------------------------------------------------------
-
-    def _zero_grad(self, params: dict[str, Any]) -> dict[str, Any]:
-        one = self._of(params)
-        one.stage.zero_grad(int(params.get("step", one.stage.step)))
-        return {}
-
-    def _state(self, params: dict[str, Any]) -> dict[str, Any]:
-        stage = self._of(params).stage
-        held = {**stage.parameters, **stage.buffers}
-        names = _names(params, held)
-        return put(self._channel, dump({name: held[name] for name in names}), OPEN_TIMEOUT_S)
-
-    def _optimizer_state(self, params: dict[str, Any]) -> dict[str, Any]:
-        stage = self._of(params).stage
-        state = stage.optimizer.state_tensors() if stage.optimizer else {}
-        names = set(_names(params, stage.parameters))
-        wanted = {name: state[name] for name in state if name.rpartition("/")[0] in names}
-        return put(self._channel, dump(wanted), OPEN_TIMEOUT_S)
-
-    def _set_state(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Begins to take new values of the parameters and buffers in `names`; they take effect with `load_end`."""
-        one = self._of(params)
-        program, expected = one.stage.program, one.stage.program.expected_state()
-
-        def finish(state: dict[str, Tensor], digests: Mapping[str, bytes]) -> dict[str, Any]:
-            one.wait_for_hashing()
-            one.stage.set_state(
-                {name: tensor for name, tensor in state.items() if name in program.parameters},
-                {name: tensor for name, tensor in state.items() if name in program.buffers},
-            )
-            one.roots.forget()
-            return {}
-
-        self._loading.begin(one.key, {name: expected[name] for name in _names(params, expected)}, finish)
-        return {}
-
-    def _set_optimizer_state(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Begins to take the optimizer state in `names` ("parameter/state name"); it takes effect with `load_end`."""
-        one = self._of(params)
-        if one.stage.optimizer is None:
-            raise ProtocolError("no optimizer is set whose state this could be")
-
-        def finish(state: dict[str, Tensor], digests: Mapping[str, bytes]) -> dict[str, Any]:
-            one.wait_for_hashing()
-            one.stage.set_optimizer_state(state)
-            one.roots.forget()
-            return {}
-
-        self._loading.begin(one.key, one.stage.optimizer.expected_state(_texts(params.get("names"))), finish)
-        return {}
+    # -- audits ------------------------------------------------------------------------------------------------------
 
     def _open(self, params: dict[str, Any]) -> dict[str, Any]:
         """The data behind a committed step: `items` lie one after the other in `num_bytes`, which `open_part` gives.
@@ -520,19 +441,3 @@ def _counts(params: dict[str, Any], names: Sequence[str]) -> list[int]:
     if min(counts) < 0:
         raise ProtocolError(f"a tensor's {', '.join(names)} are counted from 0")
     return counts
-
-
-def _names(params: dict[str, Any], held: Collection[str]) -> list[str]:
-    """The names that a call asks for, all where it names none."""
-    if params.get("names") is None:
-        return list(held)
-    names = _texts(params["names"])
-    if not all(name in held for name in names):
-        raise ProtocolError("names are a list of what this stage holds")
-    return names
-
-
-def _texts(names: Any) -> list[str]:
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ProtocolError("names are a list of texts")
-    return names

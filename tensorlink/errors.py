@@ -29,6 +29,13 @@ class CheckpointError(LocalError):
     code = "checkpoint"
 
 
+class FraudError(SmartnodesError):
+    """A worker cheated, and what came of it cannot be undone here; the message says from which step on, and what to
+    do."""
+
+    code = "fraud"
+
+
 class NonFiniteError(SmartnodesError):
     """NaN or infinity where training needs finite numbers; the message says where it was first seen."""
 

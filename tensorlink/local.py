@@ -119,6 +119,17 @@ class LocalProcesses:
         """End a node at once, as a power cut would: for tests of what the others make of it."""
         self._named(name).kill()
 
+    def restart(self, name: str) -> None:
+        """Start a node that has ended once more, with the identity and the folder that it had; returns when it is
+        ready."""
+        ended = self._named(name)
+        ended.kill()
+        self._nodes.remove(ended)
+        bootstrap = [] if self._bootstrap == ended.endpoint else [self._bootstrap]
+        self._launch(name, "worker" if name.startswith("worker") else "validator", bootstrap).wait_ready(
+            READY_TIMEOUT_S
+        )
+
     def node_named(self, name: str) -> subprocess.Popen[bytes]:
         """The process of a node."""
         return self._named(name).process

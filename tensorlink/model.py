@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 
@@ -21,6 +21,7 @@ from tensorlink.errors import RemoteParameterError
 from tensorlink.pipeline.batching import LossReduction
 from tensorlink.pipeline.schedule import Timetable
 from tensorlink.placement import place
+from tensorlink.recovery.recovery import Recovered, Recovery
 from tensorlink.sharding.private import Private
 from tensorlink.steps import Steps
 from tensorlink.train_step import LossFunction, TrainStep
@@ -60,6 +61,10 @@ class DistributedModel(torch.nn.Module):
     their samples, and so are its gradients: what the module gives for the whole batch where the scalar is a mean over
     samples.
 
+    A worker that is lost is replaced, and what was done since the last snapshot is done again on the new one, bit for
+    bit: nothing has to be done here. `on_fraud` says what happens when one is found to have cheated: "rollback" goes
+    back before the first step that was found false, "continue" replaces the worker alone.
+
     The activations of a forward whose graph is dropped are freed on the workers with the next forward or step.
 
     Raises TraceError, InputError, PartitionError, NoWorkersError or JobError, each saying what was found, what is
@@ -82,8 +87,11 @@ class DistributedModel(torch.nn.Module):
         private: Private = (),
         autocast: torch.dtype | None = None,
         weights: Weights | None = None,
+        on_fraud: Literal["rollback", "continue"] = "rollback",
     ):
         super().__init__()
+        if on_fraud not in ("rollback", "continue"):
+            raise JobError(f"found on_fraud={on_fraud!r:.40}, needed 'rollback' or 'continue'")
         if not 1 <= micro_batches <= MAX_MICRO_BATCHES:
             raise JobError(f"found micro_batches={micro_batches}, needed 1 to {MAX_MICRO_BATCHES}")
         self._placement = place(
@@ -106,6 +114,10 @@ class DistributedModel(torch.nn.Module):
         self._calls = Calls(self._placement, micro_batches)
         self._steps = Steps(self._placement, self._calls)
         self._train_step = TrainStep(self._placement, self._calls, self._steps, isinstance(example_inputs, dict))
+        self._recovery = Recovery(self._placement, self._calls, self._steps, on_fraud)
+        self._recovery.on_begun.append(self._train_step.begin_anew)
+        self._placement.on_close = self._recovery.stop
+        self._calls.recovery = self._steps.recovery = self._train_step.recovery = self._recovery
         self._checkpoints = Checkpoints(self._placement, self._calls, self._steps)
         self._closing = threading.Lock()
         self.train(module.training)
@@ -170,7 +182,7 @@ class DistributedModel(torch.nn.Module):
         the CPU. Tied names share a tensor. `prefix` is put before every name; other arguments of torch are ignored.
         """
         prefix = str(args[1] if len(args) > 1 else kwargs.get("prefix", ""))
-        return {prefix + name: tensor for name, tensor in self._placement.state.fetch().items()}
+        return {prefix + name: tensor for name, tensor in self._recovery.run(self._placement.state.fetch).items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Send weights to the workers, cast to the dtypes they have there; the optimizer's state stays. Gradients and
@@ -178,8 +190,12 @@ class DistributedModel(torch.nn.Module):
 
         Raises JobError naming what is missing, unknown (unless `strict` is False) or of another shape.
         """
-        self._steps.start_over()
-        missing, unexpected = self._placement.state.send(state_dict, strict)
+
+        def act() -> tuple[list[str], list[str]]:
+            self._steps.start_over()
+            return self._placement.state.send(state_dict, strict)
+
+        missing, unexpected = self._recovery.replace(act)
         return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
     def save_checkpoint(
@@ -197,7 +213,7 @@ class DistributedModel(torch.nn.Module):
         A folder that holds a checkpoint goes over to the new one at the very end, or not at all. Gradients that wait
         for a step are not part of it. Raises CheckpointError, OSError, WorkerLostError.
         """
-        self._checkpoints.save(folder, optimizer, shard_bytes, progress)
+        self._recovery.run(lambda: self._checkpoints.save(folder, optimizer, shard_bytes, progress))
 
     def load_checkpoint(
         self,
@@ -215,7 +231,7 @@ class DistributedModel(torch.nn.Module):
         own. Raises CheckpointError or OptimizerError, before anything is changed, for files that are damaged or of
         another model or optimizer.
         """
-        return self._checkpoints.load(folder, optimizer, part_bytes, progress)
+        return self._recovery.replace(lambda: self._checkpoints.load(folder, optimizer, part_bytes, progress))
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise RemoteParameterError(
@@ -257,6 +273,10 @@ class DistributedModel(torch.nn.Module):
         """
         return self._placement.usage()
 
+    def recoveries(self) -> list[Recovered]:
+        """The losses of workers that the run has got over so far, oldest first."""
+        return list(self._recovery.recovered)
+
     def audits(self) -> dict[str, int]:
         """How many audits of this job have passed, failed, and come to no finding so far."""
         return self._driver.tally.findings()
@@ -268,6 +288,7 @@ class DistributedModel(torch.nn.Module):
     def close(self) -> None:
         """End the job: its workers are released. Idempotent."""
         with self._closing:
+            self._recovery.stop()
             self._placement.close()
 
     def __enter__(self) -> DistributedModel:

@@ -36,6 +36,9 @@ ADMIT_TIMEOUT_S = 5.0
 class Network:
     """A user's place in a network. Ends its connections (and its open jobs) when closed; a context manager."""
 
+    #: So often a job's workers are asked whether they are alive.
+    heartbeat_s = 1.0
+
     def __init__(self, station: Station, audit_terms: AuditTerms = DEFAULT_AUDIT_TERMS):
         self.station = station
         self.user = UserNode(station.node, station.identity)
@@ -78,6 +81,14 @@ class Network:
                 "or wait until a job ends"
             )
         return free
+
+    def announced_workers(self) -> list[Announcement]:
+        """Workers that have announced themselves and are good on chain, whether they have a free slot or not."""
+        return self.station.find("worker")
+
+    def drop(self, node_key: NodeKey, reason: str) -> None:
+        """End the connection to a peer: every call to it ends with that."""
+        self.station.node.drop(node_key, reason)
 
     def reaches(self, worker: Announcement) -> bool:
         """Whether a worker answers now, at one of the endpoints that it announced; the connection stays open.

@@ -93,7 +93,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """torch's own format, moments included, fetched from the workers: a plain optimizer over the wrapped module's
         parameters (in the same groups) takes it and goes on exactly as this one would."""
         self.model._steps.check(self)
-        found = self.remote.fetch_all()
+        found = self.model._recovery.run(self.remote.fetch_all)
         self.state = defaultdict(
             dict, {p: found[p.remote_name] for group in self.param_groups for p in group["params"] if _has(found, p)}
         )
@@ -128,6 +128,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     def restore(self, groups: Sequence[Mapping[str, Any]], state: Mapping[str, Mapping[str, Any]]) -> None:
         """Take over the options of each group, and `state` by parameter name; what is not in it starts afresh."""
+        self.model._recovery.replace(lambda: self._restore(groups, state))
+
+    def _restore(self, groups: Sequence[Mapping[str, Any]], state: Mapping[str, Mapping[str, Any]]) -> None:
         self.model._steps.check(self)
         before = [dict(group) for group in self.param_groups]
         try:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +31,8 @@ from tensorlink.program.inputs import flatten_inputs
 from tensorlink.program.limits import Estimate
 from tensorlink.program.trace import TracedModel, trace
 from tensorlink.program.values import DTYPES
-from tensorlink.records import set_root
+from tensorlink.records import set_root, state_root
+from tensorlink.recovery.snapshots import Snapshot, StageState
 from tensorlink.remote_state import RemoteState
 from tensorlink.reporting import report
 from tensorlink.sharding.memory import StageNeed, Training
@@ -72,8 +73,15 @@ class Placement:
     training: Training
     state: RemoteState
     profile_measured: bool
+    beginning: Snapshot
     set_up_s: float = 0.0
     closed: bool = False
+    on_close: Callable[[], None] = lambda: None
+
+    def move(self, takers: Mapping[int, Announcement]) -> None:
+        """These stages are on other rigs from now on."""
+        moved = [replace(placed, worker=takers.get(placed.stage, placed.worker)) for placed in self.table.stages]
+        self.table = replace(self.table, stages=moved)
 
     def sign(self, record: Record) -> bytes:
         """The record signed by the user's node key."""
@@ -107,6 +115,7 @@ class Placement:
         """End the job: a validator is told, workers are released. Idempotent."""
         if not self.closed:
             self.closed = True
+            self.on_close()
             self.driver.close()
             self.network.user.close_job(self.job)
 
@@ -165,7 +174,8 @@ def place(
         bar.set_description("open the job")
         driver = Driver(network.user, programs[0].inputs, programs[-1].outputs, timeout_s)
         states = [{name: values[name] for name in program.expected_state()} for program in programs]
-        roots = _roots(programs, values, progress)
+        digests = _digests(programs, values, progress)
+        roots = [initial_root_of(program, digests) for program in programs]
         offer = network.offer
         terms: dict[str, int | str] = {"seed": seed, "samples": samples, "state_interval_steps": STATE_INTERVAL_STEPS}
         terms |= offer.terms() if offer is not None else {}
@@ -176,7 +186,10 @@ def place(
         driver.attach(job)
         kept = _private_layers(parts, values, seed)
         state = RemoteState(traced, programs, driver, kept, values)
-        placement = Placement(network, traced, programs, kept, driver, job, table, training, state, costs.measured)
+        beginning = _beginning(job, programs, values, digests, kept)
+        placement = Placement(
+            network, traced, programs, kept, driver, job, table, training, state, costs.measured, beginning
+        )
         try:
             bar.update()
             bar.set_description("send weights")
@@ -288,12 +301,28 @@ def _key(worker: Announcement) -> bytes:
     return worker.node_key
 
 
-def _roots(programs: list[StageProgram], values: Mapping[str, Source], progress: bool) -> list[bytes]:
-    """The root of each stage's initial state: every tensor is read once, those in files a piece at a time."""
+def _beginning(
+    job: Job, programs: list[StageProgram], values: Sources, digests: Mapping[str, bytes], private: PrivateLayers
+) -> Snapshot:
+    """The state before step 0, from which stages that are lost before the first snapshot begin again."""
+    stages = [
+        StageState({n: values[n] for n in program.parameters}, {n: values[n] for n in program.buffers}, {})
+        for program in programs
+    ]
+    roots = []
+    for stage in stages:
+        named = ({n: digests[n] for n in part} for part in (stage.weights, stage.buffers))
+        weights, buffers = map(set_root, named)
+        roots.append(state_root({"weights": weights, "buffers": buffers, "optimizer": set_root({})}))
+    workers = [job.worker_of(stage) for stage in range(len(programs))]
+    return Snapshot(0, 0, workers, stages, roots, (private.state(), {}))
+
+
+def _digests(programs: list[StageProgram], values: Sources, progress: bool) -> dict[str, bytes]:
+    """The digests of the tensors that stages begin with: each is read once, those in files a piece at a time."""
     names = {name for program in programs for name in program.expected_state()}
     with _bytes_bar("read weights", sum(num_bytes_of(values[name]) for name in names), progress) as bar:
-        digests = {name: digest_of(name, values[name], bar.update) for name in sorted(names)}
-    return [initial_root_of(program, digests) for program in programs]
+        return {name: digest_of(name, values[name], bar.update) for name in sorted(names)}
 
 
 def _load_stages(driver: Driver, programs: list[StageProgram], states: list[dict[str, Source]], progress: bool) -> None:

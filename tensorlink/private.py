@@ -160,6 +160,17 @@ class PrivateLayers:
                     self.buffers[name] = tensor.clone()
         self._buffers_at_start = dict(self.buffers)
 
+    def begin_anew(self, state: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        """Goes back to the state of an earlier step, with the optimizer's where one was set anew; what was under way is
+        dropped."""
+        for end in (self._head, self._tail):
+            if end is not None:
+                end.passes.clear()
+        self.zero_grad()
+        self.set_state(state)
+        if moments:
+            self.set_optimizer_state(moments)
+
 
 class _End:
     """The layers at one end: forwards and backwards of micro-batches."""

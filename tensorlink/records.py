@@ -9,7 +9,7 @@ byte count.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Literal
 
 from blake3 import blake3
@@ -144,6 +144,12 @@ def streamed_digest(name: str, dtype: str, shape: list[int] | tuple[int, ...], p
         level = paired + level[len(paired) * 2 :]
     meta = canonical({"name": name, "dtype": dtype, "shape": list(shape), "num_bytes": num_bytes})
     return blake3(meta + b"".join(level), key=_NODE_KEY).digest()
+
+
+def state_root(parts: Mapping[str, bytes]) -> bytes:
+    """The root of a stage's whole state, from those of its `weights`, `buffers` and `optimizer`: what a plan names for
+    a stage that goes on."""
+    return set_root({part: parts[part] for part in ("weights", "buffers", "optimizer")})
 
 
 def set_root(digests: dict[str, bytes]) -> bytes:

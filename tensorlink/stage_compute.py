@@ -94,6 +94,7 @@ class StageCompute:
         for what in self.measured["unconfined"]:
             logger.warning("the computing process is not confined in full: %s", what)
         self.inflight.limit_bytes = max(LEAST_LIMIT_BYTES, int(self.measured["memory_bytes"]))
+        self._sandbox.post("warm_up", {})
 
     def stop(self) -> None:
         """End the computing process."""
@@ -250,6 +251,7 @@ class StageCompute:
         if not self._stopping.wait(RESTART_AFTER_S):
             try:
                 self._sandbox.start()
+                self._sandbox.post("warm_up", {})
             except SandboxError as error:
                 logger.error("the computing process could not be started again: %s", error)
 

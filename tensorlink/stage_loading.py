@@ -21,15 +21,15 @@ from tensorlink.program.weights import CONSTANT_PREFIX, Expected, constant_diges
 from tensorlink.steplog.digests import digest
 
 State = dict[str, Tensor]
-#: Gets the tensors and their digests, by name.
-Finish = Callable[[State, Mapping[str, bytes]], dict[str, Any]]
+#: Gets the tensors and their digests, by name; None for tensors that did not come from outside.
+Finish = Callable[[State, Mapping[str, bytes] | None], dict[str, Any]]
 
 
 class Arriving:
     """The tensors `expected` on their way. `finish` gets all of them and makes the answer to `load_end`."""
 
     def __init__(self, expected: Expected, finish: Finish):
-        self._finish = finish
+        self.finish = finish
         self._assembly = Assembly(expected)
         self._digests: dict[str, bytes] = {}
         self._hash(self._assembly.empty())
@@ -40,7 +40,7 @@ class Arriving:
 
     def end(self) -> dict[str, Any]:
         """Raises TensorError naming what is missing."""
-        return self._finish(self._assembly.finish(), self._digests)
+        return self.finish(self._assembly.finish(), self._digests)
 
     def _hash(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -63,6 +63,12 @@ class Loading:
     def put(self, key: str, part: int, data: memoryview) -> None:
         """Take a part."""
         self._of(key).put(part, data)
+
+    def end_with(self, key: str, state: State) -> dict[str, Any]:
+        """The answer of `finish`, for a whole state that was here already, in place of parts."""
+        finish = self._of(key).finish
+        self.drop(key)
+        return finish(state, None)
 
     def end(self, key: str) -> dict[str, Any]:
         """The answer of `finish`; after an error, missing parts may still come."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from smartnodes_core.errors import JobError
 from smartnodes_core.records import NO_DIGEST
@@ -24,6 +24,9 @@ from tensorlink.sharding.memory import optimizer_copies
 
 if TYPE_CHECKING:
     from tensorlink.optimizer import DistributedOptimizer
+    from tensorlink.recovery.recovery import Recovery
+
+Result = TypeVar("Result")
 
 
 class SignedOrder(NamedTuple):
@@ -31,6 +34,19 @@ class SignedOrder(NamedTuple):
 
     order: StepOrder
     signed: bytes
+
+
+class Update(NamedTuple):
+    """What is to be done with the gradients: optimizer, options by group as they travel, the norm to clip to."""
+
+    optimizer: str
+    options: list[dict[str, Any]]
+    clip_norm: float | None
+
+    @classmethod
+    def of(cls, optimizer: DistributedOptimizer, clip_norm: float | None) -> Update:
+        """As the optimizer is now: schedulers change it from step to step."""
+        return cls(optimizer.optimizer_name, optimizer.wire_options(), clip_norm)
 
 
 class Steps:
@@ -42,18 +58,37 @@ class Steps:
         self._optimizer: DistributedOptimizer | None = None
         self._clip_norm: float | None = None
         self._replaced: set[Literal["weights", "buffers", "optimizer"]] = set()  # since the last step
+        #: Sees to it that losses of workers are mended; `model.py` puts the job's here.
+        self.recovery: Recovery | None = None
 
     def set_optimizer(self, optimizer: DistributedOptimizer) -> None:
         """Every stage gets this optimizer with fresh state; gradients so far are dropped."""
-        self.drop_gradients()
-        self._private.set_optimizer(optimizer.optimizer_name, optimizer.wire_options())
-        content = {"name": optimizer.optimizer_name, "groups": optimizer.wire_options()}
-        data = json.dumps(content).encode()  # in the body: the names of a large model's parameters fill no header
-        self.replaces("optimizer")
-        self._driver.call_all("set_optimizer", lambda stage: {}, lambda stage: [data])
-        self._optimizer = optimizer
+
+        def act() -> None:
+            self.drop_gradients()
+            self.replaces("optimizer")
+            self._tell(optimizer)
+            self._optimizer = optimizer
+
+        if self.recovery is None:
+            act()
+        else:
+            self.recovery.replace(act, is_fresh_optimizer=True)
         copies = optimizer_copies(optimizer.optimizer_name, optimizer.defaults)
         self._placement.training = replace(self._placement.training, optimizer_copies=copies)
+
+    def _tell(self, optimizer: DistributedOptimizer) -> None:
+        """Stages and private layers get this optimizer, with fresh state."""
+        content = {"name": optimizer.optimizer_name, "groups": optimizer.wire_options()}
+        data = json.dumps(content).encode()  # in the body: the names of a large model's parameters fill no header
+        self._driver.call_all("set_optimizer", lambda stage: {}, lambda stage: [data])
+        self._private.set_optimizer(optimizer.optimizer_name, optimizer.wire_options())
+
+    def begin_anew(self) -> None:
+        """Stages begin anew, in a state that a plan names: they get the optimizer in force, with fresh state."""
+        self._replaced.clear()
+        if self._optimizer is not None:
+            self._tell(self._optimizer)
 
     def check(self, optimizer: object) -> None:
         """Raises OptimizerError unless this is the optimizer in force."""
@@ -68,7 +103,7 @@ class Steps:
             raise OptimizerError("clip_grad_norm_ needs a DistributedOptimizer for this model: make one first")
         if not max_norm > 0:
             raise JobError(f"found max_norm={max_norm}, needed more than 0")
-        norm = _norm(self.prepare(self._calls.num_units))
+        norm = _norm(self._for_good(lambda: self.prepare(self._calls.num_units)))
         self._clip_norm = float(max_norm)
         return norm
 
@@ -76,20 +111,32 @@ class Steps:
         """Commit what backwards have added up. Nothing to do, as with torch's optimizers, where there were none."""
         self.check(optimizer)
         self._calls.free_dropped()
-        num_units = self._calls.num_units
-        if num_units:
+        if self._calls.num_units:
             clip_norm, self._clip_norm = self._clip_norm, None
-            prepared = self.prepare(num_units)
-            self.decide(prepared, self.order(optimizer, NO_DIGEST, [], clip_norm))
+            update = Update.of(optimizer, clip_norm)
+
+            def act() -> None:
+                self.decide(self.prepare(self._calls.num_units), self.order(update, NO_DIGEST, []))
+
+            self._for_good(act, lambda _: act)
 
     def drop_gradients(self) -> None:
         """What `zero_grad` means: gradients since the last step are dropped on every stage."""
         self._clip_norm = None
         if self._calls.dirty:
-            self.replaces("buffers")  # they keep what the forwards did that now belong to no step
-            self._driver.call_all("zero_grad", lambda stage: {"step": self._calls.step_index})
-            self._private.zero_grad()
-            self._calls.end(committed=False)
+
+            def act() -> None:
+                self.replaces("buffers")  # they keep what the forwards did that now belong to no step
+                self._driver.call_all("zero_grad", lambda stage: {"step": self._calls.step_index})
+                self._private.zero_grad()
+                self._calls.end(committed=False)
+
+            self._for_good(act, lambda _: act)
+
+    def _for_good(
+        self, act: Callable[[], Result], again: Callable[[Result], Callable[[], object]] | None = None
+    ) -> Result:
+        return act() if self.recovery is None else self.recovery.run(act, again)
 
     def start_over(self) -> None:
         """Weights are about to change other than by a step: what was computed with the old ones is dropped, graphs
@@ -121,6 +168,8 @@ class Steps:
     def decide(self, prepared: Sequence[Norm], signed_order: SignedOrder) -> None:
         """Commit on every stage, or abort on every stage and raise NonFiniteError."""
         order, signed = signed_order
+        if self.recovery is not None:
+            self.recovery.hold_private()
         clip_norm = float.fromhex(order.clip_norm) if order.clip_norm else None
         bad = next(((stage, name) for stage, (_, name) in enumerate(prepared) if name), None)
         # as torch.nn.utils.clip_grad_norm_: the coefficient is applied only where it shrinks
@@ -148,9 +197,7 @@ class Steps:
                 "on every stage and no parameter changed; lower the learning rate, clip gradients, or look at the batch"
             )
 
-    def order(
-        self, optimizer: DistributedOptimizer, loss: bytes, weights: Sequence[float], clip_norm: float | None
-    ) -> SignedOrder:
+    def order(self, update: Update, loss: bytes, weights: Sequence[float]) -> SignedOrder:
         """The order of the open step, all of whose inputs have been sent. It binds nobody before `decide`."""
         job = self._placement.job
         order = StepOrder(
@@ -162,9 +209,9 @@ class Steps:
             loss=loss,
             loss_weights=[weight.hex() for weight in weights],
             loss_scale="",
-            clip_norm="" if clip_norm is None else clip_norm.hex(),
-            optimizer=optimizer.optimizer_name,
-            options=optimizer.wire_options(),
+            clip_norm="" if update.clip_norm is None else update.clip_norm.hex(),
+            optimizer=update.optimizer,
+            options=update.options,
             replaced=sorted(self._replaced),
         )
         return SignedOrder(order, self._placement.sign(order))

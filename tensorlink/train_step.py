@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -38,11 +38,12 @@ from tensorlink.program.inputs import unflatten_outputs
 from tensorlink.program.interpreter import Interpreter
 from tensorlink.program.loss import constants_of, trace_loss
 from tensorlink.program.values import DTYPES
-from tensorlink.steps import Steps
+from tensorlink.steps import Steps, Update
 
 if TYPE_CHECKING:
     from tensorlink.optimizer import DistributedOptimizer
     from tensorlink.program.graph import LossProgram
+    from tensorlink.recovery.recovery import Recovery
 
 LossFunction = Callable[..., torch.Tensor]
 #: Traced losses that are kept: one per function and kind of target.
@@ -58,6 +59,10 @@ class Batch:
     samples: list[int]
     weights: list[float]
 
+    def copied(self) -> Batch:
+        """The same in memory of its own."""
+        return replace(self, inputs=_copies(self.inputs), targets=_copies(self.targets))
+
 
 class TrainStep:
     """Runs training steps of one job. `by_keyword`: the example inputs were a map, and so are those of a step."""
@@ -69,6 +74,12 @@ class TrainStep:
         self._losses: OrderedDict[Any, LossProgram] = OrderedDict()
         self._sent: bytes | None = None  # the digest of the loss that the last stage computes now
         self._timelines: dict[int, Timeline] = {}
+        #: Sees to it that losses of workers are mended; `model.py` puts the job's here.
+        self.recovery: Recovery | None = None
+
+    def begin_anew(self) -> None:
+        """Stages begin anew: the last one has no loss yet."""
+        self._sent = None
 
     def run(
         self,
@@ -91,18 +102,34 @@ class TrainStep:
         check_finite(whole, [f"target {index}" for index in range(len(whole))])
         weights = loss_weights(loss_reduction, samples, targets)
         loss = self._traced(loss_fn, targets[0], samples[0])
-        self._steps.drop_gradients()
         whole_batch = Batch(pieces, [target_tensors(piece) for piece in targets], samples, weights)
-        send = self._send_with_loss_here if self._private.has_tail else self._send_with_loss_there
-        call = send(whole_batch, loss, training)
-        # the order goes to workers: what they do not compute is none of their business
-        told = (NO_DIGEST, []) if self._private.has_tail else (loss.digest, weights)
-        order = self._steps.order(optimizer, *told, clip_norm)  # signed while the stages compute
-        self._wait(call)
-        value = sum(weight * call.losses[i] for i, weight in enumerate(weights))
-        self._steps.decide(self._steps.prepare(self._calls.num_units, call.prepared), order)
+        update = Update.of(optimizer, clip_norm)
+        value = self._train_for_good(whole_batch, loss, training, update)
         self._driver.tally.step(time.monotonic() - began)
         return torch.tensor(value, dtype=DTYPES[loss.outputs.slots[0].dtype])
+
+    def _train_for_good(self, batch: Batch, loss: LossProgram, training: bool, update: Update) -> float:
+        """The loss of the step that is taken, whatever workers are lost meanwhile."""
+        if self.recovery is None:
+            return self._train(batch, loss, training, update)
+        kept = batch.copied()  # the user may write into its own
+
+        def again(value: float) -> Callable[[], object]:
+            return lambda: self._train(kept, loss, training, update)
+
+        return self.recovery.run(lambda: self._train(batch, loss, training, update), again)
+
+    def _train(self, batch: Batch, loss: LossProgram, training: bool, update: Update) -> float:
+        self._steps.drop_gradients()
+        send = self._send_with_loss_here if self._private.has_tail else self._send_with_loss_there
+        call = send(batch, loss, training)
+        # the order goes to workers: what they do not compute is none of their business
+        told = (NO_DIGEST, []) if self._private.has_tail else (loss.digest, batch.weights)
+        order = self._steps.order(update, *told)  # signed while the stages compute
+        self._wait(call)
+        value = sum(weight * call.losses[i] for i, weight in enumerate(batch.weights))
+        self._steps.decide(self._steps.prepare(self._calls.num_units, call.prepared), order)
+        return value
 
     def _wait(self, call: Call) -> None:
         """Until every stage is through, and every micro-batch's loss is here."""
@@ -213,6 +240,10 @@ class TrainStep:
         """Something of the shape of the model's output for a micro-batch, to trace a loss with."""
         traced = self._calls.traced
         return unflatten_outputs(traced, traced.example_outputs(num_samples))
+
+
+def _copies(pieces: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
+    return [[x.detach().clone() if isinstance(x, torch.Tensor) else x for x in piece] for piece in pieces]
 
 
 def _identity(loss_fn: LossFunction) -> Any:

@@ -122,6 +122,7 @@ class ReplayAuditor:
             "earlier": [commitment.encode() for commitment in case.earlier],
             "earlier_orders": [order.encode() for order in papers.earlier],
             "initial_root": case.job.initial_roots[case.commitment.stage],
+            "state_root": case.state_root or b"",
             "state_interval_steps": state_interval_steps(case.job.terms),
             "offset": piece.offset,
             "num_bytes": len(body),

@@ -14,9 +14,9 @@ from typing import Any
 
 from smartnodes_core.errors import AuthorityError, JobError, ProtocolError, RecordError
 from smartnodes_core.identity import verify
-from smartnodes_core.jobs import Buffer, OpenedUnit, StageOfJob, WorkerPort, spec_digest
+from smartnodes_core.jobs import Buffer, OpenedUnit, StageOfJob, WorkerPort, spec_digest, stage_key
 from smartnodes_core.nesting import bounded_json
-from smartnodes_core.records import Commitment, NodeKey, OpeningItem, Signed
+from smartnodes_core.records import Commitment, NodeKey, OpeningItem, Signed, canonical
 from smartnodes_core.usage import USAGE
 from tensorlink.pipeline.headers import MAX_TENSOR_BYTES, SHARED, counts_of, field_of, num_tensor_bytes
 from tensorlink.records import PART_BYTES, Decide, Prepare, StepOrder
@@ -129,6 +129,10 @@ class StageHandler:
             "usage": self._usage,
             "optimizer_state": self._optimizer_state,
             "set_optimizer_state": self._set_optimizer_state,
+            "snapshot": self._snapshot,
+            "snapshot_part": self._snapshot_part,
+            "restore": self._restore,
+            "resume": self._resume,
         }.get(method)
         if serve is None:
             raise ProtocolError(f"stages have no method {method!r:.40}")
@@ -221,15 +225,60 @@ class StageHandler:
         return self._compute.call(stage, "load_part", {"part": part, **self._compute.put(body)}), []
 
     def _load_end(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
-        """All parts are there: a stage that was loaded begins in the state that the job record names, or not at all."""
-        reply, papers = self._compute.call(stage, "load_end", {}), self._papers_of(stage)
+        """All parts are there: a stage that was loaded begins in the state that the job record names, or not at all;
+        under a later plan `resume` sees to that."""
+        reply = self._compute.call(stage, "load_end", {})
         root = reply.get("initial_root")
         if root is not None:
-            if bytes(root) != stage.job.record.initial_roots[stage.stage]:
+            if self._begins_anew(stage) and bytes(root) != stage.job.record.initial_roots[stage.stage]:
                 self._compute.call(stage, "unload", {})
                 raise RecordError("the weights are not those that the job record names for this stage")
-            papers.program, papers.tied_with = papers.loading, frozenset(int(number) for number in reply["tied_with"])
+            self._loaded(stage, reply)
         return reply, []
+
+    def _begins_anew(self, stage: StageOfJob) -> bool:
+        return stage.job.state_root_of(stage.stage, stage.replica) is None
+
+    def _loaded(self, stage: StageOfJob, reply: dict[str, Any]) -> None:
+        papers = self._papers_of(stage)
+        papers.tied_with = frozenset(int(number) for number in reply["tied_with"])
+        if self._begins_anew(stage):
+            papers.program = papers.loading
+
+    def _snapshot(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
+        """What the state before a committed step consists of, for `snapshot_part` to fetch; the items are in the
+        body."""
+        reply = self._compute.call(stage, "snapshot", {"step": field_of(params, "step")})
+        items = canonical(reply.pop("items"))
+        return reply, [items]
+
+    def _snapshot_part(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
+        asked = {name: field_of(params, name) for name in ("opening", "at", "num_bytes")}
+        if asked["num_bytes"] > PART_BYTES:
+            raise ProtocolError(f"{asked['num_bytes']} bytes of a snapshot at once: at most {PART_BYTES} are given")
+        return {}, [self._compute.take(self._compute.call(stage, "open_part", asked))]
+
+    def _restore(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
+        """Instead of parts: the state that this stage began a step with here, under an older plan of the same job.
+        `part` is "state", after `load`, or "optimizer", after `set_optimizer`."""
+        version, part = field_of(params, "plan_version"), params.get("part")
+        if part not in ("state", "optimizer"):
+            raise ProtocolError(f"restored are 'state' and 'optimizer', found {part!r:.20}")
+        source = stage_key(stage.job.id, version, stage.replica, stage.stage)
+        content = {"source": source, "step": field_of(params, "step"), "part": part}
+        reply = self._compute.call(stage, "restore", content)
+        if part == "state":
+            self._loaded(stage, reply)
+        return {}, []
+
+    def _resume(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
+        """The stage is whole: it goes on in the state that the plan names, or not at all."""
+        found = bytes(self._compute.call(stage, "state_root", {})["state_root"])
+        if found != stage.job.state_root_of(stage.stage, stage.replica):
+            raise RecordError(f"the state is not the one in which plan {stage.job.plan.version} has this stage go on")
+        papers = self._papers_of(stage)
+        papers.program = papers.loading
+        return {}, []
 
     def _set_loss(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
         loss = bytes(body)

@@ -100,7 +100,7 @@ class AuditDesk:
             if audited is None:
                 self.jobs[job.id] = AuditedJob(job, assigned)
             elif job.plan.version > audited.job.plan.version:
-                audited.job, audited.assigned = job, assigned
+                audited.go_on_with(job, assigned)
 
     def close(self, job_id: bytes, timeout_s: float) -> None:
         """The job ended: returns when everything of it is drawn and examined here, or after `timeout_s`.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from smartnodes_core.audit import CHAIN_LENGTH, Selection, link_disagreements, sharing_disagreements
 from smartnodes_core.errors import AuthorityError, BusyError, RecordError
-from smartnodes_core.jobs import Job
+from smartnodes_core.jobs import Job, stage_key
 from smartnodes_core.records import Commitment, NodeKey, ReceivedList, Reveal, Verdict
 
 #: Commitments in one list: three lists and their preimages fit the header of a challenge.
@@ -29,6 +29,8 @@ MAX_LINK_FAULTS = 256
 KEEP_SETTLED_S = 3600.0
 #: How many steps behind a settled one a commitment may still come in late and be paid.
 LATE_STEPS = 1024
+#: Plans of a job that are remembered after they were replaced: audits of what was done under them end soon.
+MAX_EARLIER_PLANS = 16
 
 Place = tuple[int, int, int, int]
 StagePlace = tuple[int, int]
@@ -46,6 +48,7 @@ class AuditedJob:
 
     job: Job
     assigned: list[NodeKey]
+    earlier: dict[int, Job] = field(default_factory=dict)  # with the plans before, by their versions
     commitments: dict[bytes, Commitment] = field(default_factory=dict)
     signed: dict[bytes, bytes] = field(default_factory=dict)
     by_place: dict[Place, bytes] = field(default_factory=dict)
@@ -76,9 +79,23 @@ class AuditedJob:
         """Whether every commitment has been drawn for."""
         return len(self.drawn) == len(self.commitments)
 
-    def of_stage(self, stage: int, replica: int) -> str:
+    def of_stage(self, commitment: Commitment) -> str:
         """The name under which the worker keeps a stage (`StageOfJob.key`)."""
-        return f"{self.job.id.hex()}/{replica}/{stage}"
+        return stage_key(self.job.id, commitment.plan_version, commitment.replica, commitment.stage)
+
+    def go_on_with(self, job: Job, assigned: list[NodeKey]) -> None:
+        """A newer plan is in force."""
+        self.earlier[self.job.plan.version] = self.job
+        while len(self.earlier) > MAX_EARLIER_PLANS:
+            del self.earlier[min(self.earlier)]
+        self.job, self.assigned = job, assigned
+
+    def under(self, plan_version: int) -> Job:
+        """The job with the plan of this version. Raises RecordError for one that is not remembered."""
+        job = self.job if plan_version == self.job.plan.version else self.earlier.get(plan_version)
+        if job is None:
+            raise RecordError(f"plan {plan_version} was replaced long ago by plan {self.job.plan.version}")
+        return job
 
     # -- commitments --------------------------------------------------------------------------------------------------
 

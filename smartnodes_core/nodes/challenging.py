@@ -155,7 +155,7 @@ class ChallengeDesk:
             if finding == "fraudulent":
                 signatures = Signatures(
                     audited.job.signed_record,
-                    audited.job.signed_plan,
+                    audited.under(commitment.plan_version).signed_plan,
                     signed_commitment,
                     earlier,
                     lists,
@@ -185,7 +185,7 @@ class ChallengeDesk:
 
         Raises PeerFault where it refuses or answers wrongly, Unavailable where it does not answer.
         """
-        key = audited.of_stage(commitment.stage, commitment.replica)
+        key = audited.of_stage(commitment)
         params = {"key": key, "challenge": self._identity.sign(challenge).encode(), "lists": lists, "reveals": reveals}
         spec = self._spec(audited, commitment, key)
         reply = self._node.call(
@@ -202,7 +202,9 @@ class ChallengeDesk:
         opening = opening_of(signed_opening, commitment.worker, challenge.digest(), order, body)
         chain = chain_before(commitment, earlier)
         self._compare_versions(earlier)
-        case = Case(audited.job.record, spec, commitment, challenge, order, opening.encode(), chain)
+        job = audited.under(commitment.plan_version)
+        state_root = job.state_root_of(commitment.stage, commitment.replica)
+        case = Case(job.record, spec, commitment, challenge, order, opening.encode(), chain, state_root)
         return case, earlier, signed_opening, body
 
     def _compare_versions(self, earlier: list[bytes]) -> None:

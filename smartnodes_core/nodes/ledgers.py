@@ -78,9 +78,17 @@ class HeldStages:
         self.lock = threading.RLock()
         self.stages: dict[str, StageOfJob] = {}
         self.ledgers: dict[str, Ledger] = {}
+        self.superseded: set[str] = set()  # by a newer plan: held for audits alone
+
+    def in_force(self, key: str) -> StageOfJob:
+        """The stage with this key, for work. Raises JobError where it is not run here, or no more."""
+        with self.lock:
+            if key in self.superseded:
+                raise JobError("that stage runs under a newer plan now: what was sent under the old one does not count")
+            return self.stage(key)
 
     def stage(self, key: str) -> StageOfJob:
-        """The stage with this key. Raises JobError where it is not run here."""
+        """The stage with this key, in force or held for audits alone. Raises JobError where it is not run here."""
         with self.lock:
             stage = self.stages.get(key)
         if stage is None:

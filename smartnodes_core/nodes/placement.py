@@ -115,9 +115,9 @@ class JobDesk:
             raise AuthorityError("a job is opened by its author")
         self._check(job)
         self._check_payment(job)
-        self._enter(job, self._node.node_key)
+        before = self._enter(job, self._node.node_key)
         self._replicate(job)
-        self._assign(job)
+        self._assign(job, before)
         return {"job": job.id}
 
     @allow(roles=("validator",), max_body_bytes=0)
@@ -153,13 +153,14 @@ class JobDesk:
             found = "is not registered, or blacklisted" if role is None else f"is a {role}"
             raise JobError(f"{who} {found}: plan with another")
 
-    def _enter(self, job: Job, opener: NodeKey) -> None:
-        """Take a job or a newer plan into the books. Raises JobError for one that ended, RecordError, BusyError."""
+    def _enter(self, job: Job, opener: NodeKey) -> Job | None:
+        """Take a job or a newer plan into the books; the job under the plan before, where there is one. Raises JobError
+        for one that ended, RecordError, BusyError."""
         with self._lock:
             entry = self.entries.get(job.id)
             if job.id in self._ended or (entry is not None and entry.state != "open"):
                 raise JobError("this job has ended: open a new one")
-            is_new = entry is None
+            before = None if entry is None else entry.job
             if entry is None:
                 self._check_room(job)
                 entry = self.entries[job.id] = JobEntry(job, time.time())
@@ -169,14 +170,15 @@ class JobDesk:
                 if job.plan != entry.job.plan:
                     raise RecordError(f"two plans of version {job.plan.version}")
                 entry.opened_by.add(opener)
-                return
+                return None
             entry.job = job
             entry.opened_by.add(opener)
             entry.note(f"plan {job.plan.version}: {job.plan.reason[:200]}")
-        if is_new:
+        if before is None:
             COUNTERS.add("jobs", "opened")
             self.on_new(job)
         self.on_open(job)
+        return before
 
     def open_jobs(self) -> list[Job]:
         """The jobs that are open here."""
@@ -231,7 +233,11 @@ class JobDesk:
                 except SmartnodesError as error:
                     logger.warning("a validator could not be told of the job: %s", error)
 
-    def _assign(self, job: Job) -> None:
+    def _assign(self, job: Job, before: Job | None) -> None:
+        """All workers take their stages, or the job is closed; under a newer plan it stays open, for another try.
+
+        Workers of the plan before that have no stage any more are told so.
+        """
         for item in job.plan.assignments:
             self._node.add_address(item.worker, item.endpoint)
         params = {"job": job.signed_record, "plan": job.signed_plan}
@@ -239,10 +245,14 @@ class JobDesk:
             try:
                 self._node.call(worker, "assign", params, timeout_s=ASSIGN_TIMEOUT_S)
             except SmartnodesError as error:
-                self.close(job, "a worker did not take its stage")
+                if job.plan.version == 0:
+                    self.close(job, "a worker did not take its stage")
                 if isinstance(error, Unavailable):
                     raise NoWorkersError(f"worker {worker.hex()[:8]} does not take its stage: {error}") from None
                 raise
+        kept = {item.worker for item in job.plan.assignments}
+        for worker in {item.worker for item in before.plan.assignments} - kept if before is not None else ():
+            self._quietly(worker, "assign", params)
 
     # -- closing ------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ class NodeProcess:
     def __init__(self, name: str, command: Sequence[str], log: Path):
         self.name, self.log = name, log
         self.endpoint = ""
-        with open(log, "wb") as stderr:
+        with open(log, "ab") as stderr:
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,

@@ -81,26 +81,44 @@ class UserNode:
         Unavailable.
         """
         job = Job.open(self._identity.sign(record).encode(), self._identity.sign(plan).encode())
-        for item in plan.assignments:
-            self.node.add_address(item.worker, item.endpoint)
         with self._lock:
             self._jobs[job.id] = (job, listener)
+        try:
+            self._have_opened(job, timeout_s)
+        except SmartnodesError:
+            self._forget(job)
+            raise
+        return job
+
+    def replan(self, job: Job, plan: Plan, timeout_s: float = 60.0) -> Job:
+        """Go on with an open job under a newer plan: what comes from stages of the older one is not heard any more.
+
+        Raises as `open_job`; the job stays open, and another plan may be tried under another version.
+        """
+        newer = Job.open(job.signed_record, self._identity.sign(plan).encode())
+        with self._lock:
+            known = self._jobs.get(job.id)
+            if known is None:
+                raise JobError("the job is closed: open a new one")
+            self._jobs[job.id] = (newer, known[1])
+        self._have_opened(newer, timeout_s)
+        return newer
+
+    def _have_opened(self, job: Job, timeout_s: float) -> None:
+        """One of the plan's validators hands the workers their stages; the others are reached."""
+        for item in job.plan.assignments:
+            self.node.add_address(item.worker, item.endpoint)
         params = {"job": job.signed_record, "plan": job.signed_plan}
         lost: SmartnodesError = NoWorkersError("the plan names no validator: is one running and registered?")
-        for validator in plan.validators:
+        for validator in job.plan.validators:
             try:
                 self.node.call(validator, "open_job", params, timeout_s=timeout_s)
-                self._reach_all(plan.validators)
-                return job
+                self._reach_all(job.plan.validators)
+                return
             except NoWorkersError:  # the validator did its part: another one would find no more
-                self._forget(job)
                 raise
             except Unavailable as error:
                 lost = error
-            except SmartnodesError:
-                self._forget(job)
-                raise
-        self._forget(job)
         raise lost
 
     def _reach_all(self, validators: Sequence[NodeKey]) -> None:
@@ -183,6 +201,8 @@ class UserNode:
         if known is None:
             return  # a job that is closed
         job, listener = known
+        if commitment.plan_version != job.plan.version:
+            return  # of a plan that was replaced
         worker = job.worker_of(commitment.stage, commitment.replica)
         if not signed.signer == commitment.worker == caller.node_key == worker:
             raise AuthorityError(f"stage {commitment.stage} is not run by who commits to it")

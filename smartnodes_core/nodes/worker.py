@@ -50,6 +50,8 @@ MAX_STAGES_PER_JOB = 8
 MAX_PREIMAGES = NUM_ASSIGNED
 #: How long a stage of a job that ended is kept for audits that some validator still has.
 RELEASE_TIMEOUT_S = 30.0
+#: How long what a stage did under an older plan can still be audited, and how many such stages are kept of a job.
+SUPERSEDED_KEEP_S, MAX_SUPERSEDED = 60.0, 2 * MAX_STAGES_PER_JOB
 DRAIN_TIMEOUT_S = 2.0
 
 
@@ -95,14 +97,18 @@ class WorkerNode:
 
     @allow(roles=("validator",), max_body_bytes=0)
     def rpc_assign(self, caller: Peer, params: dict[str, Any], body: memoryview) -> dict[str, Any]:
-        """A validator hands this rig its stages of a job. Refused when no slot is free."""
+        """A validator hands this rig its stages of a job, or of a newer plan. Refused when no slot is free.
+
+        A newer plan that gives this rig no stage any more takes away those that it has.
+        """
         job = Job.open(bytes_in(params, "job"), bytes_in(params, "plan"))
         if caller.node_key not in job.plan.validators:
             raise AuthorityError("only a validator of the job's plan assigns its stages")
         stages = job.stages_of(self.node.node_key)
-        if not stages:
+        if not stages and not self._held.of_job(job.id):
             raise JobError("the plan gives this worker no stage")
-        self._reserve(stages)
+        self._reserve(job, stages)
+        self._supersede(job)
         self._learn_addresses()  # of the validators, which get commitments
         for item in job.plan.assignments:
             if item.worker != self.node.node_key:
@@ -110,19 +116,18 @@ class WorkerNode:
         self.on_slots_changed()
         return {"stages": [stage.stage for stage in stages]}
 
-    def _reserve(self, stages: list[StageOfJob]) -> None:
+    def _reserve(self, job: Job, stages: list[StageOfJob]) -> None:
         """All of the stages or none. Raises BusyError, JobError, or what the handler raises."""
         with self._lock:
-            for stage in stages:
-                held = self._held.stages.get(stage.key)
-                if held is not None and held.job.plan != stage.job.plan:
-                    raise JobError(
-                        f"stage {stage.stage} runs here under plan {held.job.plan.version}: release it first"
-                    )
+            of_job = self._held.of_job(job.id)
+            for held in of_job:
+                found, asked = held.job.plan, job.plan
+                if found.version > asked.version or (found.version == asked.version and found != asked):
+                    raise JobError(f"plan {asked.version} was sent, and the job runs here under plan {found.version}")
             fresh = [stage for stage in stages if stage.key not in self._held.stages]
             if len(stages) > MAX_STAGES_PER_JOB:
                 raise JobError(f"{len(stages)} stages of one job asked for, at most {MAX_STAGES_PER_JOB} are held")
-            if len(fresh) == len(stages) and self.num_free_slots < 1:
+            if fresh and not of_job and self.num_free_slots < 1:
                 raise BusyError(f"no job more is taken: 0 of {self._num_slots} slots are free")
             taken: list[StageOfJob] = []
             try:
@@ -136,6 +141,16 @@ class WorkerNode:
             for stage in fresh:
                 self._held.stages[stage.key] = stage
                 self._held.ledgers[stage.key] = Ledger(stage)
+
+    def _supersede(self, job: Job) -> None:
+        """What runs here under an older plan of the job does so no more; what it did can be audited for a while."""
+        with self._lock:
+            older = [stage for stage in self._held.of_job(job.id) if stage.job.plan.version < job.plan.version]
+            self._held.superseded.update(stage.key for stage in older)
+        for stage in older:
+            self._retire(stage, f"plan {job.plan.version} is in force", SUPERSEDED_KEEP_S)
+        for stage in older[: max(0, len(older) - MAX_SUPERSEDED)]:
+            self._drop(stage, "newer plans are in force")
 
     @allow(roles=("validator",), max_body_bytes=0)
     def rpc_release(self, caller: Peer, params: dict[str, Any], body: memoryview) -> dict[str, Any]:
@@ -159,13 +174,13 @@ class WorkerNode:
         for stage in stages:
             self._retire(stage, reason)
 
-    def _retire(self, stage: StageOfJob, reason: str) -> None:
+    def _retire(self, stage: StageOfJob, reason: str, keep_s: float = RELEASE_TIMEOUT_S) -> None:
         """Drop the stage after a while, whatever its validators say."""
         with self._lock:
             ledger = self._held.ledgers.get(stage.key)
             if ledger is None or ledger.timer is not None:
                 return
-            ledger.timer = threading.Timer(RELEASE_TIMEOUT_S, self._drop, (stage, reason))
+            ledger.timer = threading.Timer(keep_s, self._drop, (stage, reason))
             ledger.timer.daemon = True
             ledger.timer.start()
 
@@ -183,6 +198,7 @@ class WorkerNode:
         with self._lock:
             if self._held.stages.pop(stage.key, None) is None:
                 return
+            self._held.superseded.discard(stage.key)
             ledger = self._held.ledgers.pop(stage.key)
         if ledger.timer is not None:
             ledger.timer.cancel()
@@ -195,7 +211,7 @@ class WorkerNode:
     @allow(roles=("user",), max_body_bytes=MAX_CALL_BYTES, check="_check_author")
     def rpc_job(self, caller: Peer, params: dict[str, Any], body: memoryview) -> tuple[dict[str, Any], Any]:
         """A call of the job's author to one of its stages: `method` and `params` are the handler's."""
-        stage = self._held.stage(text_in(params, "key"))
+        stage = self._held.in_force(text_in(params, "key"))
         return self.handler.call(stage, text_in(params, "method"), map_in(params, "params"), body)
 
     def _check_author(self, caller: Peer, params: dict[str, Any], num_body_bytes: int) -> None:
@@ -211,7 +227,7 @@ class WorkerNode:
         self.handler.receive(self._stage_for_frame(peer, header), peer.node_key, header, body)
 
     def _stage_for_frame(self, peer: Peer, header: dict[str, Any]) -> StageOfJob:
-        stage = self._held.stage(text_in(header, "key"))
+        stage = self._held.in_force(text_in(header, "key"))
         if peer.node_key not in (stage.author, stage.previous, stage.next) and not stage.is_beside(peer.node_key):
             raise ProtocolError(f"stage {stage.stage} takes frames from its author and the job's other workers only")
         return stage
@@ -221,7 +237,7 @@ class WorkerNode:
         if to != self.node.node_key:
             self.node.stream(to, STREAM, header, [body], on_sent)
             return
-        stage = self._held.stage(text_in(header, "key"))
+        stage = self._held.in_force(text_in(header, "key"))
         view = self.handler.allocate(stage, to, header, len(body))
         view[:] = body
         self.handler.receive(stage, to, header, view)
@@ -247,7 +263,7 @@ class WorkerNode:
             if ledger is None:
                 return
             commitment = ledger.next(self.node.node_key, content)
-            scope = f"commitment/{stage.key}/{stage.job.plan.version}/{commitment.step}"
+            scope = f"commitment/{stage.key}/{commitment.step}"
             try:
                 self._journal.once(scope, commitment.digest())
             except LocalError as error:  # signed otherwise before, or the disk is full: this stage cannot go on

@@ -3,7 +3,8 @@
 A worker binds weights and optimizer state where an interval of steps begins and where it ends. Of each step between,
 its commitment binds the accumulated gradient and the author's order the update, so that the state is computed again, at
 the cost of an optimizer's steps. And the state with which an interval began must be the one in which the last ended,
-or the one that the job record names, unless the author says in the order that it was replaced.
+or the one that the job record (under a later plan: that plan) names, unless the author says in the order that it was
+replaced.
 
 Neighbours: `opening.py` gives what is needed, `unit.py` and `step.py` go on from the state.
 """
@@ -22,7 +23,7 @@ from tensorlink.audit.opened import OpenedData
 from tensorlink.errors import OptimizerError
 from tensorlink.pipeline.state import clipped
 from tensorlink.program.graph import StageProgram
-from tensorlink.records import StepOrder, set_root
+from tensorlink.records import StepOrder, set_root, state_root
 from tensorlink.stage_optimizer import StageOptimizer
 
 _BOUND = ("weights", "optimizer")
@@ -36,12 +37,14 @@ class UnknownPastError(Exception):
 @dataclass(frozen=True)
 class Past:
     """What came before a step. `commitments` are the stage's earlier ones, chained, oldest first; `orders` the author's
-    for the last of them, as many as were opened. `initial_root` is the job record's for the stage."""
+    for the last of them, as many as were opened. `initial_root` is the job record's for the stage, `state_root` the
+    plan's, where it is not the first."""
 
     commitments: Sequence[Commitment]
     orders: Sequence[StepOrder]
     interval_steps: int
     initial_root: bytes
+    state_root: bytes | None = None
 
 
 @dataclass
@@ -75,7 +78,7 @@ def start_of(
         if signed.digest() != one.order:
             raise AuditError(f"opened other data: the order of step {one.step} is not the one that was committed to")
     _check_bound(chain[max(begin - 1, 0) :], len(earlier), past.interval_steps)
-    _check_unchanged(chain[max(begin - 1, 0) :], [*past.orders, order], past.initial_root)
+    _check_unchanged(chain[max(begin - 1, 0) :], [*past.orders, order], past)
     weights = data.checked("weights", base.roots, "weights_before")
     if set(weights) != set(program.parameters):
         raise AuditError("the weights that were opened are not those of the program")
@@ -120,12 +123,12 @@ def _check_bound(chain: Sequence[Commitment], num_earlier: int, interval_steps: 
         raise AuditError(f"step {commitment.step} ends an interval, and the state after it was not committed to")
 
 
-def _check_unchanged(chain: Sequence[Commitment], orders: Sequence[StepOrder], initial_root: bytes) -> None:
+def _check_unchanged(chain: Sequence[Commitment], orders: Sequence[StepOrder], past: Past) -> None:
     """Nothing changed between steps but what the author replaced. `chain` begins with the commitment before the
     interval, where there is one; `orders` are those of the interval's steps."""
     first = chain[len(chain) - len(orders)]
     if len(chain) == len(orders):
-        _check_initial(first, orders[0], initial_root)
+        _check_initial(first, orders[0], past)
     for (before, after), order in zip(pairwise(chain), orders[len(orders) - len(chain) + 1 :], strict=True):
         if "buffers" not in order.replaced and before.roots["buffers_after"] != after.roots["buffers_before"]:
             raise AuditError(f"the buffers changed between steps {before.step} and {after.step}")
@@ -140,10 +143,16 @@ def _check_unchanged(chain: Sequence[Commitment], orders: Sequence[StepOrder], i
                 raise AuditError(f"the {part} changed between steps {before.step} and {after.step}")
 
 
-def _check_initial(first: Commitment, order: StepOrder, initial_root: bytes) -> None:
-    """A stage begins in the state that the job record names; under a later plan, where its take-over left it."""
+def _check_initial(first: Commitment, order: StepOrder, past: Past) -> None:
+    """A stage begins in the state that the job record names, optimizer aside; under a later plan, in the one that the
+    plan names."""
     if first.previous != first.job:
         raise UnknownPastError(f"the commitment before step {first.step}, where its interval began, is not at hand")
-    begun = {"weights": first.roots["weights_before"], "buffers": first.roots["buffers_before"]}
-    if first.plan_version == 0 and not {"weights", "buffers"} & set(order.replaced) and set_root(begun) != initial_root:
-        raise AuditError(f"step {first.step} began with other weights or buffers than the job record names")
+    begun = {part: first.roots[f"{part}_before"] for part in ("weights", "buffers")}
+    if first.plan_version == 0:
+        if not begun.keys() & set(order.replaced) and set_root(begun) != past.initial_root:
+            raise AuditError(f"step {first.step} began with other weights or buffers than the job record names")
+        return
+    begun["optimizer"] = first.roots["optimizer_before"]
+    if not begun.keys() & set(order.replaced) and state_root(begun) != past.state_root:
+        raise AuditError(f"step {first.step} began in another state than plan {first.plan_version} names")

@@ -23,6 +23,7 @@ from tensorlink.program.values import DTYPE_NAMES
 from tensorlink.steplog.digests import tensor_view
 from tensorlink.steplog.log import StepRecord, UnitRecord
 from tensorlink.steplog.shelf import Shelved
+from tensorlink.steplog.snapshots import Snapshot
 
 MAX_ITEMS = 65000
 
@@ -39,6 +40,7 @@ class Opened:
     tensors: list[Tensor | Shelved] = field(default_factory=list)
     _first: dict[int, int] = field(default_factory=dict)
     _held: list[Shelved] = field(default_factory=list)
+    _snapshot: Snapshot | None = None
 
     def add(self, label: str, tensor: Tensor | Shelved) -> None:
         """One labelled tensor."""
@@ -61,9 +63,14 @@ class Opened:
         """Length of the body."""
         return sum(item["num_bytes"] for item in self.items)
 
-    def hold(self) -> None:
-        """Keeps the body as it is: tensors in memory are copied."""
-        self.tensors = [one if isinstance(one, Shelved) else one.detach().cpu().clone() for one in self.tensors]
+    def hold(self, snapshot: Snapshot | None = None) -> None:
+        """Keeps the body as it is: tensors in memory are copied, but for those of `snapshot`, which nobody writes
+        to while it has readers."""
+        if snapshot is None:
+            self.tensors = [one if isinstance(one, Shelved) else one.detach().cpu().clone() for one in self.tensors]
+        else:
+            snapshot.readers += 1
+            self._snapshot = snapshot
         for one in self.tensors:
             if isinstance(one, Shelved):
                 one.shelf.hold(one)
@@ -71,6 +78,9 @@ class Opened:
 
     def let_go(self) -> None:
         """Nothing more will be written."""
+        if self._snapshot is not None:
+            self._snapshot.readers -= 1
+            self._snapshot = None
         while self._held:
             one = self._held.pop()
             one.shelf.let_go(one)

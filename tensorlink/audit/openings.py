@@ -10,6 +10,7 @@ import itertools
 from smartnodes_core.errors import AuditError
 from smartnodes_core.sandbox_child import ChildChannel
 from tensorlink.audit.opening import Opened
+from tensorlink.steplog.snapshots import Snapshot
 
 #: More than auditors ask for at once: the oldest is then one whose node gave up.
 MAX_OPEN = 8
@@ -23,11 +24,12 @@ class Openings:
         self._open: dict[int, tuple[str, Opened]] = {}
         self._ids = itertools.count(1)
 
-    def begin(self, key: str, opened: Opened) -> int:
-        """Keeps what the stage `key` opens until the last part was taken; the name for it."""
+    def begin(self, key: str, opened: Opened, snapshot: Snapshot | None = None) -> int:
+        """Keeps what the stage `key` opens until the last part was taken; the name for it. What is opened of a
+        `snapshot` alone is read from there, else it is copied."""
         while len(self._open) >= MAX_OPEN:
             self._end(next(iter(self._open)))
-        opened.hold()
+        opened.hold(snapshot)
         number = next(self._ids)
         self._open[number] = (key, opened)
         return number

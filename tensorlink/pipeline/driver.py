@@ -57,6 +57,12 @@ class Call:
     training: bool = True
     grad: bool = True
 
+    def begin_again(self) -> None:
+        """It is announced to other stages: nothing of it is here yet."""
+        for gathered in (self.outputs, self.input_gradients, self.losses, self.done, self.prepared, self.timelines):
+            gathered.clear()
+        self.num_backwards, self.freed = 0, False
+
     @property
     def num_micro_batches(self) -> int:
         return len(self.samples)
@@ -78,14 +84,30 @@ class Driver(JobListener):
         self._ready = threading.Condition()
         self._calls: dict[tuple[int, int], Call] = {}
         self._error: SmartnodesError | None = None
+        #: Hear of commitments and verdicts, on a network's thread.
+        self.on_committed: Callable[[Commitment], None] = lambda commitment: None
+        self.on_found: Callable[[Verdict], None] = lambda verdict: None
 
     def attach(self, job: Job) -> None:
-        """The job is open: these are its stages."""
-        self._stages = [StageOfJob(job, stage, 0) for stage in range(job.record.num_stages)]
+        """The job is open, or goes on under a newer plan: these are its stages, and nothing is under way."""
+        with self._ready:
+            self._stages = [StageOfJob(job, stage, 0) for stage in range(job.record.num_stages)]
+            self._calls.clear()
+            self._error = None
+
+    def restart(self) -> None:
+        """A loss is seen to: calls may be made again."""
+        with self._ready:
+            self._error = None
 
     def close(self) -> None:
         """Fail every wait and every later use: the job is closed."""
         self._fail(JobError("the job is closed: make a new DistributedModel"))
+
+    @property
+    def stages(self) -> list[StageOfJob]:
+        """The stages under the plan in force."""
+        return list(self._stages)
 
     @property
     def num_stages(self) -> int:
@@ -307,9 +329,11 @@ class Driver(JobListener):
 
     def on_commitment(self, commitment: Commitment) -> None:
         self.tally.commitment(commitment)
+        self.on_committed(commitment)
 
     def on_verdict(self, verdict: Verdict) -> None:
         self.tally.verdict(verdict)
+        self.on_found(verdict)
 
     def on_lost(self, stage: int, error: WorkerLostError) -> None:
         self._fail(error)

@@ -158,7 +158,7 @@ class StepLog:
             for oldest in records[:end]:
                 del self._committed[oldest.step]
                 self._drop(oldest)
-            if self._shelf is None:
+            if self._shelf is None and records[0].before is not None and not records[0].before.readers:
                 self._spare = records[0].before
         last = self.last()
         if last is not None:

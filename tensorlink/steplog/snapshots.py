@@ -20,11 +20,13 @@ from tensorlink.lasting import lasting
 
 @dataclass
 class Snapshot:
-    """`optimizer` holds state tensors under `parameter/state name`, as `stage_optimizer.state_tensors` gives them."""
+    """`optimizer` holds state tensors under `parameter/state name`, as `stage_optimizer.state_tensors` gives them.
+    While it has `readers`, its memory is lent to nobody."""
 
     weights: dict[str, Tensor]
     buffers: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    readers: int = 0
 
     @property
     def num_bytes(self) -> int:

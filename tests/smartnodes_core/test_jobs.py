@@ -61,7 +61,7 @@ def test_a_job_knows_its_stages_their_workers_and_neighbours():
     assert (first.previous, first.next) == (None, WORKERS[1])
     assert (second.previous, second.next) == (WORKERS[0], None)
     assert job.stages_of(WORKERS[1]) == [second]
-    assert first.key == f"{job.id.hex()}/0/0"
+    assert first.key == f"{job.id.hex()}/{job.plan.version}/0/0"
     assert first.author == AUTHOR.node_key
     with pytest.raises(JobError, match="no worker runs stage 5"):
         job.worker_of(5)

@@ -66,7 +66,8 @@ SAMPLES = [
     ),
     Assignment(stage=1, replica=0, worker=d(1), endpoint="tls://127.0.0.1:4001"),
     Plan(
-        job=d(1), version=3, assignments=[Assignment(stage=0, replica=0, worker=d(2), endpoint="e")], spares=[d(3)],
+        job=d(1), version=3, first_step=8, state_roots=[d(5)],
+        assignments=[Assignment(stage=0, replica=0, worker=d(2), endpoint="e")], spares=[d(3)],
         validators=[d(4)], reason="first plan",
     ),
     JobNotice(

@@ -47,6 +47,7 @@ class InProcess:
 
     network_id = 1
     offer = None
+    heartbeat_s = 3600.0
 
     def __init__(self, workers=3):
         self.identity = Identity.create()
@@ -68,6 +69,12 @@ class InProcess:
 
     def find_workers(self, wanted, timeout_s):
         return self._workers
+
+    def announced_workers(self):
+        return self._workers
+
+    def drop(self, node_key, reason):
+        pass
 
     def reaches(self, worker):
         return True

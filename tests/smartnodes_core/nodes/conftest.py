@@ -449,7 +449,7 @@ class Drawn:
 
     def params(self, asked: Challenge | None = None, signer: Citizen | None = None, **changes: Any) -> dict:
         params = {
-            "key": f"{self.job.id.hex()}/0/{self.commitment.stage}",
+            "key": StageOfJob(self.job, self.commitment.stage, 0).key,
             "challenge": (signer or self.auditor).sign(asked or self.challenge()),
             "lists": [v.sign(item) for v, item in zip(self.assigned, self.lists, strict=True)],
             "reveals": [v.sign(item) for v, item in zip(self.assigned, self.reveals, strict=True)],

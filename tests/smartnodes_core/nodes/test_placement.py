@@ -4,7 +4,15 @@ import time
 
 import pytest
 
-from smartnodes_core.errors import AuthorityError, BusyError, JobError, ProtocolError, RecordError, SignatureError
+from smartnodes_core.errors import (
+    AuthorityError,
+    BusyError,
+    JobError,
+    PeerFault,
+    ProtocolError,
+    RecordError,
+    SignatureError,
+)
 from smartnodes_core.nodes import placement
 
 
@@ -36,6 +44,31 @@ def test_a_job_that_its_author_closes_is_closed_everywhere_and_its_workers_are_f
         eventually(lambda v=validator: v.role.jobs.entries[job.id].state == "closed")
         assert validator.role.jobs.entries[job.id].history[-1][1] == "closed: enough"
     eventually(lambda: [worker.role.num_free_slots for worker in net.workers] == [1, 1, 1])
+
+
+def test_a_newer_plan_goes_to_all_validators_and_workers_and_to_who_has_no_stage_any_more(net, eventually):
+    job = net.open()
+    plan = net.plan(job.record, version=1, reason="one is lost", workers=[net.workers[2], net.workers[1]])
+    again = net.user.role.replan(job, plan)
+    assert again.id == job.id
+    for validator in net.validators:
+        entry = validator.role.jobs.entries[job.id]
+        assert entry.job.plan == plan
+        assert [event for _, event in entry.history] == ["plan 0: first", "plan 1: one is lost"]
+        assert validator.role.audits.jobs[job.id].job.plan == plan
+        assert validator.role.audits.jobs[job.id].under(0).plan == job.plan
+    assert [len(worker.handler.stages) for worker in net.workers] == [1, 2, 1]
+    eventually(lambda: len(net.workers[0].role._held.superseded) == 1)
+
+
+def test_a_newer_plan_that_a_worker_refuses_leaves_the_job_open_for_another(net):
+    job = net.open()
+    net.workers[2].handler.refuse_stage = 0
+    with pytest.raises(PeerFault, match="not that stage"):
+        net.user.role.replan(job, net.plan(job.record, version=1, workers=[net.workers[2], net.workers[1]]))
+    assert net.validators[0].role.jobs.entries[job.id].state == "open"
+    net.user.role.replan(job, net.plan(job.record, version=2))
+    net.user.role.close_job(job)
 
 
 def test_a_closed_job_cannot_be_opened_again(net, eventually):

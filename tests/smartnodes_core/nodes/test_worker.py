@@ -100,10 +100,45 @@ def test_all_stages_of_a_worker_are_taken_or_none(bare):
     assert worker.role.num_free_slots == 1
 
 
-def test_another_plan_for_a_stage_that_runs_is_refused(bare, stage):
-    other = bare.job(stage.job.record, bare.plan(stage.job.record, version=1))
-    with pytest.raises(JobError, match="runs here under plan 0"):
+def test_two_plans_of_one_version_are_not_both_taken(bare, stage):
+    other = bare.job(stage.job.record, bare.plan(stage.job.record, reason="another"))
+    with pytest.raises(JobError, match="plan 0 was sent, and the job runs here under plan 0"):
         assign(bare, other, bare.workers[0])
+
+
+def newer(net, stage, **changes):
+    return net.job(stage.job.record, net.plan(stage.job.record, version=1, **changes))
+
+
+def test_a_newer_plan_takes_no_slot_more_and_what_is_sent_under_the_older_one_is_refused(bare, stage):
+    worker, job = bare.workers[0], newer(bare, stage)
+    assert assign(bare, job, worker).params == {"stages": [0]}
+    now = StageOfJob(job, 0, 0)
+    assert sorted(worker.handler.stages) == sorted([stage.key, now.key])  # the older one can be audited still
+    call = {"method": "anything", "params": {}}
+    assert bare.user.node.call(worker.key, "job", {"key": now.key, **call}).params == {"method": "anything"}
+    with pytest.raises(JobError, match="runs under a newer plan now"):
+        bare.user.node.call(worker.key, "job", {"key": stage.key, **call})
+    with pytest.raises(JobError, match="plan 0 was sent, and the job runs here under plan 1"):
+        assign(bare, stage.job, worker)
+
+
+def test_a_newer_plan_without_a_worker_takes_its_stage_away_once_it_was_audited(bare, stage, monkeypatch, eventually):
+    monkeypatch.setattr(module, "SUPERSEDED_KEEP_S", 0.0)
+    worker = bare.workers[0]
+    job = newer(bare, stage, workers=[bare.workers[2], bare.workers[1]])
+    assert assign(bare, job, worker).params == {"stages": []}
+    eventually(lambda: worker.handler.released == [stage.key])
+    assert worker.role.num_free_slots == 1
+
+
+def test_of_many_newer_plans_the_stages_of_the_oldest_are_dropped_at_once(bare, stage, monkeypatch):
+    monkeypatch.setattr(module, "MAX_SUPERSEDED", 2)
+    record = stage.job.record
+    for version in range(1, 5):
+        assign(bare, bare.job(record, bare.plan(record, version=version)), bare.workers[0])
+    versions = [int(key.split("/")[1]) for key in bare.workers[0].handler.stages]
+    assert versions == [2, 3, 4]
 
 
 # -- who drives a stage -----------------------------------------------------------------------------------------------

@@ -1,0 +1,408 @@
+"""A worker is lost, and the run goes on as if it had not been.
+
+`run` does what the user asks of the stages. Where a worker is lost on the way, or was found to cheat: a snapshot from
+before is chosen, the job planned anew with other rigs in place of those that are gone, every stage brought to the
+snapshot's state (rigs that go on have it themselves, others get it from here), and what the journal holds since is done
+again. All stages do it again together, not the lost one alone: what a stage took in is tens of times larger than what
+the user sent to the first one, and a pipeline does a step in about the time in which one stage would catch up with it.
+The same calls with the same tensors give the same bits; a newer plan's stages have other keys, so that nothing of the
+old plan is ever counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from smartnodes_core.errors import (
+    ConnectionLostError,
+    DeadlineError,
+    JobError,
+    NoWorkersError,
+    PeerUnreachableError,
+    SandboxError,
+    SmartnodesError,
+    WorkerLostError,
+)
+from smartnodes_core.records import Announcement, Assignment, NodeKey, Plan, Verdict
+from smartnodes_core.rpc import PendingCall
+from tensorlink.errors import FraudError, NonFiniteError
+from tensorlink.recovery.heartbeat import Heartbeat
+from tensorlink.recovery.journal import Entry, Journal
+from tensorlink.recovery.keeper import SnapshotKeeper
+from tensorlink.recovery.rigs import replacements
+from tensorlink.recovery.snapshots import Snapshot
+from tensorlink.weight_sending import replace_state, send_parts
+
+if TYPE_CHECKING:
+    from tensorlink.calls import Calls
+    from tensorlink.placement import Placement
+    from tensorlink.steps import Steps
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+#: What another rig can mend.
+LOST = (WorkerLostError, ConnectionLostError, PeerUnreachableError, DeadlineError, SandboxError)
+#: So many attempts to get over one loss are the end.
+MAX_ATTEMPTS = 5
+#: How long a rig is waited for where none is free, looking again so often.
+WAIT_FOR_RIG_S, LOOK_AGAIN_S = 600.0, 0.5
+#: A rig that was lost takes no stage for so long, unless the recovery has ended before.
+AVOID_S = 10.0
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """One recovery, for `report()`: why, which stages went to which workers, and how it went in seconds."""
+
+    reason: str
+    plan_version: int
+    first_step: int
+    num_done_again: int
+    moved: dict[int, str]
+    planning_s: float
+    loading_s: float
+    again_s: float
+
+
+class Recovery:
+    """Of one job. All but what is heard runs on the user's thread.
+
+    `on_fraud` is "rollback" (the run goes back before the first step that was found false) or "continue" (the worker is
+    replaced, what it did stays).
+    """
+
+    def __init__(self, placement: Placement, calls: Calls, steps: Steps, on_fraud: str = "rollback") -> None:
+        self._placement, self._calls, self._steps, self._on_fraud = placement, calls, steps, on_fraud
+        self._driver, self._network = placement.driver, placement.network
+        self.recovered: list[Recovered] = []
+        #: Called when stages begin anew: what they were told outside of the journal has to be told again.
+        self.on_begun: list[Callable[[], None]] = []
+        self._journal = Journal()
+        self._busy = False
+        self._frauds: dict[NodeKey, Verdict] = {}
+        self._cheats: set[NodeKey] = set()
+        self._lost_at_s: dict[NodeKey, float] = {}  # on the monotonic clock
+        self._lock = threading.Lock()
+        self._keeper = SnapshotKeeper(
+            self._driver,
+            placement.programs,
+            placement.job.record.audit.window_steps if on_fraud == "rollback" else 0,
+            lambda: self._driver.tally.step_s,
+            self._journal.forget_before,
+        )
+        self._heartbeat = Heartbeat(
+            lambda: self._workers,
+            self._ask,
+            self._give_up,
+            max(placed.micro_batch_s for placed in placement.table.stages),
+            self._network.heartbeat_s,
+        )
+        self._driver.on_committed, self._driver.on_found = self._keeper.committed, self._found
+        self._keeper.begin_plan(0, self._workers)
+        self._keeper.keep(placement.beginning)
+        self._keeper.start()
+        self._heartbeat.start()
+
+    def stop(self) -> None:
+        """The job is closed."""
+        self._heartbeat.stop()
+        self._keeper.stop()
+
+    @property
+    def _workers(self) -> list[NodeKey]:
+        job = self._placement.job
+        return [job.worker_of(stage) for stage in range(job.record.num_stages)]
+
+    # -- doing, and doing again ---------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        act: Callable[[], Result],
+        again: Callable[[Result], Callable[[], object]] | None = None,
+        depends_on_outputs: bool = False,
+    ) -> Result:
+        """Do something with the stages; where a worker is lost meanwhile, do it again on others.
+
+        `again` makes what the journal keeps, from the result; without it nothing has changed that would have to be done
+        again. What is run within is part of it.
+        """
+        if self._busy:
+            return act()
+        place = self._calls.step_index, self._calls.num_calls
+        self._busy = True
+        try:
+            while True:
+                try:
+                    self._see_to_frauds()
+                    result = act()
+                    break
+                except LOST as error:
+                    self._recover(error, self._lost_by(error), None)
+                    self._calls.resume_at(*place)
+                except NonFiniteError as error:  # that the step is dropped is part of what has to be done again
+                    if again is not None:
+                        self._journal.add(Entry(*place, _dropped(act), depends_on_outputs))
+                    raise error
+            if again is not None:
+                self._journal.add(Entry(*place, again(result), depends_on_outputs))
+            return result
+        finally:
+            self._busy = False
+
+    def replace(self, act: Callable[[], Result], is_fresh_optimizer: bool = False) -> Result:
+        """Replace the stages' state from outside, after which nobody goes back behind this."""
+        if self._busy:
+            return act()
+        result = self.run(act)
+        if not (is_fresh_optimizer and self._calls.step_index == 0 and self._keeper.steps == [0]):
+            self._journal.start_at(self._calls.step_index)
+            self._keeper.forget_all(self._calls.step_index)
+        return result
+
+    def hold_private(self) -> None:
+        """The open step is about to be committed."""
+        private = self._placement.private
+        if private:
+            self._keeper.hold_private(self._calls.step_index, lambda: (private.state(), private.optimizer_state()))
+
+    # -- what is lost -------------------------------------------------------------------------------------------------
+
+    def _ask(self, worker: NodeKey, timeout_s: float) -> PendingCall:
+        stage = next(stage for stage in self._driver.stages if stage.job.worker_of(stage.stage) == worker)
+        return self._network.user.begin_call(stage, "usage", {}, timeout_s=timeout_s)
+
+    def _give_up(self, worker: NodeKey, reason: str) -> None:
+        logger.warning("worker %s is given up: %s", worker.hex()[:8], reason)
+        self._avoid([worker])
+        self._network.drop(worker, reason)
+
+    def _found(self, verdict: Verdict) -> None:
+        """An auditor found something. On a network's thread."""
+        if verdict.finding == "fraudulent" and verdict.worker in self._workers:
+            with self._lock:
+                earlier = self._frauds.get(verdict.worker)
+                if earlier is None or verdict.step < earlier.step:
+                    self._frauds[verdict.worker] = verdict
+
+    def _see_to_frauds(self) -> None:
+        """Workers that were found to cheat are replaced, before anything more is asked of the stages.
+
+        Raises FraudError where the run cannot go back by itself: gradients that were computed here from false outputs
+        cannot be computed again.
+        """
+        with self._lock:
+            frauds, self._frauds = self._frauds, {}
+            self._cheats.update(frauds)
+        lost = [stage for stage, worker in enumerate(self._workers) if worker in frauds]
+        if not lost:
+            return
+        place = self._calls.step_index, self._calls.num_calls
+        first = min(frauds.values(), key=lambda verdict: verdict.step)
+        error = WorkerLostError(f"the worker of stage {first.stage} cheated at step {first.step}: {first.reason}")
+        back, at_most = self._on_fraud == "rollback", None
+        is_repeatable = not any(entry.depends_on_outputs for entry in self._journal.since(first.step))
+        if back and is_repeatable and min(self._keeper.steps, default=first.step + 1) <= first.step:
+            at_most = first.step
+        self._recover(error, lost, at_most)
+        self._calls.resume_at(*place)
+        if back and at_most is None:
+            raise FraudError(
+                f"{error}. It was replaced, and what it did since is still in the weights, because "
+                + ("no snapshot from before is kept" if is_repeatable else "gradients came from outside the pipeline")
+                + f": load a checkpoint of step {first.step} or before (train_step goes back by itself)"
+            )
+
+    def _lost_by(self, cause: SmartnodesError) -> list[int]:
+        """The stages whose workers do not answer any more; where all do, the one of which the error speaks."""
+        asked: list[tuple[int, PendingCall | None]] = []
+        for stage in self._driver.stages:
+            try:
+                worker = stage.job.worker_of(stage.stage)
+                asked.append((stage.stage, self._ask(worker, self._heartbeat.patience_s(worker))))
+            except SmartnodesError:
+                asked.append((stage.stage, None))
+        lost = [stage for stage, call in asked if call is None or not _answers(call)]
+        unwanted = self._unwanted()
+        lost += [stage for stage, worker in enumerate(self._workers) if worker in unwanted]
+        named = re.search(r"worker of stage (\d+)", str(cause))
+        if not lost and isinstance(cause, WorkerLostError) and named is not None:
+            lost = [int(named[1])]  # as a neighbour that does not reach it says
+        self._avoid(self._workers[stage] for stage in lost)
+        return sorted(set(lost))
+
+    # -- recovering ---------------------------------------------------------------------------------------------------
+
+    def _recover(self, cause: SmartnodesError, lost: Sequence[int], at_most: int | None) -> None:
+        """Bring the stages to where they were, on other rigs in place of those of the `lost` stages.
+
+        `at_most`: the last step that can be trusted. Raises the cause where there is no snapshot, or no way.
+        """
+        if self._placement.closed:
+            raise cause
+        began_s, attempts = time.monotonic(), 0
+        while True:
+            self._driver.restart()
+            snapshot = self._keeper.newest(at_most)
+            if snapshot is None or snapshot.step < self._journal.begin:
+                raise cause
+            attempts += 1
+            try:
+                moved = self._plan_anew(cause, lost, snapshot)
+                planned_s = time.monotonic()
+                self._load(snapshot)
+                loaded_s = time.monotonic()
+                entries = self._do_again(snapshot)
+                break
+            except (*LOST, NoWorkersError, JobError) as error:
+                logger.warning("going on after a loss: %s", error)
+                if attempts >= MAX_ATTEMPTS or self._placement.closed:
+                    raise cause from error
+                lost = self._lost_by(error)
+        done = Recovered(
+            reason=str(cause),
+            plan_version=self._placement.job.plan.version,
+            first_step=snapshot.step,
+            num_done_again=entries,
+            moved=moved,
+            planning_s=planned_s - began_s,
+            loading_s=loaded_s - planned_s,
+            again_s=time.monotonic() - loaded_s,
+        )
+        self.recovered.append(done)
+        with self._lock:
+            self._lost_at_s.clear()
+        logger.warning(
+            "went on from step %d under plan %d (%s): planned in %.2f s, loaded in %.2f s, done again in %.2f s",
+            done.first_step,
+            done.plan_version,
+            done.reason,
+            done.planning_s,
+            done.loading_s,
+            done.again_s,
+        )
+
+    def _plan_anew(self, cause: SmartnodesError, lost: Sequence[int], snapshot: Snapshot) -> dict[int, str]:
+        placement = self._placement
+        running = {p.stage: p.worker for p in placement.table.stages if p.stage not in lost}
+        takers = self._wait_for_rigs(lost, running)
+        placement.move(takers)
+        job = placement.job
+        plan = Plan(
+            job=job.id,
+            version=job.plan.version + 1,
+            first_step=snapshot.step,
+            state_roots=list(snapshot.roots),
+            assignments=[
+                Assignment(stage=p.stage, replica=0, worker=p.worker.node_key, endpoint=p.worker.endpoints[0])
+                for p in placement.table.stages
+            ],
+            spares=[],
+            validators=self._validators(),
+            reason=f"from step {snapshot.step}: {cause}"[:200],
+        )
+        placement.job = self._network.user.replan(job, plan)
+        self._driver.attach(placement.job)
+        self._keeper.begin_plan(plan.version, self._workers)
+        return {stage: rig.node_key.hex()[:8] for stage, rig in takers.items()}
+
+    def _validators(self) -> list[NodeKey]:
+        """Those of the job, who audit it, unless all of them are gone."""
+        planned, live = self._placement.job.plan.validators, set(self._network.validators())
+        return [key for key in planned if key in live] or sorted(live) or list(planned)
+
+    def _wait_for_rigs(self, lost: Sequence[int], running: dict[int, Announcement]) -> dict[int, Announcement]:
+        needs = {p.stage: p.memory.total for p in self._placement.table.stages}
+        deadline_s, said, pause = time.monotonic() + WAIT_FOR_RIG_S, False, threading.Event()
+        while True:
+            announced = self._network.announced_workers()
+            found = replacements(lost, running, needs, announced, self._unwanted(), self._network.reaches)
+            if found is not None:
+                return found
+            if time.monotonic() >= deadline_s or self._placement.closed:
+                raise NoWorkersError(
+                    f"found no rig for stages {list(lost)} in {WAIT_FOR_RIG_S:.0f} s: start one with tensorlink-worker"
+                )
+            if not said:
+                said = True
+                logger.warning("no rig is free for stages %s: the run waits until one joins", list(lost))
+            pause.wait(LOOK_AGAIN_S)
+
+    def _unwanted(self) -> set[NodeKey]:
+        """Who cheated, and who was lost just now: a rig may come back."""
+        since_s = time.monotonic() - AVOID_S
+        with self._lock:
+            return self._cheats | {worker for worker, at_s in self._lost_at_s.items() if at_s > since_s}
+
+    def _avoid(self, workers: Iterable[NodeKey]) -> None:
+        with self._lock:
+            self._lost_at_s.update(dict.fromkeys(workers, time.monotonic()))
+
+    def _load(self, snapshot: Snapshot) -> None:
+        """Every stage begins in the snapshot's state: kept on its own rig, or sent from here."""
+        driver, placement = self._driver, self._placement
+        driver.call_all("load", lambda stage: {}, lambda stage: [placement.programs[stage].to_json()])
+        pairs = enumerate(zip(self._workers, snapshot.workers, strict=True))
+        kept = {stage for stage, (now, then) in pairs if now == then}
+        for stage in list(kept):
+            if not self._restored(stage, "state", snapshot):
+                kept.discard(stage)
+        sent = [stage for stage in range(driver.num_stages) if stage not in kept]
+        send_parts(driver, {stage: snapshot.stages[stage].state for stage in sent})
+        for stage in sent:
+            driver.call(stage, "load_end", {})
+        self._steps.begin_anew()
+        for stage, state in enumerate(snapshot.stages):
+            if state.optimizer and not (stage in kept and self._restored(stage, "optimizer", snapshot)):
+                replace_state(driver, "set_optimizer_state", {stage: state.optimizer})
+        driver.call_all("resume", lambda stage: {})
+        placement.private.begin_anew(*snapshot.private)
+        for begun in self.on_begun:
+            begun()
+
+    def _restored(self, stage: int, part: str, snapshot: Snapshot) -> bool:
+        try:
+            asked: dict[str, Any] = {"plan_version": snapshot.plan_version, "step": snapshot.step, "part": part}
+            self._driver.call(stage, "restore", asked)
+            return True
+        except LOST:
+            raise
+        except SmartnodesError as error:
+            logger.info("stage %d has its state of step %d no more, it is sent: %s", stage, snapshot.step, error)
+            return False
+
+    def _do_again(self, snapshot: Snapshot) -> int:
+        """Everything since the snapshot; how many operations that were."""
+        self._keeper.forget_after(snapshot.step)
+        self._calls.begin_anew(snapshot.step)
+        entries = self._journal.since(snapshot.step)
+        for entry in entries:
+            self._calls.resume_at(entry.step, entry.num_calls)
+            entry.again()
+        return len(entries)
+
+
+def _answers(call: PendingCall) -> bool:
+    try:
+        call.result()
+    except SmartnodesError:  # gone, or no more what it was
+        return False
+    return True
+
+
+def _dropped(act: Callable[[], object]) -> Callable[[], object]:
+    """Do again what ended with a step that all stages dropped."""
+
+    def again() -> None:
+        try:
+            act()
+        except NonFiniteError:
+            return
+
+    return again
