@@ -106,7 +106,11 @@ class StageCompute:
     # -- stages -------------------------------------------------------------------------------------------------------
 
     def add(self, stage: StageOfJob) -> None:
-        """Events of this stage go to its job from now on."""
+        """Events of this stage go to its job from now on. Raises BusyError while no process is there to compute it."""
+        try:
+            _ = self._sandbox.pid
+        except SandboxError as error:
+            raise BusyError(f"no stage is taken until a new computing process has started: {error}") from None
         with self._lock:
             self._stages[stage.key] = stage
 

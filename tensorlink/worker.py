@@ -99,9 +99,9 @@ class StageHandler:
         if not all(isinstance(record.terms.get(name), int) for name in _TERMS):
             raise JobError(f"the terms of a {JOB_TYPE} job are {', '.join(_TERMS)}, each a number")
         state_interval_steps(record.terms)
+        self._compute.add(stage)
         with self._lock:
             self._papers.setdefault(stage.key, StagePapers(record.audit.window_steps))
-        self._compute.add(stage)
 
     def release(self, stage: StageOfJob, reason: str) -> None:
         with self._lock:

@@ -78,7 +78,7 @@ def _past(params: dict[str, Any]) -> Past:
         [StepOrder.decode(data) for data in params["earlier_orders"]],
         int(params["state_interval_steps"]),
         bytes(params["initial_root"]),
-        bytes(params["state_root"]) or None,
+        bytes(params.get("state_root", b"")) or None,
     )
 
 

@@ -102,7 +102,7 @@ class Driver(JobListener):
 
     def close(self) -> None:
         """Fail every wait and every later use: the job is closed."""
-        self._fail(JobError("the job is closed: make a new DistributedModel"))
+        self.fail(JobError("the job is closed: make a new DistributedModel"))
 
     @property
     def stages(self) -> list[StageOfJob]:
@@ -199,7 +199,7 @@ class Driver(JobListener):
     def _lost(self, stage: int, error: SmartnodesError) -> SmartnodesError:
         """What ended the job, where that is known; else that the worker of `stage` is gone."""
         lost = WorkerLostError(f"the worker of stage {stage} is gone: {error}")
-        self._fail(lost)
+        self.fail(lost)
         with self._ready:
             return self._error or lost
 
@@ -270,7 +270,8 @@ class Driver(JobListener):
         if self._error is not None:
             raise type(self._error)(*self._error.args)
 
-    def _fail(self, error: SmartnodesError) -> None:
+    def fail(self, error: SmartnodesError) -> None:
+        """Nothing can go on for now: every wait and every later call raises `error`."""
         with self._ready:
             if self._error is None:
                 self._error = error
@@ -280,7 +281,7 @@ class Driver(JobListener):
 
     def on_event(self, stage: int, event: str, params: dict[str, Any]) -> None:
         if event == "failed":
-            self._fail(from_wire(params, f"stage {stage}", self._stages[stage].job.worker_of(stage)))
+            self.fail(from_wire(params, f"stage {stage}", self._stages[stage].job.worker_of(stage)))
             return
         with self._ready:
             call = self._calls.get((field_of(params, "step"), field_of(params, "call")))
@@ -336,7 +337,7 @@ class Driver(JobListener):
         self.on_found(verdict)
 
     def on_lost(self, stage: int, error: WorkerLostError) -> None:
-        self._fail(error)
+        self.fail(error)
 
     def _moved(self) -> None:
         self._progress.moved()

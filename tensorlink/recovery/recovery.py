@@ -242,8 +242,16 @@ class Recovery:
     def _recover(self, cause: SmartnodesError, lost: Sequence[int], at_most: int | None) -> None:
         """Bring the stages to where they were, on other rigs in place of those of the `lost` stages.
 
-        `at_most`: the last step that can be trusted. Raises the cause where there is no snapshot, or no way.
+        `at_most`: the last step that can be trusted. Raises the cause where there is no snapshot, or no way for now:
+        the next operation tries again.
         """
+        try:
+            self._recover_from(cause, lost, at_most)
+        except SmartnodesError as error:
+            self._driver.fail(error)
+            raise
+
+    def _recover_from(self, cause: SmartnodesError, lost: Sequence[int], at_most: int | None) -> None:
         if self._placement.closed:
             raise cause
         began_s, attempts = time.monotonic(), 0
@@ -260,6 +268,8 @@ class Recovery:
                 loaded_s = time.monotonic()
                 entries = self._do_again(snapshot)
                 break
+            except _NoRigError as error:
+                raise cause from error
             except (*LOST, NoWorkersError, JobError) as error:
                 logger.warning("going on after a loss: %s", error)
                 if attempts >= MAX_ATTEMPTS or self._placement.closed:
@@ -326,7 +336,7 @@ class Recovery:
             if found is not None:
                 return found
             if time.monotonic() >= deadline_s or self._placement.closed:
-                raise NoWorkersError(
+                raise _NoRigError(
                     f"found no rig for stages {list(lost)} in {WAIT_FOR_RIG_S:.0f} s: start one with tensorlink-worker"
                 )
             if not said:
@@ -386,6 +396,10 @@ class Recovery:
             self._calls.resume_at(entry.step, entry.num_calls)
             entry.again()
         return len(entries)
+
+
+class _NoRigError(NoWorkersError):
+    """Nobody takes a stage over, however long one waits."""
 
 
 def _answers(call: PendingCall) -> bool:

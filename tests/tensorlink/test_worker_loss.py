@@ -1,4 +1,5 @@
-"""Workers that die or fall silent while a job runs: the user hears of it within seconds, and everything still closes.
+"""Workers that die or fall silent while nobody takes their stages over: the user hears of it within seconds, and
+everything still closes. How they are taken over is in `recovery/`.
 
 Tests here use up the workers of one network, in order.
 """
@@ -19,6 +20,7 @@ import tensorlink
 from smartnodes_core.errors import DeadlineError, NoWorkersError, SmartnodesError, WorkerLostError
 from tensorlink import placement
 from tensorlink.network import LocalNetwork
+from tensorlink.recovery import recovery
 
 pytestmark = pytest.mark.starts_network
 
@@ -58,6 +60,12 @@ class Rig:
         loss = F.cross_entropy(self.model(X), Y)
         loss.backward()
         self.optimizer.step()
+
+
+@pytest.fixture(autouse=True)
+def nobody_takes_over(monkeypatch):
+    monkeypatch.setattr(recovery, "replacements", lambda *args: None)
+    monkeypatch.setattr(recovery, "WAIT_FOR_RIG_S", 0.0)
 
 
 @pytest.fixture

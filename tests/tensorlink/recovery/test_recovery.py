@@ -212,6 +212,8 @@ def test_the_computing_process_dies_and_its_stage_goes_to_another_rig(run, proce
     rest(run)
     assert run.name_of(1) != before
     run.end()
+    node = run.network.local.node_named(before)
+    assert processes.wait_until(lambda: processes.descendants(node.pid), 15.0) is not None  # for the tests after this
 
 
 def test_a_rig_that_hangs_is_given_up(network, processes, monkeypatch):
