@@ -59,7 +59,7 @@ class Examiner:
             case = Case(replayer, data, commitment, order, start, int(params["seed"]), deltas)
             found = examine_unit(case, challenge.unit) if challenge.tier == 1 else examine_step(case)
         except UnknownPastError as error:
-            return {"finding": "inconclusive", "reason": str(error), "deltas": deltas}
+            return {"finding": "silent", "reason": str(error), "deltas": deltas}
         except OverLimitError as error:
             return {"finding": "inconclusive", "reason": f"too large for this machine: {error}", "deltas": deltas}
         except PeerFault as error:
