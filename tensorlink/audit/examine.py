@@ -19,6 +19,7 @@ from tensorlink.audit.opened import OpenedData
 from tensorlink.audit.step import examine_step
 from tensorlink.audit.unit import Case, examine_unit
 from tensorlink.errors import OverLimitError
+from tensorlink.ordered_data import other_data
 from tensorlink.program.admission import Bounds
 from tensorlink.program.graph import LossProgram, StageProgram
 from tensorlink.records import StepOrder
@@ -53,6 +54,9 @@ class Examiner:
                 raise AuditError("the challenge or the order belongs to another commitment")
             past = _past(params)
             data = OpenedData(Opening.decode(params["opening"]).items, body, len(past.orders))
+            wrong = other_data(order, commitment.units, program.stage_index, program.num_stages)
+            if wrong:
+                raise AuditError(wrong)
             ends_interval = challenge.tier == 2 and "weights_after" in commitment.roots
             start = start_of(data, program, commitment, order, past, with_optimizer=ends_interval)
             replayer = Replayer(program, loss, start.weights, self.bounds)
