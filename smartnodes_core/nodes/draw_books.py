@@ -57,6 +57,7 @@ class DrawBook:
     pending: list[tuple[int, float]] = field(default_factory=list)  # own lists not revealed, and when they were fixed
     drawn: dict[bytes, list[Selection]] = field(default_factory=dict)
     closed: bool = False
+    closed_at_s: float = 0.0
 
     @property
     def is_drawn(self) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import Any
 
 from smartnodes_core.audit import Auditor, Selection
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 #: Challenges of others that are remembered.
 MAX_NOTICED = 4096
+#: How often a worker is asked for one unit on another's behalf: an opening may be large.
+MAX_ASKED = 3
 
 
 class SecondDesk:
@@ -43,7 +45,8 @@ class SecondDesk:
         self._node, self._identity, self._auditor, self._books = node, identity, auditor, books
         self._mailer, self._timeout_s = mailer, timeout_s
         self._lock = threading.Lock()
-        self._noticed: OrderedDict[bytes, int] = OrderedDict()  # how many later commitments were held
+        self._noticed: OrderedDict[bytes, bool] = OrderedDict()  # whether the worker had to hold the unit then
+        self._asked: Counter[bytes] = Counter()
         self._examining = threading.Lock()
         node.serve(self)
 
@@ -127,11 +130,11 @@ class SecondDesk:
         with self._books.lock:
             audited = self._books.job(challenge.job)
             commitment = audited.commitments.get(challenge.commitment)
-            num_later = 0 if commitment is None else audited.num_later(commitment)
+            in_time = commitment is None or not audited.is_past(commitment)
         with self._lock:
-            self._noticed.setdefault(challenge.digest(), num_later)
+            self._noticed.setdefault(challenge.digest(), in_time)
             while len(self._noticed) > MAX_NOTICED:
-                self._noticed.popitem(last=False)
+                self._asked.pop(self._noticed.popitem(last=False)[0], None)
 
     @allow(roles=("validator",), max_body_bytes=0)
     def rpc_second(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
@@ -141,9 +144,11 @@ class SecondDesk:
         challenge, complaint = _challenge_of(caller, data), bytes_in(params, "complaint", 1024)
         inquiry = self._inquiry(challenge, data)
         with self._lock:
-            num_later = self._noticed.get(challenge.digest())
-        if num_later is None or num_later >= inquiry.audited.window_steps:
-            raise AuditError("the challenge was not told, or made when the worker had to hold the unit no more")
+            if not self._noticed.get(challenge.digest(), False):
+                raise AuditError("the challenge was not told, or made when the worker had to hold the unit no more")
+            self._asked[challenge.digest()] += 1
+            if self._asked[challenge.digest()] > MAX_ASKED:
+                raise AuditError(f"this was asked for {MAX_ASKED} times already")
         try:
             answer = ask(self._node, inquiry, self._timeout_s)
             if not complaint or self._is_enough(answer):
