@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from smartnodes_core.errors import NoWorkersError
 from smartnodes_core.jobs import Job, spec_digest
-from smartnodes_core.records import NO_DIGEST, Announcement, Assignment, AuditTerms, JobRecord, Plan, Record
+from smartnodes_core.records import Announcement, Assignment, AuditTerms, JobRecord, Plan, Record
 from smartnodes_core.usage import USAGE
 from tensorlink.audit.commitments import initial_root_of
 from tensorlink.initial_state import Source, Sources, digest_of, initial_values, num_bytes_of, value_of
@@ -91,11 +91,6 @@ class Placement:
     def tied_bytes(self) -> int:
         """The most that one worker sends and receives of tied parameters' gradients in a step."""
         return max(_tied_bytes(program) for program in self.programs)
-
-    @staticmethod
-    def step_input_root(roots: Mapping[str, bytes]) -> bytes:
-        """The root over all inputs of a step, by "call.micro_batch"."""
-        return set_root(dict(roots)) if roots else NO_DIGEST
 
     def usage(self) -> dict[str, dict[str, int]]:
         """See `DistributedModel.usage`."""
@@ -279,7 +274,10 @@ def _record(
 
 
 def _plan(network: Network, record: JobRecord, table: PlacementPlan) -> Plan:
-    validators = network.validators()
+    may_audit = record.audit.auditors
+    validators = [each for each in network.validators() if not may_audit or each in may_audit]
+    if not validators and may_audit:
+        raise NoWorkersError(f"found none of the {len(may_audit)} validators that the audit terms name as auditors")
     if not validators:
         raise NoWorkersError("found no validator, needed at least 1 to open a job: start one with tensorlink-validator")
     return Plan(

@@ -324,8 +324,10 @@ class Recovery:
 
     def _validators(self) -> list[NodeKey]:
         """Those of the job, who audit it, unless all of them are gone."""
-        planned, live = self._placement.job.plan.validators, set(self._network.validators())
-        return [key for key in planned if key in live] or sorted(live) or list(planned)
+        job, live = self._placement.job, self._network.validators()
+        may_audit = job.record.audit.auditors
+        planned = [key for key in job.plan.validators if key in live]
+        return planned or [key for key in live if not may_audit or key in may_audit] or list(job.plan.validators)
 
     def _wait_for_rigs(self, lost: Sequence[int], running: dict[int, Announcement]) -> dict[int, Announcement]:
         needs = {p.stage: p.memory.total for p in self._placement.table.stages}
