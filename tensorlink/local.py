@@ -40,8 +40,9 @@ class LocalSettings:
     """Of a network on one machine. Times in seconds; `audit_rates` per micro-batch and per step.
 
     `commands` puts another program in the place of a node's own, by the node's name ("worker-1"): the flags follow it.
-    It is how tests start nodes that cheat; nothing else uses it. `flags` gives a node settings of its own, by its
-    name ({"worker-0": {"max-memory-bytes": 1 << 30}}).
+    It is how the demo and tests start nodes that cheat; nothing else uses it. `flags` gives a node settings of its
+    own, by its name ({"worker-0": {"max-memory-bytes": 1 << 30}}). Nodes in `late` are members that are not running
+    yet: `start_node` starts them.
     """
 
     workers: int = 2
@@ -56,6 +57,7 @@ class LocalSettings:
     say: Callable[[str], None] = lambda line: None
     commands: Mapping[str, Sequence[str]] = field(default_factory=dict)
     flags: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    late: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.workers < 1 or self.validators < 1:
@@ -91,7 +93,7 @@ class LocalProcesses:
         say("starting validators and workers …")
         first, *others = [name for name, role in names.items() if role != "user"]
         endpoint = self._launch(first, names[first], []).wait_ready(READY_TIMEOUT_S)
-        for node in [self._launch(name, names[name], [endpoint]) for name in others]:
+        for node in [self._launch(name, names[name], [endpoint]) for name in others if name not in self.settings.late]:
             node.wait_ready(READY_TIMEOUT_S)
         self._bootstrap = endpoint
 
@@ -119,13 +121,13 @@ class LocalProcesses:
         """End a node at once, as a power cut would: for tests of what the others make of it."""
         self._named(name).kill()
 
-    def restart(self, name: str) -> None:
-        """Start a node that has ended once more, with the identity and the folder that it had; returns when it is
-        ready."""
-        ended = self._named(name)
-        ended.kill()
-        self._nodes.remove(ended)
-        bootstrap = [] if self._bootstrap == ended.endpoint else [self._bootstrap]
+    def start_node(self, name: str) -> None:
+        """Start a node of `settings.late`, or one that has ended once more, with the identity and the folder that it
+        had; returns when it is ready."""
+        for ended in [node for node in self._nodes if node.name == name]:
+            ended.kill()
+            self._nodes.remove(ended)
+        bootstrap = [self._bootstrap] if name != "validator-0" else []
         self._launch(name, "worker" if name.startswith("worker") else "validator", bootstrap).wait_ready(
             READY_TIMEOUT_S
         )

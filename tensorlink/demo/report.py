@@ -19,6 +19,7 @@ def lines(result: DemoResult) -> list[str]:
             f"{worker['worker'][:8]}  {stages:>6}  {worker['work_units']:11.3e}  {worker['audits_passed']:13d}"
             f"  {worker['audits_failed']:6d}  {worker['reputation']:10d}  {worker['sno_earned']:12.3f}"
         )
+    rows += _of_cheat(result)
     difference = result.loss_relative_difference
     verdict = "as in" if difference <= TOLERANCE else "NOT as in"
     rows += [
@@ -29,6 +30,29 @@ def lines(result: DemoResult) -> list[str]:
         f"{result.tokens_per_s:,.0f} tokens/s, first step after {result.seconds_to_first_step:.1f} s, "
         f"{result.rounds} rounds on chain, {result.run_s:.0f} s in all; the plain process took {result.plain_s:.0f} s",
     ]
+    return rows
+
+
+def is_good(result: DemoResult) -> bool:
+    """Whether the demo showed what it is to show."""
+    caught = not result.options.cheat or (bool(result.recoveries) and result.cheat_reputation == 0)
+    return caught and result.loss_relative_difference <= TOLERANCE
+
+
+def _of_cheat(result: DemoResult) -> list[str]:
+    if not result.options.cheat:
+        return []
+    found = result.cheat_found
+    if found is None:
+        return ["", f"the cheat {result.options.cheat!r} was NOT found in {len(result.losses)} steps"]
+    standing = "blacklisted on chain" if result.cheat_reputation == 0 else f"of reputation {result.cheat_reputation}"
+    rows = ["", f"worker {found.worker.hex()[:8]} ({result.options.cheat}) was found: {found.reason}; now {standing}"]
+    for one in result.recoveries:
+        moved = ", ".join(f"stage {stage} to worker {worker}" for stage, worker in one.moved.items())
+        rows.append(
+            f"the run went back to step {one.first_step} with {moved}, and did {one.num_done_again} steps again in "
+            f"{one.again_s:.1f} s"
+        )
     return rows
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -15,10 +17,12 @@ import torch
 from tqdm import tqdm
 
 import tensorlink
-from tensorlink.demo.ledger import settle, worker_table
+from smartnodes_core.records import Verdict
+from tensorlink.demo.ledger import POLL_S, SETTLE_TIMEOUT_S, settle, worker_table
 from tensorlink.demo.model import ByteGPT, Text, next_byte_loss
 from tensorlink.model import DistributedModel
 from tensorlink.network import LocalNetwork
+from tensorlink.recovery.recovery import Recovered
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +32,11 @@ TRAIN_STEP_SHARE = 0.1
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Sizes and settings of the demo; short rounds and high audit rates, so that a minute shows dozens of audits."""
+    """Sizes and settings of the demo; short rounds and high audit rates, so that a minute shows dozens of audits.
+
+    With a `cheat` (a name in `cheats.py`) one of the two workers that begin cheats so, the spare joins after them, and
+    all steps are `train_step`s: those are what the run can go back over.
+    """
 
     steps: int = 240
     batch: int = 32
@@ -48,6 +56,11 @@ class DemoOptions:
     audit_rate_per_micro_batch: float = 0.01
     audit_rate_per_step: float = 0.06
     validation_batches: int = 4
+    cheat: str = ""
+
+    def runs_loop(self, step: int) -> bool:
+        """Whether a step is the loop of a PyTorch user, rather than one `train_step`."""
+        return not self.cheat and step < self.steps * (1 - TRAIN_STEP_SHARE)
 
 
 @dataclass
@@ -66,6 +79,9 @@ class DemoResult:
     processes: list[dict[str, Any]] = field(default_factory=list)
     workers: list[dict[str, Any]] = field(default_factory=list)
     rounds: int = 0
+    recoveries: list[Recovered] = field(default_factory=list)
+    cheat_found: Verdict | None = None
+    cheat_reputation: int | None = None
     model: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -91,6 +107,7 @@ class DemoResult:
             "run_s": self.run_s,
             "plain_s": self.plain_s,
             "rounds": self.rounds,
+            "recoveries": [asdict(recovered) for recovered in self.recoveries],
             "workers": self.workers,
             "processes": self.processes,
             "model": self.model,
@@ -117,6 +134,7 @@ def run_demo(options: DemoOptions, say: Callable[[str], None]) -> DemoResult:
         audit_window_steps=options.audit_window_steps,
         audit_rates=(options.audit_rate_per_micro_batch, options.audit_rate_per_step),
         say=say,
+        **_cheating(options),
     ) as network:
         say(f"network: {network}")
         example, _ = text.batch(0, options.batch, options.context)
@@ -129,6 +147,8 @@ def run_demo(options: DemoOptions, say: Callable[[str], None]) -> DemoResult:
             seed=options.seed,
         ) as model:
             say(model._placement.table.table())
+            for name in network.settings.late:
+                network.local.start_node(name)
             _train(model, text, options, result, began)
             result.processes = network.processes()
             module.load_state_dict(model.state_dict())
@@ -137,9 +157,33 @@ def run_demo(options: DemoOptions, say: Callable[[str], None]) -> DemoResult:
         settle(network)
         result.workers = worker_table(network, model, model.verdicts())
         result.rounds = network.chain.round_state(network.network_id).number
+        if options.cheat:
+            _note_cheat(network, model, result)
     result.run_s = time.monotonic() - began
     _train_plain(plain_module, text, options, result)
     return result
+
+
+def _cheating(options: DemoOptions) -> dict[str, Any]:
+    """What a network with a cheat is started with besides."""
+    if not options.cheat:
+        return {}
+    command = (sys.executable, "-m", "tensorlink.demo.cheating_worker", options.cheat)
+    return {"commands": {"worker-0": command}, "late": [f"worker-{options.workers - 1}"]}
+
+
+def _note_cheat(network: LocalNetwork, model: DistributedModel, result: DemoResult) -> None:
+    """What became of the cheat, and the losses as they are without it."""
+    result.cheat_found = next((v for v in model.verdicts() if v.finding == "fraudulent"), None)
+    result.recoveries = model.recoveries()
+    for recovered in result.recoveries:
+        for step, loss in recovered.losses.items():
+            result.losses[step] = torch.tensor(loss).item()
+    if result.cheat_found is not None:
+        deadline, pause = time.monotonic() + SETTLE_TIMEOUT_S, threading.Event()
+        while result.cheat_reputation != 0 and time.monotonic() < deadline:
+            result.cheat_reputation = network.reputation_of(result.cheat_found.worker)
+            pause.wait(POLL_S)
 
 
 def _train(model: DistributedModel, text: Text, options: DemoOptions, result: DemoResult, began: float) -> None:
@@ -149,7 +193,7 @@ def _train(model: DistributedModel, text: Text, options: DemoOptions, result: De
     for step in bar:
         at = time.monotonic()
         x, y = text.batch(step, options.batch, options.context)
-        if step < options.steps * (1 - TRAIN_STEP_SHARE):
+        if options.runs_loop(step):
             optimizer.zero_grad()
             loss = next_byte_loss(model(x), y)
             loss.backward()
@@ -190,7 +234,7 @@ def _train_plain(module: ByteGPT, text: Text, options: DemoOptions, result: Demo
     optimizer = torch.optim.AdamW(module.parameters(), lr=options.learning_rate)
     for step in tqdm(range(options.steps), desc="the same in one plain process", unit="step"):
         x, y = text.batch(step, options.batch, options.context)
-        if step < options.steps * (1 - TRAIN_STEP_SHARE):
+        if options.runs_loop(step):
             optimizer.zero_grad()
             loss = next_byte_loss(plain(x), y)
             loss.backward()

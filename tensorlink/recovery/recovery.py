@@ -59,13 +59,15 @@ AVOID_S = 10.0
 
 @dataclass(frozen=True)
 class Recovered:
-    """One recovery, for `report()`: why, which stages went to which workers, and how it went in seconds."""
+    """One recovery, for `report()`: why, which stages went to which workers, the losses of the training steps that were
+    done again (as they are now, should the first have been false), and how long its parts took."""
 
     reason: str
     plan_version: int
     first_step: int
     num_done_again: int
     moved: dict[int, str]
+    losses: dict[int, float]
     planning_s: float
     loading_s: float
     again_s: float
@@ -266,7 +268,7 @@ class Recovery:
                 planned_s = time.monotonic()
                 self._load(snapshot)
                 loaded_s = time.monotonic()
-                entries = self._do_again(snapshot)
+                num_done_again, losses = self._do_again(snapshot)
                 break
             except _NoRigError as error:
                 raise cause from error
@@ -279,8 +281,9 @@ class Recovery:
             reason=str(cause),
             plan_version=self._placement.job.plan.version,
             first_step=snapshot.step,
-            num_done_again=entries,
+            num_done_again=num_done_again,
             moved=moved,
+            losses=losses,
             planning_s=planned_s - began_s,
             loading_s=loaded_s - planned_s,
             again_s=time.monotonic() - loaded_s,
@@ -389,15 +392,17 @@ class Recovery:
             logger.info("stage %d has its state of step %d no more, it is sent: %s", stage, snapshot.step, error)
             return False
 
-    def _do_again(self, snapshot: Snapshot) -> int:
-        """Everything since the snapshot; how many operations that were."""
+    def _do_again(self, snapshot: Snapshot) -> tuple[int, dict[int, float]]:
+        """Everything since the snapshot; how many operations that were, and the losses of training steps."""
         self._keeper.forget_after(snapshot.step)
         self._calls.begin_anew(snapshot.step)
-        entries = self._journal.since(snapshot.step)
+        entries, losses = self._journal.since(snapshot.step), dict[int, float]()
         for entry in entries:
             self._calls.resume_at(entry.step, entry.num_calls)
-            entry.again()
-        return len(entries)
+            value = entry.again()
+            if isinstance(value, float):
+                losses[entry.step] = value
+        return len(entries), losses
 
 
 class _NoRigError(NoWorkersError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,14 +16,16 @@ from tensorlink.network import LocalNetwork
 
 pytestmark = pytest.mark.starts_network
 
-CHEATING = str(Path(__file__).with_name("cheating_worker.py"))
+
 CHEATS = {"worker-0": "scaled-gx", "worker-1": "skipped-weight-gradient"}
 FOUND_WITHIN_S = 40.0
 
 
 @pytest.fixture(scope="module")
 def crooked():
-    commands = {name: (sys.executable, CHEATING, cheat) for name, cheat in CHEATS.items()}
+    commands = {
+        name: (sys.executable, "-m", "tensorlink.demo.cheating_worker", cheat) for name, cheat in CHEATS.items()
+    }
     with LocalNetwork(
         workers=4, validators=2, round_interval_s=3, claim_delay_s=3, audit_rates=(0.3, 0.5), commands=commands
     ) as network:

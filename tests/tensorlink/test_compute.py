@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -621,14 +620,11 @@ def test_the_process_says_how_it_is_confined(nodes):
     assert all(": " in what for what in found["unconfined"])
 
 
-CHEATING = str(Path(__file__).with_name("audit") / "cheating_compute.py")
-
-
 @pytest.mark.parametrize("cheat", ["", "noise", "altered-learning-rate"])
 def test_an_auditor_in_a_process_of_its_own_finds_a_cheat_in_another(nodes, gpt, rig, cheat):
     programs, states, x = gpt
     program = only(programs[0])
-    worker, auditor = nodes(command=[sys.executable, CHEATING, cheat] if cheat else None), nodes()
+    worker, auditor = nodes(command=[sys.executable, "-m", "tensorlink.demo.cheats", cheat] if cheat else None), nodes()
     worker.load(program, states[0], rig.JOB)
     worker.call("set_optimizer", optimizer={"name": "AdamW", "groups": group(program)})
     order = StepOrder(

@@ -37,7 +37,7 @@ def everybody_is_there(network):
     yield
     for name in ("worker-0", "worker-1", "worker-2"):
         if network.local.node_named(name).poll() is not None:
-            network.local.restart(name)
+            network.local.start_node(name)
 
 
 class Run:
@@ -198,7 +198,7 @@ def test_without_a_spare_the_run_waits_until_a_rig_joins(run, network, monkeypat
     spare = ({"worker-0", "worker-1", "worker-2"} - set(taken)).pop()
     for name in (spare, *taken):
         network.local.kill(name)
-    timer = threading.Timer(2.0, network.local.restart, (spare,))
+    timer = threading.Timer(2.0, network.local.start_node, (spare,))
     timer.start()
     rest(run)
     timer.join()

@@ -1,0 +1,27 @@
+"""A rig that is honest in everything but its arithmetic: `python -m tensorlink.demo.cheating_worker CHEAT [flags of
+tensorlink-worker]`, with the stages of `cheats.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import tensorlink.cli.worker as command_line
+from tensorlink.worker import StageHandler
+
+
+def main() -> int:
+    """The real command line, with another computing process."""
+    cheat, flags = sys.argv[1], sys.argv[2:]
+
+    def handler(memory_bytes: int, num_threads: int, **options: Any) -> StageHandler:
+        command = (sys.executable, "-m", "tensorlink.demo.cheats", cheat)
+        return StageHandler(memory_bytes, num_threads, command, **options)
+
+    command_line.StageHandler = handler  # type: ignore[attr-defined]
+    return command_line.main(flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
