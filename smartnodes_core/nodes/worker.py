@@ -164,7 +164,7 @@ class WorkerNode:
             if complete:
                 self._drop(stage, reason)
             elif credible:
-                self._retire(stage, reason)
+                self._retire(stage, reason, RELEASE_TIMEOUT_S)
         return {}
 
     def release_jobs_of(self, author: NodeKey, reason: str) -> None:
@@ -172,9 +172,9 @@ class WorkerNode:
         with self._lock:
             stages = [stage for stage in self._held.stages.values() if stage.author == author]
         for stage in stages:
-            self._retire(stage, reason)
+            self._retire(stage, reason, RELEASE_TIMEOUT_S)
 
-    def _retire(self, stage: StageOfJob, reason: str, keep_s: float = RELEASE_TIMEOUT_S) -> None:
+    def _retire(self, stage: StageOfJob, reason: str, keep_s: float) -> None:
         """Drop the stage after a while, whatever its validators say."""
         with self._lock:
             ledger = self._held.ledgers.get(stage.key)

@@ -19,7 +19,7 @@ def main() -> int:
         command = (sys.executable, "-m", "tensorlink.demo.cheats", cheat)
         return StageHandler(memory_bytes, num_threads, command, **options)
 
-    command_line.StageHandler = handler  # type: ignore[attr-defined]
+    command_line.StageHandler = handler  # type: ignore[assignment, attr-defined]
     return command_line.main(flags)
 
 

@@ -246,6 +246,7 @@ def test_a_backward_through_a_graph_of_before_the_loss_of_a_rig_goes_on(network)
     run = Run(network)
     run.loop_step(0)
     x, y = BATCHES[1]
+    run.plain_optimizer.zero_grad()
     loss, plain_loss = F.cross_entropy(run.model(x), y), F.cross_entropy(run.plain(x), y)
     run.kill(1)
     loss.backward()
