@@ -63,7 +63,7 @@ class DistributedModel(torch.nn.Module):
 
     A worker that is lost is replaced, and what was done since the last snapshot is done again on the new one, bit for
     bit: nothing has to be done here. `on_fraud` says what happens when one is found to have cheated: "rollback" goes
-    back before the first step that was found false, "continue" replaces the worker alone.
+    back an audit window before the step that was found false, "continue" replaces the worker alone.
 
     The activations of a forward whose graph is dropped are freed on the workers with the next forward or step.
 

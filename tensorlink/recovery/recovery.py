@@ -76,13 +76,14 @@ class Recovered:
 class Recovery:
     """Of one job. All but what is heard runs on the user's thread.
 
-    `on_fraud` is "rollback" (the run goes back before the first step that was found false) or "continue" (the worker is
-    replaced, what it did stays).
+    `on_fraud` is "rollback" (the run goes back a whole audit window before the step that was found false: what a cheat
+    did in it is not looked for, it is done again) or "continue" (the worker is replaced, what it did stays).
     """
 
     def __init__(self, placement: Placement, calls: Calls, steps: Steps, on_fraud: str = "rollback") -> None:
         self._placement, self._calls, self._steps, self._on_fraud = placement, calls, steps, on_fraud
         self._driver, self._network = placement.driver, placement.network
+        self._window_steps = placement.job.record.audit.window_steps
         self.recovered: list[Recovered] = []
         #: Called when stages begin anew: what they were told outside of the journal has to be told again.
         self.on_begun: list[Callable[[], None]] = []
@@ -95,7 +96,9 @@ class Recovery:
         self._keeper = SnapshotKeeper(
             self._driver,
             placement.programs,
-            placement.job.record.audit.window_steps if on_fraud == "rollback" else 0,
+            2 * self._window_steps
+            if on_fraud == "rollback"
+            else 0,  # a verdict comes within a window, and goes one back
             lambda: self._driver.tally.step_s,
             self._journal.forget_before,
         )
@@ -209,9 +212,11 @@ class Recovery:
         first = min(frauds.values(), key=lambda verdict: verdict.step)
         error = WorkerLostError(f"the worker of stage {first.stage} cheated at step {first.step}: {first.reason}")
         back, at_most = self._on_fraud == "rollback", None
-        is_repeatable = not any(entry.depends_on_outputs for entry in self._journal.since(first.step))
-        if back and is_repeatable and min(self._keeper.steps, default=first.step + 1) <= first.step:
-            at_most = first.step
+        oldest = min(self._keeper.steps, default=first.step + 1)
+        trusted = max(oldest, first.step - self._window_steps)
+        is_repeatable = not any(entry.depends_on_outputs for entry in self._journal.since(trusted))
+        if back and is_repeatable and oldest <= first.step:
+            at_most = trusted
         self._recover(error, lost, at_most)
         self._calls.resume_at(*place)
         if back and at_most is None:
