@@ -1,0 +1,219 @@
+"""What audits find, whom they accuse wrongly, what other rules let through, how soon, and at what cost.
+
+    python benchmarks/benchmark_audit.py attacks [--trials 48] [--only NAME] [--dtype -bf16]
+    python benchmarks/benchmark_audit.py honest [--jobs 4] [--models mlp gpt …]
+    python benchmarks/benchmark_audit.py time [--runs 2000]
+    python benchmarks/benchmark_audit.py drift
+    python benchmarks/benchmark_audit.py cost
+    python benchmarks/benchmark_audit.py sum FILE …
+
+Small stages train in memory; an audit is the network's own: a commitment, a seed that selects, a signed opening as bytes,
+and the validator's examination of these bytes (`audit/rig.py`). Only sockets and the pipe to the computing process are
+left out. With `--out FILE` each line of results is added to a file of JSON lines; `--first-seed` lets another piece try
+other weights and data; `sum` adds pieces up. Cost per step of commitments is `benchmark_overhead.py`'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+warnings.filterwarnings("ignore", message="TF32 acceleration")
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from audit import attacks, detection, honest
+from audit.attacks import ATTACKS, Count
+from audit.bounds import upper
+from audit.detection import Detection
+from audit.honest import Honest, NumericClass
+from audit.rig import Validators
+
+Row = TypeVar("Row", Count, Honest)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="part", required=True)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--out", type=Path, help="add results here, as JSON lines")
+    shared.add_argument("--first-seed", type=int, default=0)
+    one = parts.add_parser("attacks", parents=[shared])
+    one.add_argument("--trials", type=int, default=48, help="audited units of each attack")
+    one.add_argument("--only", nargs="*", help="names, or what they begin with", default=[""])
+    one.add_argument("--dtype", default="", choices=["", "-bf16"])
+    one.add_argument("--steps", type=int, default=attacks.STEPS, help="audited steps of a job")
+    one.set_defaults(run=_attacks)
+    one = parts.add_parser("honest", parents=[shared])
+    one.add_argument("--jobs", type=int, default=4, help="of each model and class")
+    one.add_argument("--steps", type=int, default=8)
+    one.add_argument("--models", nargs="*", default=list(honest.MODELS))
+    one.add_argument("--classes", type=int, nargs="*", default=list(range(len(honest.CLASSES))))
+    one.set_defaults(run=_honest)
+    one = parts.add_parser("time", parents=[shared])
+    one.add_argument("--runs", type=int, default=2000)
+    one.set_defaults(run=_time)
+    one = parts.add_parser("sum")
+    one.add_argument("files", type=Path, nargs="+")
+    one.set_defaults(run=_sum)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    machine = platform.processor() or platform.machine()
+    print(f"{machine}, {os.cpu_count()} cores, torch {torch.__version__}, load {os.getloadavg()}")
+    options.run(options)
+
+
+def _write(out: Path | None, row: dict[str, Any]) -> None:
+    if out is not None:
+        with out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+# -- attacks ----------------------------------------------------------------------------------------------------------
+
+
+def _attacks(options: argparse.Namespace) -> None:
+    validators = Validators()
+    names = [name for name in ATTACKS if any(name.startswith(begin) for begin in options.only)]
+    _print_attack_head()
+    for name in names:
+        count = attacks.count(name, options.trials, validators, options.first_seed, options.dtype, options.steps)
+        _write(options.out, {"part": "attacks", "name": name, "dtype": options.dtype, **asdict(count)})
+        _print_attack(name, options.dtype, count)
+
+
+def _print_attack_head() -> None:
+    print(
+        f"{'attack':34} {'caught':>7} {'missed':>7} {'misses at most':>15} {'steps until found':>18}"
+        f" {'IOTA lets through':>18} {'continuity does':>16} {'ms':>6} {'KB':>6}"
+    )
+
+
+def _print_attack(name: str, dtype: str, count: Count) -> None:
+    trials = count.caught + count.missed
+    honest_row = name == "none (honest)"
+    most = upper(count.missed, trials)
+    steps, never = detection.expected_steps(ATTACKS[name].odds, count.caught / trials)
+    told = "" if honest_row else f"{steps:.0f}" if count.caught else "never"
+    others = [
+        f"{through} of {asked}" if asked else "-"
+        for through, asked in (
+            (count.iota_let_through, count.iota_asked),
+            (count.continuity_let_through, count.continuity_asked),
+        )
+    ]
+    print(
+        f"{name + dtype:34} {count.caught:7} {count.missed:7} {'' if honest_row else f'{most:.3%}':>15} {told:>18}"
+        f" {others[0]:>18} {others[1]:>16} {count.cpu_s / trials * 1e3:6.1f} {count.bytes_opened / trials / 1e3:6.1f}",
+        flush=True,
+    )
+    for example in [] if honest_row else count.examples:
+        print(f"    missed in {example}")
+
+
+# -- honest workers ---------------------------------------------------------------------------------------------------
+
+
+def _honest(options: argparse.Namespace) -> None:
+    rows: list[tuple[str, NumericClass, Honest]] = []
+    for number in options.classes:
+        numeric = honest.CLASSES[number]
+        for model in options.models:
+            found = honest.examine(numeric, model, options.first_seed, options.jobs, options.steps)
+            _write(options.out, {"part": "honest", "model": model, "numeric": list(numeric), **asdict(found)})
+            rows.append((model, numeric, found))
+            _print_reasons(found)
+    _print_honest(rows)
+
+
+def _print_honest(rows: list[tuple[str, NumericClass, Honest]]) -> None:
+    for title, of in (("model", lambda row: row[0]), ("class of the worker", lambda row: str(row[1]))):
+        print(f"{title:34} {'audits':>8} {'independent':>12} {'not equal':>10} {'accused':>8} {'undecided':>10}")
+        for name, found in _added((of(row), row[2]) for row in rows).items():
+            _print_one_honest(name, found)
+    everything = _added(("all", row[2]) for row in rows)["all"]
+    _print_one_honest("all", everything)
+    print(
+        f"false alarms at most {upper(everything.accused, everything.audits):.2e} of audits, "
+        f"{upper(everything.accused, everything.independent):.2e} of independent ones (95 %)"
+    )
+
+
+def _print_one_honest(name: str, found: Honest) -> None:
+    print(
+        f"{name:34} {found.audits:8} {found.independent:12} {found.unequal:10} {found.accused:8}"
+        f" {found.inconclusive:10}"
+    )
+
+
+def _print_reasons(found: Honest) -> None:
+    for reason in found.reasons[:5]:
+        print(f"    {reason}", flush=True)
+
+
+# -- time to detection ------------------------------------------------------------------------------------------------
+
+_RUNS: list[tuple[str, str, float, int]] = [
+    ("every unit's output", "wrong-output", 1.0, 0),
+    ("every unit's output, one of three in league", "wrong-output", 1.0, 1),
+    ("every step's weight gradient", "wrong-gradient", 1.0, 0),
+    ("rare poison: output of 0.5 % of units", "wrong-output", 0.005, 0),
+]
+
+
+def _time(options: argparse.Namespace) -> None:
+    print(f"{'bent':46} {'runs':>6} {'mean steps':>11} {'expected':>9} {'KS distance':>12}")
+    for name, kind, rate, colluding in _RUNS:
+        found = detection.simulate(kind, options.runs, rate, colluding, options.first_seed)
+        _write(options.out, {"part": "time", "name": name, **asdict(found)})
+        _print_time(name, found)
+
+
+def _print_time(name: str, found: Detection) -> None:
+    print(f"{name:46} {found.runs:6} {found.mean:11.1f} {found.expected:9.1f} {found.distance:12.4f}", flush=True)
+
+
+# -- pieces -----------------------------------------------------------------------------------------------------------
+
+
+def _added(rows: Iterable[tuple[Any, Row]]) -> dict[Any, Row]:
+    """Rows of one name added up, field by field; texts are those of the last that has one."""
+    found: dict[Any, Row] = {}
+    for name, row in rows:
+        if name not in found:
+            found[name] = type(row)(**asdict(row))
+            continue
+        for field in fields(row):
+            before, now = getattr(found[name], field.name), getattr(row, field.name)
+            setattr(found[name], field.name, now or before if isinstance(now, str) else before + now)
+    return found
+
+
+def _sum(options: argparse.Namespace) -> None:
+    rows = [json.loads(line) for path in options.files for line in path.read_text(encoding="utf-8").splitlines()]
+    by_part: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_part.setdefault(row.pop("part"), []).append(row)
+    counts = _added(((row.pop("name"), row.pop("dtype")), Count(**row)) for row in by_part.get("attacks", []))
+    if counts:
+        _print_attack_head()
+    for (name, dtype), count in counts.items():
+        _print_attack(name, dtype, count)
+    if "honest" in by_part:
+        _print_honest(
+            [(row.pop("model"), NumericClass(*row.pop("numeric")), Honest(**row)) for row in by_part["honest"]]
+        )
+    for row in by_part.get("time", []):
+        _print_time(row.pop("name"), Detection(**row))
+
+
+if __name__ == "__main__":
+    main()
