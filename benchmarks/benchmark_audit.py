@@ -7,9 +7,9 @@
     python benchmarks/benchmark_audit.py cost
     python benchmarks/benchmark_audit.py sum FILE …
 
-Small stages train in memory; an audit is the network's own: a commitment, a seed that selects, a signed opening as bytes,
-and the validator's examination of these bytes (`audit/rig.py`). Only sockets and the pipe to the computing process are
-left out. With `--out FILE` each line of results is added to a file of JSON lines; `--first-seed` lets another piece try
+Small stages train in memory; an audit is the network's own: a commitment, a seed that selects, a signed opening as
+bytes, and the validator's examination of these bytes (`audit/rig.py`). Only sockets and the pipe to the computing
+process are left out. With `--out FILE` each line of results is added to a file of JSON lines; `--first-seed` lets another piece try
 other weights and data; `sum` adds pieces up. Cost per step of commitments is `benchmark_overhead.py`'s.
 """
 
@@ -26,7 +26,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-warnings.filterwarnings("ignore", message="TF32 acceleration")
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -66,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     one.set_defaults(run=_sum)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="TF32 acceleration")
     machine = platform.processor() or platform.machine()
     print(f"{machine}, {os.cpu_count()} cores, torch {torch.__version__}, load {os.getloadavg()}")
     options.run(options)
@@ -101,7 +101,7 @@ def _print_attack(name: str, dtype: str, count: Count) -> None:
     trials = count.caught + count.missed
     honest_row = name == "none (honest)"
     most = upper(count.missed, trials)
-    steps, never = detection.expected_steps(ATTACKS[name].odds, count.caught / trials)
+    steps, _ = detection.expected_steps(ATTACKS[name].odds, count.caught / trials)
     told = "" if honest_row else f"{steps:.0f}" if count.caught else "never"
     others = [
         f"{through} of {asked}" if asked else "-"

@@ -1,7 +1,7 @@
 """Small models cut into stages, each with something at which a comparison may go wrong.
 
-`mlp` has biases before BatchNorm, `gpt` separate key biases and embedding rows that no token names, `router` a choice of
-two experts of four, `conv` convolutions, `dropout` random masks. `wide` is `gpt` large enough for several threads. A
+`mlp` has biases before BatchNorm, `gpt` separate key biases and embedding rows that no token names, `router` a choice
+of two experts of four, `conv` convolutions, `dropout` random masks. `wide` is `gpt` large enough for several threads. A
 name may end in `-bf16`.
 
 Letters: B batch, T tokens, C width.

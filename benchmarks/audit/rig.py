@@ -1,8 +1,8 @@
-"""A job whose author, workers and three validators are in this process, and every audit of it as the network makes it.
+"""A job whose author, workers and three validators are in this process, and its audits as the network makes them.
 
-Stages compute, log and commit as on a rig. An audit is lists, preimages, a seed that selects, a challenge that the worker
-checks, an opening that it signs as bytes, and the validator's examination of these bytes, with nothing between but the
-pipe to its computing process.
+Stages compute, log and commit as on a rig. An audit is lists, preimages, a seed that selects, a challenge that the
+worker checks, an opening that it signs as bytes, and the validator's examination of these bytes, with nothing left out
+but the pipe to its computing process.
 """
 
 from __future__ import annotations
