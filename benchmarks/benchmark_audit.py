@@ -9,8 +9,8 @@
 
 Small stages train in memory; an audit is the network's own: a commitment, a seed that selects, a signed opening as
 bytes, and the validator's examination of these bytes (`audit/rig.py`). Only sockets and the pipe to the computing
-process are left out. With `--out FILE` each line of results is added to a file of JSON lines; `--first-seed` lets another piece try
-other weights and data; `sum` adds pieces up. Cost per step of commitments is `benchmark_overhead.py`'s.
+process are left out. With `--out FILE` each line of results is added to a file of JSON lines; `--first-seed` lets
+another piece try other weights and data; `sum` adds pieces up. What commitments cost is in `benchmark_overhead.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # replays take turns between one thread and two
 
 import torch
 
@@ -136,7 +138,9 @@ def _honest(options: argparse.Namespace) -> None:
 
 def _print_honest(rows: list[tuple[str, NumericClass, Honest]]) -> None:
     for title, of in (("model", lambda row: row[0]), ("class of the worker", lambda row: str(row[1]))):
-        print(f"{title:34} {'audits':>8} {'independent':>12} {'not equal':>10} {'accused':>8} {'undecided':>10}")
+        print(
+            f"{title:30} {'audits':>8} {'independent':>12} {'not equal':>10} {'accused':>8} {'undecided':>9} {'drift':>6}"
+        )
         for name, found in _added((of(row), row[2]) for row in rows).items():
             _print_one_honest(name, found)
     everything = _added(("all", row[2]) for row in rows)["all"]
@@ -149,8 +153,8 @@ def _print_honest(rows: list[tuple[str, NumericClass, Honest]]) -> None:
 
 def _print_one_honest(name: str, found: Honest) -> None:
     print(
-        f"{name:34} {found.audits:8} {found.independent:12} {found.unequal:10} {found.accused:8}"
-        f" {found.inconclusive:10}"
+        f"{name:31} {found.audits:8} {found.independent:12} {found.unequal:10} {found.accused:8}"
+        f" {found.inconclusive:9} {found.drift:6.2f}"
     )
 
 
@@ -193,7 +197,13 @@ def _added(rows: Iterable[tuple[Any, Row]]) -> dict[Any, Row]:
             continue
         for field in fields(row):
             before, now = getattr(found[name], field.name), getattr(row, field.name)
-            setattr(found[name], field.name, now or before if isinstance(now, str) else before + now)
+            if field.name == "drift":
+                now = max(before, now)
+            elif isinstance(now, str):
+                now = now or before
+            else:
+                now += before
+            setattr(found[name], field.name, now)
     return found
 
 

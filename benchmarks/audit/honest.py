@@ -63,13 +63,15 @@ class Opened(msgspec.Struct, array_like=True):
 @dataclass
 class Honest:
     """Audits of honest work of one class. `independent` counts stages of steps: units of one step have much in common.
-    `unequal` is how many differed in some bit."""
+    `unequal` is how many differed in some bit, `drift` the farthest that any sum of residuals came (accusing from
+    `drift.LIMIT` on)."""
 
     audits: int = 0
     independent: int = 0
     unequal: int = 0
     accused: int = 0
     inconclusive: int = 0
+    drift: float = 0.0
     reasons: list[str] = field(default_factory=list)
 
 
@@ -121,6 +123,7 @@ def examine(numeric: NumericClass, model: str, first_seed: int, num_jobs: int, n
                 found.audits += 1
                 places.add((one.seed, one.step, one.stage))
                 found.unequal += bool(reply["deltas"])
+                found.drift = max(found.drift, reply["drift"])
                 found.accused += reply["finding"] == "fraudulent"
                 found.inconclusive += reply["finding"] == "inconclusive"
                 if reply["finding"] != "honest":

@@ -129,7 +129,12 @@ class Validators:
     def examine(self, case: Case, body: memoryview) -> dict[str, Any]:
         """What a validator finds: finding, reason, and the distances of what was not equal to the last bit."""
         finding, reason = self.replayer.examine(case, body)
-        return {"finding": finding, "reason": reason, "deltas": self._process.reply.get("deltas", {})}
+        kept = self.replayer._drifts._places.get(
+            (case.commitment.worker, case.commitment.job, case.commitment.stage), {}
+        )
+        drift = max((one.length for one in kept.values()), default=0.0)
+        deltas = self._process.reply.get("deltas", {})
+        return {"finding": finding, "reason": reason, "deltas": deltas, "drift": drift}
 
     def draw(self, commitment: Commitment) -> tuple[list[bytes], list[bytes], bytes, list[bytes]]:
         """Signed lists and reveals, the seed that follows, and the reveals' digests."""
