@@ -31,12 +31,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # replays take turns betwee
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from audit import attacks, detection, honest
+from audit import attacks, cost, detection, drifting, honest
 from audit.attacks import ATTACKS, Count
 from audit.bounds import upper
 from audit.detection import Detection
+from audit.drifting import Drifted
 from audit.honest import Honest, NumericClass
 from audit.rig import Validators
+from yardstick.model import Sizes
 
 Row = TypeVar("Row", Count, Honest)
 
@@ -62,6 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     one = parts.add_parser("time", parents=[shared])
     one.add_argument("--runs", type=int, default=2000)
     one.set_defaults(run=_time)
+    one = parts.add_parser("drift", parents=[shared])
+    one.add_argument("--steps", type=int, default=1000)
+    one.add_argument("--shares", type=float, nargs="*", default=list(drifting.shares()), help="of the tolerance")
+    one.set_defaults(run=_drift)
+    one = parts.add_parser("cost", parents=[shared])
+    one.add_argument("--small", action="store_true", help="a small model, to see whether everything runs")
+    one.set_defaults(run=_cost)
     one = parts.add_parser("sum")
     one.add_argument("files", type=Path, nargs="+")
     one.set_defaults(run=_sum)
@@ -138,9 +147,8 @@ def _honest(options: argparse.Namespace) -> None:
 
 def _print_honest(rows: list[tuple[str, NumericClass, Honest]]) -> None:
     for title, of in (("model", lambda row: row[0]), ("class of the worker", lambda row: str(row[1]))):
-        print(
-            f"{title:30} {'audits':>8} {'independent':>12} {'not equal':>10} {'accused':>8} {'undecided':>9} {'drift':>6}"
-        )
+        columns = ("audits", "independent", "not equal", "accused", "undecided", "drift")
+        print(f"{title:30}" + "".join(f" {column:>11}" for column in columns))
         for name, found in _added((of(row), row[2]) for row in rows).items():
             _print_one_honest(name, found)
     everything = _added(("all", row[2]) for row in rows)["all"]
@@ -152,10 +160,8 @@ def _print_honest(rows: list[tuple[str, NumericClass, Honest]]) -> None:
 
 
 def _print_one_honest(name: str, found: Honest) -> None:
-    print(
-        f"{name:31} {found.audits:8} {found.independent:12} {found.unequal:10} {found.accused:8}"
-        f" {found.inconclusive:9} {found.drift:6.2f}"
-    )
+    counts = (found.audits, found.independent, found.unequal, found.accused, found.inconclusive)
+    print(f"{name:30}" + "".join(f" {count:11}" for count in counts) + f" {found.drift:11.2f}")
 
 
 def _print_reasons(found: Honest) -> None:
@@ -183,6 +189,55 @@ def _time(options: argparse.Namespace) -> None:
 
 def _print_time(name: str, found: Detection) -> None:
     print(f"{name:46} {found.runs:6} {found.mean:11.1f} {found.expected:9.1f} {found.distance:12.4f}", flush=True)
+
+
+# -- below the tolerance ----------------------------------------------------------------------------------------------
+
+
+def _drift(options: argparse.Namespace) -> None:
+    print(
+        f"{'share of the tolerance':>22} {'audits':>7} {'accused':>8} {'drift seen at step':>19} {'audit':>6}"
+        f" {'moved by then':>14} {f'after {options.steps} steps':>17} {'of the matrix':>14}"
+    )
+    for share in options.shares:
+        found = drifting.run(share, options.steps, options.first_seed)
+        _write(options.out, {"part": "drift", **asdict(found)})
+        _print_drift(found)
+    print("moved: the row, of learning rate times steps; of the matrix: its norm, after all steps if nobody acts")
+    print(
+        f"updates within their tolerance, always one way: {drifting.of_updates(options.steps):.2e} of a weight at most"
+    )
+
+
+def _print_drift(found: Drifted) -> None:
+    seen = (str(found.seen_at_step), str(found.seen_after_audits), f"{found.moved_when_seen:.1%}")
+    told = seen if found.seen_at_step else ("never", "", "")
+    print(
+        f"{found.share:22} {found.audits:7} {found.accused:8} {told[0]:>19} {told[1]:>6} {told[2]:>14}"
+        f" {found.moved_at_end:17.1%} {found.of_matrix_at_end:14.3%}",
+        flush=True,
+    )
+
+
+# -- cost -------------------------------------------------------------------------------------------------------------
+
+
+def _cost(options: argparse.Namespace) -> None:
+    sizes = Sizes(layers=2, width=16, heads=2, vocabulary=32, context=8) if options.small else Sizes()
+    found = cost.measure(sizes)
+    _write(options.out, {"part": "cost", **asdict(found)})
+    print(f"one of two stages of {sizes}, {cost.NUM_MICRO_BATCHES} micro-batches, one thread; CPU seconds")
+    print(f"worker's step {found.worker_step_s:.3f}")
+    print(f"{'auditor':30} {'a unit':>10} {'a step':>10}" + " of the compute of workers")
+    for what, equal in (("every bit equal", True), ("bits differ: noise measured", False)):
+        unit, step = (found.unit_equal_s, found.step_equal_s) if equal else (found.unit_unequal_s, found.step_unequal_s)
+        print(f"{what:30} {unit:10.3f} {step:10.3f} {found.share(equal):26.2%}")
+    print(f"opened: {found.unit_bytes / 1e6:.1f} MB a unit, {found.step_bytes / 1e6:.1f} MB a step")
+    print(f"        {found.bytes_per_step() / 1e6:.2f} MB per stage and step in the mean, at the default rates")
+    print(
+        f"kept for the audit window: {found.kept() / 1e6:.0f} MB, in memory or on disk "
+        f"({found.kept_per_step / 1e6:.1f} MB a step, {found.kept_per_interval / 1e6:.1f} MB an interval)"
+    )
 
 
 # -- pieces -----------------------------------------------------------------------------------------------------------
@@ -223,6 +278,8 @@ def _sum(options: argparse.Namespace) -> None:
         )
     for row in by_part.get("time", []):
         _print_time(row.pop("name"), Detection(**row))
+    for row in by_part.get("drift", []):
+        _print_drift(Drifted(**row))
 
 
 if __name__ == "__main__":
