@@ -16,6 +16,7 @@ another piece try other weights and data; `sum` adds pieces up. What commitments
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -196,14 +197,14 @@ def _print_time(name: str, found: Detection) -> None:
 
 def _drift(options: argparse.Namespace) -> None:
     print(
-        f"{'share of the tolerance':>22} {'audits':>7} {'accused':>8} {'drift seen at step':>19} {'audit':>6}"
-        f" {'moved by then':>14} {f'after {options.steps} steps':>17} {'of the matrix':>14}"
+        f"{'what drifts':22} {'of tolerance':>13} {'audits':>7} {'accused':>8} {'seen at step':>13} {'audit':>6}"
+        f" {'moved by then':>14} {f'after {options.steps} steps':>17} {'of the norm':>12}"
     )
-    for share in options.shares:
-        found = drifting.run(share, options.steps, options.first_seed)
+    for case, share in itertools.product(drifting.CASES, options.shares):
+        found = drifting.run(case, share, options.steps, options.first_seed)
         _write(options.out, {"part": "drift", **asdict(found)})
         _print_drift(found)
-    print("moved: the row, of learning rate times steps; of the matrix: its norm, after all steps if nobody acts")
+    print("moved: by so much of learning rate times steps; the last two columns: if nobody acts on what was seen")
     print(
         f"updates within their tolerance, always one way: {drifting.of_updates(options.steps):.2e} of a weight at most"
     )
@@ -213,8 +214,8 @@ def _print_drift(found: Drifted) -> None:
     seen = (str(found.seen_at_step), str(found.seen_after_audits), f"{found.moved_when_seen:.1%}")
     told = seen if found.seen_at_step else ("never", "", "")
     print(
-        f"{found.share:22} {found.audits:7} {found.accused:8} {told[0]:>19} {told[1]:>6} {told[2]:>14}"
-        f" {found.moved_at_end:17.1%} {found.of_matrix_at_end:14.3%}",
+        f"{found.case:22} {found.share:13} {found.audits:7} {found.accused:8} {told[0]:>13} {told[1]:>6} {told[2]:>14}"
+        f" {found.moved_at_end:17.1%} {found.of_tensor_at_end:12.3%}",
         flush=True,
     )
 

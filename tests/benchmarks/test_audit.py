@@ -50,7 +50,7 @@ def test_a_result_scaled_by_one_per_cent_is_found_in_bfloat16_too(validators):
 
 
 def test_a_drift_below_the_tolerance_is_seen_when_it_goes_on(validators):
-    kind = type("Drift", (drifting.CoherentDrift,), {"share": 0.9})
+    kind = type("Drift", (drifting.RowDrift,), {"share": 0.9, "tensor": "2.weight"})
     job = rig.Job("gpt", 0, validators, attacks.cheats.classes(kind, 2, [1]))
     found = []
     for step in range(4):
