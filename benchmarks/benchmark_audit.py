@@ -2,6 +2,7 @@
 
     python benchmarks/benchmark_audit.py attacks [--trials 48] [--only NAME] [--dtype -bf16]
     python benchmarks/benchmark_audit.py honest [--jobs 4] [--models mlp gpt …]
+    python benchmarks/benchmark_audit.py roc [--dtype -bf16]
     python benchmarks/benchmark_audit.py time [--runs 2000]
     python benchmarks/benchmark_audit.py drift
     python benchmarks/benchmark_audit.py cost
@@ -32,7 +33,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # replays take turns betwee
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from audit import attacks, cost, detection, drifting, honest
+from audit import attacks, cost, detection, drifting, honest, roc
 from audit.attacks import ATTACKS, Count
 from audit.bounds import upper
 from audit.detection import Detection
@@ -62,6 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     one.add_argument("--models", nargs="*", default=list(honest.MODELS))
     one.add_argument("--classes", type=int, nargs="*", default=list(range(len(honest.CLASSES))))
     one.set_defaults(run=_honest)
+    one = parts.add_parser("roc", parents=[shared])
+    one.add_argument("--trials", type=int, default=48)
+    one.add_argument("--jobs", type=int, default=3, help="honest ones, of each model and class")
+    one.add_argument("--dtype", default="-bf16", choices=["", "-bf16"])
+    one.add_argument("--only", nargs="*", help="names, or what they begin with", default=list(SUBTLE))
+    one.set_defaults(run=_roc)
     one = parts.add_parser("time", parents=[shared])
     one.add_argument("--runs", type=int, default=2000)
     one.set_defaults(run=_time)
@@ -168,6 +175,27 @@ def _print_one_honest(name: str, found: Honest) -> None:
 def _print_reasons(found: Honest) -> None:
     for reason in found.reasons[:5]:
         print(f"    {reason}", flush=True)
+
+
+# -- other tolerances -------------------------------------------------------------------------------------------------
+
+SUBTLE = ("x0.99", "x1.01", "1 % noise", "int8", "rank-1", "stale weights")
+_ROC_MODELS, _ROC_CLASSES = ("mlp", "gpt", "wide", "conv"), (3, 6, 9)
+
+
+def _roc(options: argparse.Namespace) -> None:
+    print(f"{'accused at so much of the tolerance':36}" + "".join(f" {limit:>7}" for limit in roc.LIMITS))
+    scores: list[float] = []
+    for number, model in itertools.product(_ROC_CLASSES, _ROC_MODELS):
+        numeric = honest.CLASSES[number]
+        scores += roc.of_honest(numeric, model + options.dtype, options.first_seed, options.jobs)
+    _print_roc(f"honest ({len(scores)} audits)", scores)
+    for name in [name for name in ATTACKS if any(name.startswith(begin) for begin in options.only)]:
+        _print_roc(name + options.dtype, roc.of_attack(name, options.dtype, options.trials, options.first_seed))
+
+
+def _print_roc(name: str, scores: list[float]) -> None:
+    print(f"{name:36}" + "".join(f" {rate:7.1%}" for rate in roc.rates(scores)), flush=True)
 
 
 # -- time to detection ------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def examine(numeric: NumericClass, model: str, first_seed: int, num_jobs: int, n
     found, validators, places = Honest(), Validators(), set()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cases"
-        _train(numeric, model, first_seed, num_jobs, num_steps, path)
+        train(numeric, model, first_seed, num_jobs, num_steps, path)
         with path.open("rb") as source:
             for one, case, body in read_cases(source):
                 reply = validators.examine(case, body)
@@ -133,7 +133,8 @@ def examine(numeric: NumericClass, model: str, first_seed: int, num_jobs: int, n
     return found
 
 
-def _train(numeric: NumericClass, model: str, first_seed: int, num_jobs: int, num_steps: int, path: Path) -> None:
+def train(numeric: NumericClass, model: str, first_seed: int, num_jobs: int, num_steps: int, path: Path) -> None:
+    """Has a process of this class train, and write what it opens to `path`."""
     environment = {
         **os.environ, "OMP_NUM_THREADS": str(numeric.threads), "MKL_NUM_THREADS": str(numeric.threads),
         "MKL_DYNAMIC": "FALSE", "OMP_WAIT_POLICY": "PASSIVE", **(_AVX2 if numeric.isa == "avx2" else {}),
