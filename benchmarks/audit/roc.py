@@ -37,7 +37,7 @@ class Scores:
         unit = tensorlink.audit.unit
         deviation = unit.deviation
 
-        def recording(name: str, claimed: Tensor, replays: Sequence[Tensor], exact: Tensor | None) -> Any:
+        def recording(name: str, claimed: Tensor, replays: Sequence[Tensor], exact: Tensor | None, *more: Any) -> Any:
             self._score = max(self._score, _score(claimed, replays, exact))
             return None
 

@@ -5,7 +5,7 @@ Neighbours: `opened.py` gives the data, `compare.py` the tolerance, `step.py` go
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from smartnodes_core.errors import AuditError
 from smartnodes_core.records import NO_DIGEST, Commitment, Unit
 from tensorlink.audit.commitments import mode_digest
-from tensorlink.audit.compare import HALF_FLOORS, Deviation, deviation, projection, room, usable_exact
+from tensorlink.audit.compare import HALF_FLOORS, Deviation, Room, deviation, projection, room, usable_exact
 from tensorlink.audit.interval import Start
 from tensorlink.audit.opened import OpenedData
 from tensorlink.audit.residual import Residuals
@@ -127,20 +127,20 @@ def compare(
         exact = None
     for name, tensor in claimed.items():
         each, precise = [replay[name] for replay in replays], None if exact is None else exact[name]
-        found = deviation(prefix + name, tensor, each, precise)
+        honest = room(each, precise) if native[name].is_floating_point() else None
+        found = deviation(prefix + name, tensor, each, precise, honest)
         if found is not None:
             return found
-        if tensor.is_floating_point():
+        if honest is not None:
             case.deltas[prefix + name] = float(torch.linalg.vector_norm((tensor - native[name]).double()))
-            _keep(case.residuals, name, tensor, each, precise)
+            _keep(case.residuals, name, tensor, native[name], honest)
     return None
 
 
-def _keep(residuals: Residuals, name: str, claimed: Tensor, replays: Sequence[Tensor], exact: Tensor | None) -> None:
+def _keep(residuals: Residuals, name: str, claimed: Tensor, native: Tensor, honest: Room) -> None:
     """The residual of an accepted tensor. In half precision honest ones of other kernels come nearer to what is
     allowed: they count half, and their scale, a single number that walks at random, a quarter."""
-    honest = room(replays, exact)
     share = 2.0 if claimed.dtype in HALF_FLOORS else 1.0
-    residuals.add(name, claimed, replays[0], share * honest.allowed)
+    residuals.add(name, claimed, native, share * honest.allowed)
     if honest.projection:
-        residuals.add_scale(name, projection(claimed, replays[0]) / (4.0 * honest.projection))
+        residuals.add_scale(name, projection(claimed, native) / (4.0 * honest.projection))
