@@ -38,6 +38,12 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/benchmark_memory.py
 	$(BIN)/python benchmarks/benchmark_growth.py
 	$(BIN)/python benchmarks/benchmark_overhead.py
+	$(BIN)/python benchmarks/benchmark_audit.py attacks
+	$(BIN)/python benchmarks/benchmark_audit.py honest
+	$(BIN)/python benchmarks/benchmark_audit.py roc
+	$(BIN)/python benchmarks/benchmark_audit.py time
+	$(BIN)/python benchmarks/benchmark_audit.py drift
+	$(BIN)/python benchmarks/benchmark_audit.py cost
 	$(BIN)/python benchmarks/benchmark_transport.py
 	$(BIN)/python benchmarks/benchmark_dht.py
 	$(BIN)/python benchmarks/benchmark_relay.py

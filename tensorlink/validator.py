@@ -7,6 +7,7 @@ else the machine does.
 
 from __future__ import annotations
 
+import secrets
 import sys
 import threading
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from smartnodes_core.identity import verify
 from smartnodes_core.records import Finding, Opening, Signed
 from smartnodes_core.sandbox import Limits, Sandbox
 from tensorlink import allocator
+from tensorlink.audit.drift import LIMIT, Drifts
 from tensorlink.footprint import limit_of
 from tensorlink.records import StepOrder
 from tensorlink.stage_papers import LOSS_PROGRAM, earlier_order, state_interval_steps
@@ -50,6 +52,8 @@ class ReplayAuditor:
     ):
         self._lock = threading.Lock()
         self._running = False
+        self._drifts, self._drift_lock = Drifts(), threading.Lock()
+        self._residual_key = secrets.token_bytes(32)
         self._sandbox = Sandbox(
             list(command),
             limits=Limits(
@@ -76,7 +80,22 @@ class ReplayAuditor:
             reply = self._examine(case, papers, body)
         except SmartnodesError as error:
             return "inconclusive", f"the audit could not be run: {error}"
+        if reply["finding"] == "honest" and (drift := self._drift(case, reply["residuals"])):
+            return "inconclusive", drift
         return reply["finding"], str(reply["reason"])
+
+    def _drift(self, case: Case, residuals: dict[str, list[float]]) -> str:
+        """Adds an honest unit's residuals to those of the worker's before; in words what they have come to, where that
+        is more than honest work gives."""
+        commitment = case.commitment
+        with self._drift_lock:
+            name, length = self._drifts.add((commitment.worker, commitment.job, commitment.stage), residuals)
+        if length <= LIMIT:
+            return ""
+        return (
+            f"drift: each unit alone is within the tolerance, and {name:.80} is off the same way again and again "
+            f"({length:.2f} tolerances together, allowed {LIMIT:g})"
+        )
 
     def _check(self, case: Case, body: memoryview) -> _Papers:
         """The orders must be the author's, the step's own the one committed to. Raises PeerFault."""
@@ -127,6 +146,7 @@ class ReplayAuditor:
             "offset": piece.offset,
             "num_bytes": len(body),
             "numeric_class": case.commitment.numeric_class,
+            "residual_key": self._residual_key,
         }
         return self._sandbox.call("examine", params, timeout_s=EXAMINE_TIMEOUT_S)
 

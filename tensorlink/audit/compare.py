@@ -2,8 +2,10 @@
 
 A replay in float64 and replays with other kernels and thread counts show how far honest results of this very unit lie
 apart: a spread per tensor. Fraud is a distance above 10 spreads and above a floor relative to the norm; an element
-that is exactly zero in every replay must be zero. The optimizer's update is compared per element in units of the last
-place.
+that is exactly zero in every replay must be zero. In half precision, where float64 shows the spread of many elements,
+4 spreads are enough, and rounding points anywhere while a scaled result points along the true one: the projection
+error, what a tensor is scaled by less 1, is held against a tighter limit. The optimizer's update is compared per
+element in units of the last place. What is accepted is measured all the same: `drift.py` adds it up.
 """
 
 from __future__ import annotations
@@ -16,6 +18,12 @@ from torch import Tensor
 
 NUM_SIGMA = 10.0
 MAX_ULP = 16.0
+#: In half precision the spread of this many elements and more is known well enough for fewer of them, as long as it is
+#: less than a tenth of the norm; the floor is then what a rounding or two of the result itself can do.
+MIN_ELEMENTS, HALF_SIGMA, HALF_SPREAD = 16, 4.0, 0.1
+HALF_FLOORS = {torch.bfloat16: 4e-3, torch.float16: 1e-3}
+#: The projection error that is never held against a worker in half precision.
+MAX_PROJECTION = 2e-3
 #: Relative distance that is never held against a worker, by the dtype it declared.
 FLOORS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 #: A replay farther from the others than this drew other random numbers or branched elsewhere: it measures nothing.
@@ -35,21 +43,54 @@ class Deviation:
         return f"{self.name}: {self.reason} (distance {self.distance:.3g}, allowed {self.allowed:.3g})"
 
 
-def deviation(name: str, claimed: Tensor, replays: Sequence[Tensor], exact: Tensor | None) -> Deviation | None:
+@dataclass(frozen=True)
+class Room:
+    """How far from `centre` an honest tensor may lie (`allowed`, an L2 norm) and how much it may be scaled
+    (`projection`, a share; 0: no limit of its own)."""
+
+    centre: Tensor
+    allowed: float
+    projection: float
+
+
+def room(replays: Sequence[Tensor], exact: Tensor | None) -> Room:
+    """What honest replays, in their own precision and where one could be had in float64, leave to a worker."""
+    dtype = replays[0].dtype
+    centre = (replays[0] if exact is None else exact).double()
+    norm = float(torch.linalg.vector_norm(centre))
+    spread = max(float(torch.linalg.vector_norm(replay.double() - centre)) for replay in replays)
+    if exact is None or dtype not in HALF_FLOORS or centre.numel() < MIN_ELEMENTS or not spread < HALF_SPREAD * norm:
+        return Room(centre, max(NUM_SIGMA * spread, FLOORS[dtype] * norm), 0.0)
+    # an error of one spread that is a scaling and nothing else: no worse can be honest
+    return Room(centre, max(HALF_SIGMA * spread, HALF_FLOORS[dtype] * norm), max(MAX_PROJECTION, spread / norm))
+
+
+def projection(claimed: Tensor, centre: Tensor) -> float:
+    """By how much `claimed` is scaled against `centre`: <claimed, centre> / <centre, centre> - 1."""
+    there, here = centre.double().reshape(-1), claimed.double().reshape(-1)
+    squared = float(torch.dot(there, there))
+    return float(torch.dot(here - there, there)) / squared if squared > 0 else 0.0
+
+
+def deviation(
+    name: str, claimed: Tensor, replays: Sequence[Tensor], exact: Tensor | None, honest: Room | None = None
+) -> Deviation | None:
     """What is wrong with `claimed`, given honest replays in its own precision and, where one could be had, in
-    float64."""
+    float64. `honest` is the room they leave, where it is known already."""
     if any(claimed.shape != replay.shape or claimed.dtype != replay.dtype for replay in replays):
         return Deviation(name, float("inf"), 0.0, f"has shape {list(claimed.shape)}, {list(replays[0].shape)} is right")
     if not claimed.is_floating_point():
         same = any(torch.equal(claimed, replay) for replay in replays)
         return None if same else Deviation(name, 1.0, 0.0, "is not what the program computes")
-    centre = (replays[0] if exact is None else exact).double()
-    norm = float(torch.linalg.vector_norm(centre))
-    spread = max(float(torch.linalg.vector_norm(replay.double() - centre)) for replay in replays)
-    allowed = max(NUM_SIGMA * spread, FLOORS[claimed.dtype] * norm)
+    honest = honest or room(replays, exact)
+    centre = honest.centre
     distance = float(torch.linalg.vector_norm(claimed.double() - centre))
-    if not distance <= allowed:
-        return Deviation(name, distance, allowed, "lies outside what honest computation gives")
+    if not distance <= honest.allowed:
+        return Deviation(name, distance, honest.allowed, "lies outside what honest computation gives")
+    if honest.projection:
+        scaled = min((projection(claimed, one) for one in (centre, *replays)), key=abs)
+        if not abs(scaled) <= honest.projection:
+            return Deviation(name, abs(scaled), honest.projection, f"is the right result times {1 + scaled:.4f}")
     zero = torch.ones_like(centre, dtype=torch.bool)
     for replay in (*replays, centre):
         zero &= replay == 0

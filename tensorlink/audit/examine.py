@@ -16,6 +16,7 @@ from smartnodes_core.errors import AuditError, PeerFault
 from smartnodes_core.records import Challenge, Commitment, Opening, digest_of
 from tensorlink.audit.interval import Past, UnknownPastError, start_of
 from tensorlink.audit.opened import OpenedData
+from tensorlink.audit.residual import Residuals
 from tensorlink.audit.step import examine_step
 from tensorlink.audit.unit import Case, examine_unit
 from tensorlink.errors import OverLimitError
@@ -37,8 +38,9 @@ class Examiner:
         self._losses: OrderedDict[bytes, LossProgram] = OrderedDict()
 
     def examine(self, params: dict[str, Any], body: memoryview) -> dict[str, Any]:
-        """`finding`, `reason` and `deltas` for what `params` and the opening's `body` hold.
+        """`finding`, `reason`, `deltas` and `residuals` for what `params` and the opening's `body` hold.
 
+        `residual_key` keys the sketches of residuals (`residual.py`), which are those of honest work only.
         Raises only for what the auditor's own side got wrong or cannot do; what the worker got wrong is a finding.
         """
         commitment = Commitment.decode(params["commitment"])
@@ -46,6 +48,7 @@ class Examiner:
         order = StepOrder.decode(params["order"])
         program = _cached(self._programs, params["program"], StageProgram.from_json)
         deltas: dict[str, float] = {}
+        residuals = Residuals(bytes(params.get("residual_key", b"")))
         try:
             loss = None
             if params["loss_program"]:
@@ -60,7 +63,7 @@ class Examiner:
             ends_interval = challenge.tier == 2 and "weights_after" in commitment.roots
             start = start_of(data, program, commitment, order, past, with_optimizer=ends_interval)
             replayer = Replayer(program, loss, start.weights, self.bounds)
-            case = Case(replayer, data, commitment, order, start, int(params["seed"]), deltas)
+            case = Case(replayer, data, commitment, order, start, int(params["seed"]), deltas, residuals)
             found = examine_unit(case, challenge.unit) if challenge.tier == 1 else examine_step(case)
         except UnknownPastError as error:
             return {"finding": "silent", "reason": str(error), "deltas": deltas}
@@ -73,7 +76,8 @@ class Examiner:
         if found is not None:
             deltas[found.name] = found.distance
             return {"finding": "fraudulent", "reason": str(found), "deltas": deltas}
-        return {"finding": "honest", "reason": "within what honest computation gives", "deltas": deltas}
+        honest = "within what honest computation gives"
+        return {"finding": "honest", "reason": honest, "deltas": deltas, "residuals": residuals.means()}
 
 
 def _past(params: dict[str, Any]) -> Past:

@@ -75,3 +75,15 @@ def test_an_audit_that_could_not_be_run_accuses_nobody(auditor):
         finding, reason = auditor.examine(case(), memoryview(b"1234"))
         assert finding == "inconclusive"
         assert "could not be run" in reason
+
+
+def test_a_drift_over_several_honest_audits_leaves_the_next_one_undecided(auditor, monkeypatch):
+    reply = {"finding": "honest", "reason": "", "residuals": {"gradient w": [0.9]}}
+    monkeypatch.setattr(auditor, "_check", lambda case, body: None)
+    monkeypatch.setattr(auditor, "_examine", lambda case, papers, body: reply)
+    place = SimpleNamespace(worker=bytes(32), job=bytes(32), stage=0)
+    findings = [auditor.examine(SimpleNamespace(commitment=place), memoryview(b"")) for _ in range(3)]
+    assert [finding for finding, _ in findings] == ["honest", "honest", "inconclusive"]
+    assert "gradient w is off the same way" in findings[-1][1]
+    place.stage = 1
+    assert auditor.examine(SimpleNamespace(commitment=place), memoryview(b""))[0] == "honest"

@@ -53,3 +53,35 @@ def test_an_update_may_differ_in_the_last_places_of_its_largest_term_only():
         update_deviation("w", before, after + torch.cat([20 * ulp[:3], torch.zeros(97)]), after)
     )
     assert update_deviation("w", before, after * float("nan"), after) is not None
+
+
+HALF = torch.randn(400, dtype=torch.float64)
+HALVES = [HALF.bfloat16(), (HALF * (1 + 2e-3 * torch.randn(400, dtype=torch.float64))).bfloat16()]
+
+
+def test_in_half_precision_a_result_that_is_scaled_by_one_per_cent_does_not_pass():
+    for replay in HALVES:
+        assert deviation("t", replay, HALVES, HALF) is None
+    for factor in (0.99, 1.01):
+        found = deviation("t", HALVES[0] * factor, HALVES, HALF)
+        assert f"the right result times {factor}"[:-1] in str(found)
+
+
+def test_in_half_precision_other_roundings_than_any_replay_had_pass():
+    for _ in range(20):
+        other = (HALF * (1 + 2e-3 * torch.randn(400, dtype=torch.float64))).bfloat16()
+        assert deviation("t", other, HALVES, HALF) is None
+
+
+def test_in_half_precision_four_spreads_are_enough_where_float64_shows_them():
+    noise = 0.015 * torch.randn(400, dtype=torch.float64) * HALF.norm() / 20
+    claimed = (HALF + noise).bfloat16()
+    assert "outside" in str(deviation("t", claimed, HALVES, HALF))
+    assert deviation("t", claimed, HALVES, None) is None
+
+
+def test_in_half_precision_little_is_asked_of_few_elements_and_of_what_is_noise():
+    few = HALF[:8]
+    assert deviation("t", few.bfloat16() * 0.99, [few.bfloat16()], few) is None
+    noise = [1e-3 * torch.randn(100).bfloat16() for _ in range(4)]
+    assert deviation("bias", noise[0] * 5, noise[1:], 1e-6 * torch.randn(100, dtype=torch.float64)) is None
