@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from audit import cheats
 from audit.baselines import Pairs, continuous, iota_accepts
-from audit.cheats import BentInputGradients, BentWeightGradients, bent
 from audit.rig import WHOLE_STEP, Audit, Job, Validators
 from smartnodes_core.errors import PeerFault
 from tensorlink.audit.odds import Attack as Odd
+from tensorlink.demo import cheats
+from tensorlink.demo.cheats import BentInputGradients, BentWeightGradients, bent
 from tensorlink.pipeline.stage import Stage
 
 MODELS = ("mlp", "gpt")

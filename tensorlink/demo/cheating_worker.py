@@ -1,5 +1,5 @@
-"""A rig that is honest in everything but its arithmetic: `python -m tensorlink.demo.cheating_worker CHEAT [flags of
-tensorlink-worker]`, with the stages of `cheats.py`.
+"""A rig that is honest in everything but its arithmetic: `python -m tensorlink.demo.cheating_worker CHEAT HONEST_STEPS
+[flags of tensorlink-worker]`, with the stages of `cheats.py`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from tensorlink.worker import StageHandler
 
 def main() -> int:
     """The real command line, with another computing process."""
-    cheat, flags = sys.argv[1], sys.argv[2:]
+    cheat, honest_steps, *flags = sys.argv[1:]
 
     def handler(memory_bytes: int, num_threads: int, **options: Any) -> StageHandler:
-        command = (sys.executable, "-m", "tensorlink.demo.cheats", cheat)
+        command = (sys.executable, "-m", "tensorlink.demo.cheats", cheat, honest_steps)
         return StageHandler(memory_bytes, num_threads, command, **options)
 
     command_line.StageHandler = handler  # type: ignore[assignment, attr-defined]

@@ -28,14 +28,17 @@ logger = logging.getLogger(__name__)
 
 #: The last tenth of the steps computes the loss in the last stage.
 TRAIN_STEP_SHARE = 0.1
+#: Such that a cheat is all but surely found within an audit window, which is how far the run goes back.
+CHEAT_AUDIT_RATES = (0.05, 0.4)
 
 
 @dataclass(frozen=True)
 class DemoOptions:
     """Sizes and settings of the demo; short rounds and high audit rates, so that a minute shows dozens of audits.
 
-    With a `cheat` (a name in `cheats.py`) one of the two workers that begin cheats so, the spare joins after them, and
-    all steps are `train_step`s: those are what the run can go back over.
+    With a `cheat` (a name in `cheats.py`) one of the two workers that begin cheats so after a third of the steps,
+    audits are more frequent, the spare joins after them, and all steps are `train_step`s: those are what the run can
+    go back over.
     """
 
     steps: int = 240
@@ -132,9 +135,8 @@ def run_demo(options: DemoOptions, say: Callable[[str], None]) -> DemoResult:
         round_interval_s=options.round_interval_s,
         claim_delay_s=options.claim_delay_s,
         audit_window_steps=options.audit_window_steps,
-        audit_rates=(options.audit_rate_per_micro_batch, options.audit_rate_per_step),
         say=say,
-        **_cheating(options),
+        **{"audit_rates": (options.audit_rate_per_micro_batch, options.audit_rate_per_step), **_cheating(options)},
     ) as network:
         say(f"network: {network}")
         example, _ = text.batch(0, options.batch, options.context)
@@ -168,8 +170,13 @@ def _cheating(options: DemoOptions) -> dict[str, Any]:
     """What a network with a cheat is started with besides."""
     if not options.cheat:
         return {}
-    command = (sys.executable, "-m", "tensorlink.demo.cheating_worker", options.cheat)
-    return {"commands": {"worker-0": command}, "late": [f"worker-{options.workers - 1}"]}
+    honest_steps = str(options.steps // 3)
+    command = (sys.executable, "-m", "tensorlink.demo.cheating_worker", options.cheat, honest_steps)
+    return {
+        "commands": {"worker-0": command},
+        "late": [f"worker-{options.workers - 1}"],
+        "audit_rates": CHEAT_AUDIT_RATES,
+    }
 
 
 def _note_cheat(network: LocalNetwork, model: DistributedModel, result: DemoResult) -> None:

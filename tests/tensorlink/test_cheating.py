@@ -1,7 +1,9 @@
-"""A worker that cheats is found by audits, marked down on chain after a round, and has no place in the network."""
+"""A worker that cheats is found by audits, marked down on chain after a round, has no place in the network any more,
+and what it did is undone."""
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
@@ -10,61 +12,96 @@ from torch import nn
 from torch.nn import functional as F
 
 import tensorlink
-from smartnodes_core.errors import NoWorkersError, SmartnodesError
-from tensorlink import placement
+from tensorlink.errors import FraudError
 from tensorlink.network import LocalNetwork
 
 pytestmark = pytest.mark.starts_network
 
-
-CHEATS = {"worker-0": "scaled-gx", "worker-1": "skipped-weight-gradient"}
-FOUND_WITHIN_S = 40.0
+#: Every worker that begins cheats, after so many honest steps; those that are honest join later.
+CHEATS = {"worker-0": ("x0.99-input-gradient", 3), "worker-1": ("skipped-weight-gradient", 6)}
+FOUND_WITHIN_S = 60.0
+X, Y = torch.randn(8, 6), torch.randint(0, 4, (8,))
 
 
 @pytest.fixture(scope="module")
 def crooked():
-    commands = {
-        name: (sys.executable, "-m", "tensorlink.demo.cheating_worker", cheat) for name, cheat in CHEATS.items()
-    }
+    program = (sys.executable, "-m", "tensorlink.demo.cheating_worker")
+    commands = {name: (*program, cheat, str(honest)) for name, (cheat, honest) in CHEATS.items()}
     with LocalNetwork(
-        workers=4, validators=2, round_interval_s=3, claim_delay_s=3, audit_rates=(0.3, 0.5), commands=commands
+        workers=4,
+        validators=2,
+        round_interval_s=3,
+        claim_delay_s=3,
+        audit_rates=(0.3, 0.6),
+        commands=commands,
+        late=["worker-2", "worker-3"],
+        slots_per_worker=4,
     ) as network:
         yield network
 
 
-def test_cheats_are_found_and_shut_out_and_the_honest_are_not(crooked, processes, monkeypatch):
-    network = crooked
+@pytest.fixture
+def rig(crooked):
     torch.manual_seed(0)
-    module = nn.Sequential(
-        nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)
-    )
-    x, y = torch.randn(8, 6), torch.randint(0, 4, (8,))
+    module = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+    plain_module = copy.deepcopy(module)
     with tensorlink.DistributedModel(
-        module, network=network, stages=4, micro_batches=4, example_inputs=(x,), progress=False
+        module, network=crooked, stages=2, micro_batches=4, example_inputs=(X,), progress=False, schedule="1f1b"
     ) as model:
-        report = model.report()
-        names = {network.local.name_at(stage["endpoint"]): bytes.fromhex(stage["worker"]) for stage in report["stages"]}
-        first = bytes.fromhex(report["stages"][0]["worker"])  # has no input gradient to scale
+        plain = tensorlink.reference(plain_module, micro_batches=4, example_inputs=(X,), stages=model.programs)
+        yield model, plain, plain_module
+
+
+def test_cheats_are_found_shut_out_and_replaced_and_what_they_did_is_undone(crooked, rig, processes):
+    model, plain, plain_module = rig
+    for name in crooked.settings.late:
+        crooked.local.start_node(name)
+    began_with = {bytes.fromhex(stage["worker"]) for stage in model.report()["stages"]}
+    optimizer = tensorlink.DistributedOptimizer(model, torch.optim.Adam, lr=0.01)
+    num_steps = 0
+
+    def all_replaced():
+        nonlocal num_steps
+        model.train_step(X, Y, loss_fn=F.cross_entropy, optimizer=optimizer)
+        num_steps += 1
+        return not began_with & {bytes.fromhex(stage["worker"]) for stage in model.report()["stages"]}
+
+    assert processes.wait_until(all_replaced, FOUND_WITHIN_S) is not None
+    guilty = {verdict.worker for verdict in model.verdicts() if verdict.finding == "fraudulent"}
+    assert guilty == began_with
+    plain_optimizer = torch.optim.Adam(plain_module.parameters(), lr=0.01)
+    for _ in range(num_steps):
+        plain.train_step(X, Y, loss_fn=F.cross_entropy, optimizer=plain_optimizer)
+    found = model.state_dict()
+    for name, tensor in plain_module.state_dict().items():
+        assert torch.equal(found[name], tensor), name
+    assert processes.wait_until(lambda: not any(crooked.reputation_of(key) for key in guilty), 20.0) is not None
+    honest = {bytes.fromhex(stage["worker"]) for stage in model.report()["stages"]}
+    assert all(crooked.reputation_of(key) for key in honest)
+    assert not guilty & {announcement.node_key for announcement in crooked.announced_workers()}
+
+
+def test_in_the_loop_of_a_pytorch_user_the_cheat_is_replaced_and_the_user_told_what_to_undo():
+    program = (sys.executable, "-m", "tensorlink.demo.cheating_worker", "zero-input-gradient", "2")
+    with LocalNetwork(
+        workers=2, round_interval_s=3, audit_rates=(0.5, 0.5), commands={"worker-0": program}, slots_per_worker=2
+    ) as network:
+        model = tensorlink.DistributedModel(
+            nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4)),
+            network=network,
+            stages=2,
+            micro_batches=4,
+            schedule="zbv",  # each worker has a stage that sends gradients back
+            example_inputs=(X,),
+            progress=False,
+        )
         optimizer = tensorlink.DistributedOptimizer(model, torch.optim.SGD, lr=0.1)
-        crooks = {names[name] for name, cheat in CHEATS.items() if not (cheat == "scaled-gx" and names[name] == first)}
-
-        def found():
-            try:
+        with pytest.raises(FraudError, match=r"It was replaced.*load a checkpoint of step \d+ or before"):
+            for _ in range(500):
                 optimizer.zero_grad()
-                F.cross_entropy(model(x), y).backward()
+                F.cross_entropy(model(X), Y).backward()
                 optimizer.step()
-            except SmartnodesError:  # the network has shut a crook out: the job cannot go on
-                return True
-            return all(network.reputation_of(key) in (0, None) for key in crooks)
-
-        assert processes.wait_until(found, FOUND_WITHIN_S) is not None
-        guilty = {verdict.worker for verdict in model.verdicts() if verdict.finding == "fraudulent"}
-        assert guilty
-        assert guilty <= crooks
-    assert processes.wait_until(lambda: not any(network.reputation_of(key) for key in guilty), 15.0) is not None
-    honest = {key for name, key in names.items() if name not in CHEATS}
-    assert all(network.reputation_of(key) for key in honest)
-    assert not guilty & {announcement.node_key for announcement in network.station.find("worker")}
-    monkeypatch.setattr(placement, "WAIT_FOR_WORKERS_S", 1.0)
-    with pytest.raises((NoWorkersError, SmartnodesError)):
-        tensorlink.DistributedModel(module, network=network, stages=4, example_inputs=(x,), progress=False)
+        assert len({stage["worker"] for stage in model.report()["stages"]}) == 1
+        F.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+        model.close()

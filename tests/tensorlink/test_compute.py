@@ -620,7 +620,7 @@ def test_the_process_says_how_it_is_confined(nodes):
     assert all(": " in what for what in found["unconfined"])
 
 
-@pytest.mark.parametrize("cheat", ["", "noise", "altered-learning-rate"])
+@pytest.mark.parametrize("cheat", ["", "noisy-weight-gradient", "learning-rate"])
 def test_an_auditor_in_a_process_of_its_own_finds_a_cheat_in_another(nodes, gpt, rig, cheat):
     programs, states, x = gpt
     program = only(programs[0])

@@ -19,6 +19,15 @@ from tensorlink.records import StepOrder
 from tensorlink.stage_optimizer import encode_options
 from tensorlink.steplog.digests import root
 
+#: All others are in `benchmarks/audit/`.
+CHEATS = (
+    "bfloat16-weights",
+    "learning-rate",
+    "no-update",
+    "noisy-weight-gradient",
+    "skipped-weight-gradient",
+    "x0.99-input-gradient",
+)
 N = 3
 SEED = 7
 
@@ -165,7 +174,7 @@ def test_honest_work_with_another_number_of_threads_and_other_kernels_is_honest(
 
 
 @pytest.mark.parametrize("name", ["mlp", "gpt"])
-@pytest.mark.parametrize("cheat", sorted(cheating.CHEATS))
+@pytest.mark.parametrize("cheat", CHEATS)
 def test_a_cheat_is_found_by_one_tier_or_the_other(rig, cheat, name):
     training = Training(rig, name, cheating.CHEATS[cheat], at=1)
     for step in range(2):
@@ -173,7 +182,7 @@ def test_a_cheat_is_found_by_one_tier_or_the_other(rig, cheat, name):
     found = training.examine(1, 1, 2)
     assert found["finding"] == "fraudulent", found
     seen_by_tier_1 = training.examine(1, 1, 1, 1)["finding"] == "fraudulent"
-    assert seen_by_tier_1 == (cheat in ("scaled-gx", "low-precision"))
+    assert seen_by_tier_1 == (cheat in ("x0.99-input-gradient", "bfloat16-weights"))
     for honest in (0, 2):
         assert training.examine(honest, 1, 2)["finding"] == "honest"
 

@@ -47,11 +47,11 @@ def verify(tmp_path, capsys):
 
 @pytest.fixture
 def made(rig):
-    return accusation(rig, "noise")
+    return accusation(rig, "noisy-weight-gradient")
 
 
 def test_a_fraud_is_confirmed_from_a_validators_file_with_the_tensor_that_shows_it(rig, tmp_path, capsys):
-    made = accusation(rig, "noise", "gpt", interval=2)  # needs the commitment and the order before
+    made = accusation(rig, "noisy-weight-gradient", "gpt", interval=2)  # needs the commitment and the order before
     shelf, verdict = EvidenceShelf(tmp_path), made.auditor.sign(made.verdict()).encode()
     digest = shelf.put(made.evidence(), memoryview(made.body))
     shelf.add_verdict(digest, verdict)
