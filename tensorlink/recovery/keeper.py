@@ -33,6 +33,8 @@ MOST_SHARE = 0.02
 MAX_WAITING = 64
 #: So many snapshots are kept at least: the older one serves when the newer is damaged.
 LEAST_KEPT = 2
+#: Where a run may have to go back because of a fraud, snapshots are kept for this time at least: that of a verdict.
+VERDICT_S = 60.0
 STOP_TIMEOUT_S = 5.0
 
 Private = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
@@ -41,8 +43,8 @@ Private = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
 class SnapshotKeeper:
     """The snapshots of one job, in a temporary folder that ends with it.
 
-    `keep_steps`: a job goes back so many steps at most, when a fraud is found. `step_s` gives the time of a step as
-    measured. `on_kept` hears of each snapshot with the oldest step that is held still.
+    `keep_steps`: so many steps are gone back at most when a fraud is found; 0 where none is. `step_s` gives the time of
+    a step as measured. `on_kept` hears of each snapshot with the oldest step that is held still.
     """
 
     def __init__(
@@ -130,10 +132,15 @@ class SnapshotKeeper:
         """A snapshot is whole. Those that nobody goes back to any more are removed."""
         with self._lock:
             self._kept = [one for one in self._kept if one.step != snapshot.step] + [snapshot]
-            while len(self._kept) > LEAST_KEPT and self._kept[1].step <= snapshot.step - self._keep_steps:
+            while len(self._kept) > LEAST_KEPT and self._is_old(self._kept[1], snapshot):
                 self._kept.pop(0).remove()
             oldest = self._kept[0].step
         self._on_kept(oldest)
+
+    def _is_old(self, snapshot: Snapshot, newest: Snapshot) -> bool:
+        """Whether nobody goes back behind a snapshot any more."""
+        age_s = newest.taken_at_s - snapshot.taken_at_s
+        return snapshot.step <= newest.step - self._keep_steps and (age_s > VERDICT_S or not self._keep_steps)
 
     def newest(self, at_most: int | None = None) -> Snapshot | None:
         """The newest sound snapshot (of this step or before); those that are damaged are dropped."""

@@ -7,8 +7,9 @@ is needed, for hashing it each time would cost more than fetching it.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ class Snapshot:
     roots: Sequence[bytes]
     private: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
     folder: Path | None = None
+    taken_at_s: float = field(default_factory=time.monotonic)
 
     def is_sound(self) -> bool:
         """Whether every stage's tensors are those of which the roots speak."""

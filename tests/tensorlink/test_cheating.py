@@ -82,7 +82,7 @@ def test_cheats_are_found_shut_out_and_replaced_and_what_they_did_is_undone(croo
 
 
 def test_in_the_loop_of_a_pytorch_user_the_cheat_is_replaced_and_the_user_told_what_to_undo():
-    program = (sys.executable, "-m", "tensorlink.demo.cheating_worker", "zero-input-gradient", "2")
+    program = (sys.executable, "-m", "tensorlink.demo.cheating_worker", "zero-weight-gradient", "2")
     with LocalNetwork(
         workers=2, round_interval_s=3, audit_rates=(0.5, 0.5), commands={"worker-0": program}, slots_per_worker=2
     ) as network:
@@ -91,16 +91,20 @@ def test_in_the_loop_of_a_pytorch_user_the_cheat_is_replaced_and_the_user_told_w
             network=network,
             stages=2,
             micro_batches=4,
-            schedule="zbv",  # each worker has a stage that sends gradients back
+            schedule="1f1b",
             example_inputs=(X,),
             progress=False,
         )
         optimizer = tensorlink.DistributedOptimizer(model, torch.optim.SGD, lr=0.1)
-        with pytest.raises(FraudError, match=r"It was replaced.*load a checkpoint of step \d+ or before"):
-            for _ in range(500):
+
+        def train():
+            for _ in range(1000):
                 optimizer.zero_grad()
                 F.cross_entropy(model(X), Y).backward()
                 optimizer.step()
+
+        with pytest.raises(FraudError, match=r"It was replaced.*load a checkpoint of step \d+ or before"):
+            train()
         assert len({stage["worker"] for stage in model.report()["stages"]}) == 1
         F.cross_entropy(model(X), Y).backward()
         optimizer.step()
