@@ -199,7 +199,7 @@ def kills(work: Work, num_kills: int, num_steps: int, seed: int) -> bool:
         run.model.close()
     everything = [value for values in beyond_s.values() for value in values]
     print(
-        f"{num_kills} kills, {run.steps} steps, step {step_s:.3f} s; a snapshot every {interval} steps takes {fetch_s:.3f} s"
+        f"{num_kills} kills, {run.steps} steps, step {step_s:.3f} s; a snapshot every {interval} steps: {fetch_s:.3f} s"
     )
     print(f"steps lost: {lost}, losses that are not the plain run's: {wrong}")
     for phase, values in beyond_s.items():
@@ -235,9 +235,7 @@ def churn(work: Work, minutes: float, seed: int) -> None:
             plain_s += time.monotonic() - began_s - took_s
             wrong += not right
         steps = run.steps - first
-        print(
-            f"{minutes:.0f} minutes, {killed} rigs killed, {len(run.model.recoveries())} recoveries, {wrong} losses wrong"
-        )
+        print(f"{minutes:.0f} minutes, {killed} kills, {len(run.model.recoveries())} recoveries, {wrong} losses wrong")
         print(f"goodput: {steps * step_s / trained_s:.1%} of the undisturbed {1 / step_s:.2f} steps/s (goal: 90 %)")
         run.model.close()
 
