@@ -77,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     one.add_argument("--shares", type=float, nargs="*", default=list(drifting.shares()), help="of the tolerance")
     one.set_defaults(run=_drift)
     one = parts.add_parser("cost", parents=[shared])
+    one.add_argument("--layers", type=int, default=Sizes().layers)
     one.add_argument("--small", action="store_true", help="a small model, to see whether everything runs")
     one.set_defaults(run=_cost)
     one = parts.add_parser("sum")
@@ -252,7 +253,7 @@ def _print_drift(found: Drifted) -> None:
 
 
 def _cost(options: argparse.Namespace) -> None:
-    sizes = Sizes(layers=2, width=16, heads=2, vocabulary=32, context=8) if options.small else Sizes()
+    sizes = Sizes(layers=2, width=16, heads=2, vocabulary=32, context=8) if options.small else Sizes(options.layers)
     found = cost.measure(sizes)
     _write(options.out, {"part": "cost", **asdict(found)})
     print(f"one of two stages of {sizes}, {cost.NUM_MICRO_BATCHES} micro-batches, one thread; CPU seconds")

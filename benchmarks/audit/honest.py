@@ -1,7 +1,7 @@
 """Honest workers of other numeric classes than their auditor: another process trains and opens, this one examines.
 
 A class is threads, oneDNN and instruction set of the worker's process, set through its environment. The auditor is
-always this process: one thread, every kernel it has.
+always this process: one thread, every kernel it has. In half precision one more class stands for other hardware.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from audit.rig import WHOLE_STEP, Job, Validators
 from smartnodes_core.audit import Case
 from smartnodes_core.records import Challenge, Commitment, JobRecord
+from tensorlink.pipeline.stage import Stage
+from tensorlink.program.interpreter import Interpreter
 
 MODELS = ("mlp", "gpt", "router", "conv", "dropout", "wide")
 THREADS, ONEDNN, ISAS = (1, 2, 4), (True, False), ("default", "avx2")
@@ -39,7 +42,10 @@ class NumericClass(NamedTuple):
         return f"{self.threads} threads, oneDNN {'on' if self.onednn else 'off'}, {self.isa}"
 
 
+#: What stands for other hardware in half precision: kernels that keep float32 within the stage.
+FLOAT32_INSIDE = "float32 inside"
 CLASSES = [NumericClass(*one) for one in itertools.product(THREADS, ONEDNN, ISAS)]
+CLASSES.append(NumericClass(1, True, FLOAT32_INSIDE))
 _AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
@@ -75,13 +81,45 @@ class Honest:
     reasons: list[str] = field(default_factory=list)
 
 
-def write_cases(out: BinaryIO, model: str, first_seed: int, num_jobs: int, num_steps: int) -> None:
+class Float32Inside(Stage):
+    """Computes in float32 from where tensors enter the stage to where they leave it."""
+
+    def _begin(self, parameters: dict[str, Tensor], bounds: Any) -> None:
+        super()._begin(parameters, bounds)
+        for training in (True, False):
+            self._interpreters[training] = _Float32Interpreter(self, training)  # type: ignore[assignment]
+
+
+class _Float32Interpreter:
+    def __init__(self, stage: Stage, training: bool) -> None:
+        self._stage, self._training = stage, training
+
+    def run(self, values: Sequence[Any], seed_for: Any, deferred: Any = None) -> list[Any]:
+        stage = self._stage
+        parameters = {name: tensor.float() for name, tensor in stage.parameters.items()}
+        buffers = {name: _raised(tensor) for name, tensor in stage.buffers.items()}
+        inside = Interpreter(stage.program.graph(self._training), parameters, buffers)
+        outputs = inside.run([_raised(value) for value in values], seed_for)
+        for name, tensor in buffers.items():
+            stage.buffers[name] = tensor.to(stage.buffers[name].dtype)
+        dtype = next(iter(stage.parameters.values())).dtype
+        return [one.to(dtype) if isinstance(one, Tensor) and one.is_floating_point() else one for one in outputs]
+
+
+def _raised(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def write_cases(
+    out: BinaryIO, model: str, first_seed: int, num_jobs: int, num_steps: int, stage_class: type[Stage] = Stage
+) -> None:
     """Trains and opens everything; the worker's process."""
     validators = Validators()
     for seed in range(first_seed, first_seed + num_jobs):
         draw = seed * 7
         job = Job(
-            model, seed, validators, whole=seed % 2 == 0, num_micro_batches=1 + draw % 3, num_rows=(6, 9, 12)[draw % 3],
+            model, seed, validators, stage_class, whole=seed % 2 == 0,
+            num_micro_batches=1 + draw % 3, num_rows=(6, 9, 12)[draw % 3],
             interval_steps=(1, 4)[draw // 2 % 2], optimizer=("AdamW", "SGD")[draw // 4 % 2],
             options={"lr": 1e-2} if draw // 4 % 2 == 0 else {"lr": 1e-2, "momentum": 0.9},
         )  # fmt: skip
@@ -139,17 +177,25 @@ def train(numeric: NumericClass, model: str, first_seed: int, num_jobs: int, num
         **os.environ, "OMP_NUM_THREADS": str(numeric.threads), "MKL_NUM_THREADS": str(numeric.threads),
         "MKL_DYNAMIC": "FALSE", "OMP_WAIT_POLICY": "PASSIVE", **(_AVX2 if numeric.isa == "avx2" else {}),
     }  # fmt: skip
-    arguments = [model, str(first_seed), str(num_jobs), str(num_steps), str(numeric.threads), str(int(numeric.onednn))]
+    arguments = [
+        numeric.isa,
+        model,
+        str(first_seed),
+        str(num_jobs),
+        str(num_steps),
+        str(numeric.threads),
+        str(int(numeric.onednn)),
+    ]
     command = [sys.executable, "-W", "ignore", str(Path(__file__)), *arguments, str(path)]
     subprocess.run(command, env=environment, check=True)
 
 
 def _main() -> None:
-    model, *numbers, path = sys.argv[1:]
+    isa, model, *numbers, path = sys.argv[1:]
     first_seed, num_jobs, num_steps, threads, onednn = map(int, numbers)
     torch.set_num_threads(threads)
     with Path(path).open("wb") as out, torch.backends.mkldnn.flags(enabled=bool(onednn)):
-        write_cases(out, model, first_seed, num_jobs, num_steps)
+        write_cases(out, model, first_seed, num_jobs, num_steps, Float32Inside if isa == FLOAT32_INSIDE else Stage)
 
 
 if __name__ == "__main__":

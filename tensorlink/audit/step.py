@@ -12,15 +12,15 @@ from torch import Tensor
 
 from smartnodes_core.errors import AuditError
 from smartnodes_core.records import NO_DIGEST, Unit
-from tensorlink.audit.compare import Deviation, deviation, update_deviation
+from tensorlink.audit.compare import Deviation, update_deviation
 from tensorlink.audit.interval import number_in
 from tensorlink.audit.sums import own_gradient
 from tensorlink.audit.unit import Case, compare, compare_unit, unit_inputs
 from tensorlink.pipeline.backward import GradientSum
 from tensorlink.pipeline.state import NORM_TOLERANCE, clip_fits, clipped
 from tensorlink.pipeline.tied import Ties
-from tensorlink.steplog.digests import root
-from tensorlink.steplog.replay import UnitInputs, UnitResult, Variant
+from tensorlink.steplog.digests import digest, root
+from tensorlink.steplog.replay import Replayer, UnitInputs, UnitResult, Variant
 
 
 def examine_step(case: Case) -> Deviation | None:
@@ -58,17 +58,24 @@ def _check_units(case: Case, units: Sequence[Unit]) -> None:
 def _buffers(case: Case, forwards: Sequence[tuple[UnitInputs, UnitResult]]) -> Deviation | None:
     """Each forward begins with the buffers that the one before left."""
     roots = case.commitment.roots
-    known: Mapping[str, Tensor] = case.data.checked("buffers_before", roots, "buffers_before")
-    steps = [(inputs.buffers, result.buffers) for inputs, result in forwards]
+    first = case.data.checked("buffers_before", roots, "buffers_before")
     last = case.data.checked("buffers_after", roots, "buffers_after")
-    for begins, ends in [*steps, (last, last)]:
-        if set(begins) != set(known):
-            raise AuditError("buffers were opened under other names than the program's")
-        for name, tensor in begins.items():
-            found = deviation(f"buffer {name}", tensor, [known[name]], None)
-            if found is not None:
-                return found
-        known = ends
+    begins = [*(inputs.buffers for inputs, _ in forwards), last]
+    if any(set(buffers) != set(first) for buffers in begins):
+        raise AuditError("buffers were opened under other names than the program's")
+    found = next((name for name, tensor in begins[0].items() if digest("", tensor) != digest("", first[name])), None)
+    if found is not None:
+        return Deviation(f"buffer {found}", 1.0, 0.0, "is not what it was when the step began")
+
+    def results(replayer: Replayer, units: Sequence[UnitInputs], variant: Variant) -> Mapping[str, Tensor]:
+        return {f"buffer {name}": tensor for name, tensor in replayer.unit(units[0], variant).buffers.items()}
+
+    for claimed, (inputs, native) in zip(begins[1:], forwards, strict=True):
+        ours = {f"buffer {name}": tensor for name, tensor in native.buffers.items()}
+        theirs = {f"buffer {name}": tensor for name, tensor in claimed.items()}
+        wrong = compare(case, "", theirs, ours, [inputs], results, native.random)
+        if wrong is not None:
+            return wrong
     return None
 
 
@@ -80,11 +87,11 @@ def _gradient(case: Case, units: Sequence[UnitInputs], native: Mapping[str, Tens
         raise AuditError(f"gradients of {sorted(set(claimed) ^ set(native))[:5]} are missing or too many")
     named = {f"gradient {name}": tensor for name, tensor in native.items()}
 
-    def results(variant: Variant) -> Mapping[str, Tensor]:
-        return {f"gradient {name}": tensor for name, tensor in case.replayer.gradient(units, variant).items()}
+    def results(replayer: Replayer, units: Sequence[UnitInputs], variant: Variant) -> Mapping[str, Tensor]:
+        return {f"gradient {name}": tensor for name, tensor in replayer.gradient(units, variant).items()}
 
     renamed = {f"gradient {name}": tensor for name, tensor in claimed.items()}
-    found = compare(case, "", renamed, named, results, random)
+    found = compare(case, "", renamed, named, units, results, random)
     return found or wrong or _norm(case, {name: g for name, g in gradient.items() if ties.counts(name)})
 
 

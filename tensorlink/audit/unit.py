@@ -5,7 +5,7 @@ Neighbours: `opened.py` gives the data, `compare.py` the tolerance, `step.py` go
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor
 from smartnodes_core.errors import AuditError
 from smartnodes_core.records import NO_DIGEST, Commitment, Unit
 from tensorlink.audit.commitments import mode_digest
-from tensorlink.audit.compare import HALF_FLOORS, Deviation, Room, deviation, projection, room, usable_exact
+from tensorlink.audit.compare import HALF_FLOORS, Deviation, Room, deviation, projection, room, stray, usable_exact
 from tensorlink.audit.interval import Start
+from tensorlink.audit.nudge import VARIANTS, nudged
 from tensorlink.audit.opened import OpenedData
 from tensorlink.audit.residual import Residuals
 from tensorlink.pipeline.seeds import seed_for
@@ -23,7 +24,8 @@ from tensorlink.records import StepOrder
 from tensorlink.steplog.digests import digest
 from tensorlink.steplog.replay import Replayer, UnitInputs, UnitResult, Variant
 
-Results = Callable[[Variant], Mapping[str, Tensor]]
+#: Tensors as a replayer computes them from units.
+Results = Callable[[Replayer, Sequence[UnitInputs], Variant], Mapping[str, Tensor]]
 
 
 @dataclass
@@ -102,28 +104,34 @@ def compare_unit(case: Case, index: int, unit: Unit, inputs: UnitInputs, native:
         claimed.update({f"{name}/{slot}": tensor for slot, tensor in group.items()})
         ours.update({f"{name}/{slot}": tensor for slot, tensor in replayed.items()})
 
-    def results(variant: Variant) -> Mapping[str, Tensor]:
-        again = case.replayer.unit(inputs, variant)
+    def results(replayer: Replayer, units: Sequence[UnitInputs], variant: Variant) -> Mapping[str, Tensor]:
+        again = replayer.unit(units[0], variant)
         groups = {"y": again.y, "loss": again.loss, "gx": again.gx}
         return {f"{name}/{slot}": tensor for name, group in groups.items() for slot, tensor in group.items()}
 
-    return compare(case, f"unit {index} ", claimed, ours, results, native.random)
+    return compare(case, f"unit {index} ", claimed, ours, [inputs], results, native.random)
 
 
 def compare(
-    case: Case, prefix: str, claimed: Mapping[str, Tensor], native: Mapping[str, Tensor], results: Results, random: bool
+    case: Case,
+    prefix: str,
+    claimed: Mapping[str, Tensor],
+    native: Mapping[str, Tensor],
+    units: Sequence[UnitInputs],
+    results: Results,
+    random: bool,
 ) -> Deviation | None:
-    """Bits first; only where they differ is the noise of this computation measured."""
+    """Bits first; only where they differ is the noise of this computation measured, by `results` of `units`."""
     if all(digest("", claimed[name]) == digest("", native[name]) for name in claimed):
         for name in claimed:
             case.residuals.equal(name)
         return None
     other = 2 if torch.get_num_threads() == 1 else 1
     variants = [Variant("threads", num_threads=other), Variant("plain kernels", onednn=False)]
-    replays = [native, *(results(variant) for variant in variants)]
-    # in float64 dropout draws other masks: such a replay would measure the dropout, not the noise
-    exact = None if random else results(Variant("float64", exact=True))
-    if exact is not None and not usable_exact(exact, native):
+    replays = [native, *(results(case.replayer, units, variant) for variant in variants)]
+    # where dropout draws other masks in float64, such a replay would measure the dropout, not the noise
+    exact: Mapping[str, Tensor] | None = results(case.replayer, units, Variant("float64", exact=True))
+    if exact is not None and not usable_exact(exact, native, random):
         exact = None
     for name, tensor in claimed.items():
         each, precise = [replay[name] for replay in replays], None if exact is None else exact[name]
@@ -132,6 +140,14 @@ def compare(
         if found is not None:
             return found
         if honest is not None:
+            zeros = [*each, honest.centre]
+            for draw, variant in enumerate(VARIANTS):
+                found = stray(prefix + name, tensor, zeros)
+                if found is None:
+                    break
+                zeros.append(results(*nudged(case.replayer, units, draw), variant)[name])
+            else:
+                return found
             case.deltas[prefix + name] = float(torch.linalg.vector_norm((tensor - native[name]).double()))
             _keep(case.residuals, name, tensor, native[name], honest)
     return None

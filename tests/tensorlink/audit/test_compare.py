@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tensorlink.audit.compare import deviation, update_deviation, usable_exact
+from tensorlink.audit.compare import deviation, stray, update_deviation, usable_exact
 
 torch.manual_seed(0)
 EXACT = torch.randn(1000, dtype=torch.float64)
@@ -23,13 +23,15 @@ def test_a_gradient_that_is_noise_itself_accuses_nobody():
     assert deviation("bias", noise[0], noise[1:], torch.zeros(100, dtype=torch.float64)) is None
 
 
-def test_what_is_zero_in_every_replay_must_be_zero():
+def test_what_is_zero_in_every_replay_is_found_where_it_is_not_zero():
     exact = EXACT.clone()
     exact[5] = 0
     replays = [exact.float(), exact.float()]
     claimed = exact.float()
+    assert stray("t", claimed, [*replays, exact]) is None
     claimed[5] = 1e-9
-    assert "not zero" in str(deviation("t", claimed, replays, exact))
+    assert "not zero" in str(stray("t", claimed, [*replays, exact]))
+    assert stray("t", claimed, [*replays, EXACT]) is None
 
 
 def test_nan_shape_and_dtype_are_deviations():
@@ -42,6 +44,16 @@ def test_nan_shape_and_dtype_are_deviations():
 def test_a_replay_with_other_masks_is_not_used_as_the_exact_one():
     assert usable_exact({"t": EXACT}, {"t": REPLAYS[0]})
     assert not usable_exact({"t": EXACT.flip(0)}, {"t": REPLAYS[0]})
+    kept = torch.rand(1000) > 0.05
+    assert not usable_exact({"t": EXACT * kept}, {"t": REPLAYS[0].bfloat16()}, random=True)
+
+
+def test_noise_of_some_per_cent_in_half_precision_is_measured_and_not_taken_for_other_masks():
+    noisy = {"t": (EXACT * (1 + 0.05 * torch.randn(1000, dtype=torch.float64))).bfloat16()}
+    assert usable_exact({"t": EXACT}, noisy)
+    assert usable_exact({"t": EXACT}, noisy, random=True)
+    assert not usable_exact({"t": EXACT}, {"t": noisy["t"].float()})
+    assert deviation("t", EXACT.bfloat16(), [noisy["t"]], EXACT) is None
 
 
 def test_an_update_may_differ_in_the_last_places_of_its_largest_term_only():
