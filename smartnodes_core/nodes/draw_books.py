@@ -89,7 +89,15 @@ class DrawBook:
         self.lists[(validator, received.reveal)] = (received, data)
         for digest in digests:
             listed = self.listed_by.setdefault(digest, {}).setdefault(tuple(received.excluded), {})
-            listed[validator] = min(received.reveal, listed.get(validator, received.reveal))
+            listed.setdefault(validator, received.reveal)  # a second list, made when the draw is known, changes nothing
+
+    def is_used(self, received: ReceivedList) -> bool:
+        """Whether a list is the one of its validator that counts for some commitment that is held."""
+        excluded, place = tuple(received.excluded), received.validator
+        return any(
+            self.listed_by.get(digest, {}).get(excluded, {}).get(place) == received.reveal
+            for digest in received.commitments
+        )
 
     def go_on_with(self, job: Job) -> None:
         """A newer plan is in force."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, OrderedDict
+from dataclasses import replace
 from typing import Any
 
 from smartnodes_core.audit import Auditor, Selection
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 MAX_NOTICED = 4096
 #: How often a worker is asked for one unit on another's behalf: an opening may be large.
 MAX_ASKED = 3
+#: How long a draw may take from its auditor's books to those of the others.
+DRAW_WAIT_S = 10.0
 
 
 class SecondDesk:
@@ -126,15 +129,19 @@ class SecondDesk:
     @allow(roles=("validator",), max_body_bytes=0)
     def rpc_challenged(self, caller: Peer, params: dict[str, Any], body: memoryview) -> None:
         """An auditor challenges a worker now."""
-        challenge = _challenge_of(caller, bytes_in(params, "challenge"))
+        self._notice(_challenge_of(caller, bytes_in(params, "challenge")))
+
+    def _notice(self, challenge: Challenge) -> bool:
+        """Whether the worker had to hold the unit when this validator first heard of the challenge."""
         with self._books.lock:
             audited = self._books.job(challenge.job)
             commitment = audited.commitments.get(challenge.commitment)
             in_time = commitment is None or not audited.is_past(commitment)
         with self._lock:
-            self._noticed.setdefault(challenge.digest(), in_time)
+            in_time = self._noticed.setdefault(challenge.digest(), in_time)
             while len(self._noticed) > MAX_NOTICED:
                 self._asked.pop(self._noticed.popitem(last=False)[0], None)
+        return in_time
 
     @allow(roles=("validator",), max_body_bytes=0)
     def rpc_second(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
@@ -142,10 +149,10 @@ class SecondDesk:
         AuditError for what was not drawn, or was asked for too late."""
         data = bytes_in(params, "challenge")
         challenge, complaint = _challenge_of(caller, data), bytes_in(params, "complaint", 1024)
+        if not self._notice(challenge):
+            raise AuditError("the challenge was made when the worker had to hold the unit no more")
         inquiry = self._inquiry(challenge, data)
         with self._lock:
-            if not self._noticed.get(challenge.digest(), False):
-                raise AuditError("the challenge was not told, or made when the worker had to hold the unit no more")
             self._asked[challenge.digest()] += 1
             if self._asked[challenge.digest()] > MAX_ASKED:
                 raise AuditError(f"this was asked for {MAX_ASKED} times already")
@@ -160,14 +167,18 @@ class SecondDesk:
         return {"statement": self._identity.sign(statement).encode()}, []
 
     def _inquiry(self, challenge: Challenge, signed_challenge: bytes) -> Inquiry:
-        with self._books.lock:
-            audited = self._books.job(challenge.job)
-            found = inquiry_of(
-                audited, challenge.commitment, Selection(challenge.tier, challenge.unit, challenge.auditor)
-            )
-            if found is None or found.challenge != challenge:
-                raise AuditError("the challenge does not follow from what is held here of the draw")
-            return Inquiry(**{**vars(found), "signed_challenge": signed_challenge})
+        """The challenge as it follows from the draw, which may be on its way here still."""
+        selection = Selection(challenge.tier, challenge.unit, challenge.auditor)
+
+        def drawn() -> Inquiry | None:
+            return inquiry_of(self._books.job(challenge.job), challenge.commitment, selection)
+
+        with self._books.changed:
+            self._books.changed.wait_for(lambda: drawn() is not None, DRAW_WAIT_S)
+            found = drawn()
+        if found is None or found.challenge != challenge:
+            raise AuditError("the challenge does not follow from what is held here of the draw")
+        return replace(found, signed_challenge=signed_challenge)
 
     def _is_enough(self, answer: Answer) -> bool:
         """Whether an answer of which the auditor complains is one."""
