@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 
 from smartnodes_core.chain.account import load_account_key
-from smartnodes_core.chain.base import Chain, Member
+from smartnodes_core.chain.base import Chain
 from smartnodes_core.chain.settings import Addresses
 from smartnodes_core.config import NodeConfig
 from smartnodes_core.dht.announcer import Announcer
@@ -89,7 +89,10 @@ class Station:
         binding = bind()
         connecting: Future[Membership] = Future()
         authority = ChainAuthority(
-            lambda: _members(connecting), poll_interval_s=config.chain_poll_interval_s, min_refresh_interval_s=0.5
+            lambda: _joined(connecting).members(max_age_s=0.0),
+            poll_interval_s=config.chain_poll_interval_s,
+            min_refresh_interval_s=0.5,
+            stake_wei=lambda role: _joined(connecting).chain.stake_wei(role),
         )
         endpoint = None if role == "user" else config.endpoint
         transport = TlsTransport(identity, binding, congestion_control=config.congestion_control)
@@ -257,9 +260,9 @@ class Station:
             self.relay.stop()
 
 
-def _members(connecting: Future[Membership]) -> Sequence[Member]:
-    """The chain's members, as soon as this node has connected to the chain and registered."""
+def _joined(connecting: Future[Membership]) -> Membership:
+    """What the chain says, as soon as this node has connected to it and registered."""
     try:
-        return connecting.result(CONNECT_TIMEOUT_S).members(max_age_s=0.0)
+        return connecting.result(CONNECT_TIMEOUT_S)
     except (FutureTimeout, CancelledError):
         raise ChainError("this node is still connecting to the chain") from None

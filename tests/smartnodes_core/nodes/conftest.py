@@ -223,7 +223,10 @@ class Citizen:
             self.identity, self.account_key, role, CHAIN_ID, REGISTRY, NETWORK, int(time.time()) + 3600
         )
         authority = ChainAuthority(
-            lambda: self.membership.members(0.0), poll_interval_s=0.1, min_refresh_interval_s=0.0
+            lambda: self.membership.members(0.0),
+            poll_interval_s=0.1,
+            min_refresh_interval_s=0.0,
+            stake_wei=self.chain.stake_wei,
         )
         endpoint = None if role == "user" else f"10.0.0.{number}:9000"
         self.node = Node(self.identity, binding, MemoryTransport(net.hub, self.identity, binding), authority, endpoint)
