@@ -1,8 +1,8 @@
 """Calls with ids and deadlines, one-way notifications, and streams of tensors, over a transport's connections.
 
 `endpoint.py` is the whole of it in one class; `serving.py` says what peers may call, `inbound.py` runs it,
-`pending.py` keeps the calls that wait for replies, `pace.py` how long they took, `striping.py` tensors that cross over
-several connections, `pool.py` the threads.
+`pending.py` keeps the calls that wait for replies, `pace.py` how long they took, `uses.py` which connections nobody
+needs, `striping.py` tensors that cross over several connections, `pool.py` the threads.
 """
 
 from smartnodes_core.rpc.endpoint import MAX_REPLY_BODY_BYTES, CallOptions, RpcEndpoint

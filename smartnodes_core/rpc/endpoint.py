@@ -28,6 +28,7 @@ from smartnodes_core.rpc.pending import PendingCall, PendingCalls, Reply
 from smartnodes_core.rpc.pool import WorkerPool
 from smartnodes_core.rpc.serving import Method, StreamReceiver, methods_of
 from smartnodes_core.rpc.striping import MIN_STRIPED_BYTES, Transfers, send_striped
+from smartnodes_core.rpc.uses import Uses
 from smartnodes_core.transport.base import SEND_TIMEOUT_S, Connection, Peer
 from smartnodes_core.wire import Buffer, Header
 
@@ -39,11 +40,13 @@ MAX_THREADS = 32
 
 class CallOptions(TypedDict, total=False):
     """How a call is made. `timeout_s`: its deadline, by default one that follows from what the peer took before
-    (`pace.py`); `max_body_bytes`: the most that the reply's body may have.
+    (`pace.py`); `max_body_bytes`: the most that the reply's body may have; `passing`: nobody needs the connection for
+    longer than this call (`uses.py`).
     """
 
     timeout_s: float
     max_body_bytes: int
+    passing: bool
 
 
 class RpcEndpoint:
@@ -68,6 +71,7 @@ class RpcEndpoint:
         self._inbound = InboundCalls(self._pool)
         self._transfers = Transfers()
         self.pace = Pace()
+        self._uses = Uses()
         self._opened, self._lost = opened, lost
         self.num_late_replies = 0
         self.num_refused_streams = 0
@@ -123,6 +127,7 @@ class RpcEndpoint:
 
         Several calls are so under way at once without a thread for each.
         """
+        self.used(connection, passing=options.get("passing", False))
         peer, num_bytes = connection.peer.node_key, sum(memoryview(part).nbytes for part in body)
         timeout_s = options.get("timeout_s")
         if timeout_s is None:
@@ -181,6 +186,14 @@ class RpcEndpoint:
         else:
             connections[0].send(frame, body, on_sent, timeout_s)
 
+    def used(self, connection: Connection, *, passing: bool) -> bool:
+        """Takes note of what a connection is used for; False where it is closed: see `Uses`."""
+        return self._uses.used(connection, passing=passing)
+
+    def close_idle(self, connections: Sequence[Connection], idle_s: float, close: Callable[[Connection], None]) -> int:
+        """See `Uses`."""
+        return self._uses.close_idle(connections, idle_s, lambda each: bool(self._pending.of(each)), close)
+
     def stop(self, timeout_s: float = 2.0) -> None:
         """Drops waiting handlers and waits for running ones."""
         self._pool.stop(timeout_s)
@@ -218,8 +231,10 @@ class RpcEndpoint:
         elif kind in ("reply", "error"):
             self._settle(connection, header, body)
         else:
-            COUNTERS.add("calls_served", header["method"])
-            self._inbound.take(connection, self._methods[header["method"]], header, body)
+            method = self._methods[header["method"]]
+            COUNTERS.add("calls_served", method.name)
+            self.used(connection, passing=method.rule.passing)
+            self._inbound.take(connection, method, header, body)
 
     def on_closed(self, connection: Connection, error: Exception | None) -> None:
         """See FrameSink."""

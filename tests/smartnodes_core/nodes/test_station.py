@@ -15,6 +15,7 @@ from smartnodes_core.chain.model import CHAIN_ID, ESCROW, REGISTRY, ROUNDS, Chai
 from smartnodes_core.chain.settings import SNO, Addresses, ChainSettings
 from smartnodes_core.chain.signing import address_of
 from smartnodes_core.config import NodeConfig
+from smartnodes_core.dht import running
 from smartnodes_core.errors import AuthorityError, ConfigError, IdentityError, JobError, PortInUseError, Unavailable
 from smartnodes_core.identity import Identity
 from smartnodes_core.nodes.station import Station
@@ -118,6 +119,29 @@ def test_a_node_is_looked_up_by_its_key_and_called_although_nobody_told_its_addr
     eventually(lambda: user.dht.dht.find_node(second))  # others keep what it announced
     with pytest.raises(JobError, match="not found"):
         user.find_job(first)
+
+
+def test_connections_that_only_the_dht_used_end_and_those_to_be_introduced_over_stay(place, monkeypatch):
+    monkeypatch.setattr(running, "IDLE_S", 0.0)
+    monkeypatch.setattr(running, "INTERVAL_S", 0.1)
+    validators = [place.open(1, "validator")]
+    validators[0].join()
+    validators[0].announce(dict)
+    validators.append(place.open(5, "validator", bootstrap=[validators[0].node.endpoint]))
+    validators[1].join()
+    validators[1].announce(dict)
+    first = [validators[0].node.endpoint]
+    worker, user = place.open(2, "worker", bootstrap=first), place.open(4, "user", bootstrap=first)
+    for station in (worker, user):
+        station.join()
+    worker.announce(dict)
+    second = validators[1].node
+    for asker in (worker, user):
+        eventually(lambda asker=asker: asker.dht.dht.find_node(second.node_key))
+        asker.node.reach(second.node_key, hearsay=[second.endpoint], passing=True)
+    eventually(lambda: worker.node.node_key not in {peer.node_key for peer in second.peers()})
+    assert user.node.node_key in {peer.node_key for peer in second.peers()}
+    assert {worker.node.node_key, user.node.node_key} <= {peer.node_key for peer in validators[0].node.peers()}
 
 
 def test_a_station_that_has_not_joined_looks_nothing_up(place):
