@@ -56,6 +56,10 @@ class RunningDht:
         """Begins to join, on another thread."""
         self._upkeep.start()
 
+    def wait_joined(self, timeout_s: float) -> bool:
+        """Until the first attempt to join has ended; False when it has not in `timeout_s`."""
+        return self._upkeep.joined.wait(timeout_s)
+
     def take_part(self, endpoints: Sequence[str]) -> None:
         """Serve the others, at these endpoints."""
         if not self._endpoints and endpoints:

@@ -101,7 +101,7 @@ class Upkeep:
             try:
                 if len(self._dht.table) == 0:  # at the start, or everybody is gone
                     self._dht.join(self._contacts())
-                    self.joined.set()
+                self.joined.set()
                 maintain(self._dht, timeout_s=self._interval_s)
                 self._tidy()
             except SmartnodesError as error:

@@ -185,6 +185,14 @@ def test_a_port_in_use_is_said_and_nothing_stays_behind(place):
         place.open(2, "worker", endpoint=first.node.endpoint)
 
 
+def test_two_nodes_of_one_machine_do_not_share_an_identity(place):
+    first = place.open(1, "user")
+    with pytest.raises(IdentityError, match=r"id1.json is in use by a node that runs: stop it"):
+        place.open(1, "user")
+    first.close()
+    place.open(1, "user")
+
+
 def test_an_account_that_is_blacklisted_ends_the_start_and_frees_the_port(place):
     worker = place.open(1, "worker")
     endpoint = worker.node.endpoint
