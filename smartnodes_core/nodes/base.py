@@ -29,7 +29,7 @@ from smartnodes_core.nodes.authority import Authority, WatchingAuthority
 from smartnodes_core.nodes.bulk_links import ARRIVAL_S, BulkLinks
 from smartnodes_core.nodes.links import AddressBook, Links
 from smartnodes_core.records import SignedBinding
-from smartnodes_core.rpc import CallOptions, PendingCall, Reply, Result, RpcEndpoint, allow
+from smartnodes_core.rpc import CallOptions, PendingCall, Reply, Result, RpcEndpoint, Version, allow
 from smartnodes_core.rpc.pace import MAX_DEADLINE_S
 from smartnodes_core.transport.base import (
     SEND_TIMEOUT_S,
@@ -140,6 +140,10 @@ class Node:
     def serve(self, obj: object) -> None:
         """Lets peers call the methods of `obj` named `rpc_…`; see `rpc.allow`."""
         self._rpc.serve(obj)
+
+    def declare(self, message: str, version: Version, oldest_major: int | None = None) -> None:
+        """Says which version of a message this node speaks (of a stream: `stream_of(topic)`): see `rpc/versions.py`."""
+        self._rpc.versions.declare(message, version, oldest_major)
 
     def on_stream(
         self,

@@ -1,16 +1,17 @@
 """Calls, notifications and streams over connections: the sink of a node's frames.
 
-    {"kind": "call",   "id", "method", "params", "timeout_ms"}  + body     answered by
-    {"kind": "reply",  "id", "params"}                          + body     or
+    {"kind": "call",   "version", "id", "method", "params", "timeout_ms"}  + body     answered by
+    {"kind": "reply",  "version", "id", "params"}                          + body     or
     {"kind": "error",  "id", "code", "message"}
-    {"kind": "cancel", "id"}                                               the caller waits no more; not answered
-    {"kind": "notify", "method", "params"}                      + body     not answered
-    {"kind": "stream", "topic", "header"}                       + body     not answered; with "piece": see `striping.py`
+    {"kind": "cancel", "id"}                                      the caller waits no more; not answered
+    {"kind": "notify", "version", "method", "params"}                      + body     not answered
+    {"kind": "stream", "version", "topic", "header"}                       + body     not answered; with "piece": see
+                                                                                      `striping.py`
 
 Streams go over bulk connections (over the one for calls where there can be no other), notifications over those for
 calls, calls over either. Calls from one peer run side by side; its notifications one after the other, as they came.
-Unknown fields are ignored and frames of an unknown kind skipped, so that a later version may add some; what it changes
-otherwise, it says in the transport's welcome.
+Unknown fields are ignored and frames of an unknown kind skipped, so that a later version may add some. `version` is
+that of the message, method or topic (`versions.py`); what changes of frames themselves, the transport's welcome says.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, Unpack
 
 from smartnodes_core.counters import COUNTERS
-from smartnodes_core.errors import ConnectionLostError, PeerFault, ProtocolError, SmartnodesError
+from smartnodes_core.errors import ConnectionLostError, PeerFault, ProtocolError, SmartnodesError, VersionError
 from smartnodes_core.remote_errors import from_wire
 from smartnodes_core.rpc.inbound import InboundCalls
 from smartnodes_core.rpc.pace import Pace
@@ -29,6 +30,7 @@ from smartnodes_core.rpc.pool import WorkerPool
 from smartnodes_core.rpc.serving import Method, StreamReceiver, methods_of
 from smartnodes_core.rpc.striping import MIN_STRIPED_BYTES, Transfers, send_striped
 from smartnodes_core.rpc.uses import Uses
+from smartnodes_core.rpc.versions import Versions, stream_of
 from smartnodes_core.transport.base import SEND_TIMEOUT_S, Connection, Peer
 from smartnodes_core.wire import Buffer, Header
 
@@ -68,7 +70,8 @@ class RpcEndpoint:
         self._receivers: dict[str, StreamReceiver] = {}
         self._pending = PendingCalls()
         self._pool = WorkerPool(name, max_threads)
-        self._inbound = InboundCalls(self._pool)
+        self.versions = Versions()
+        self._inbound = InboundCalls(self._pool, self.versions)
         self._transfers = Transfers()
         self.pace = Pace()
         self._uses = Uses()
@@ -140,6 +143,7 @@ class RpcEndpoint:
         pending.missed = lambda: self.pace.missed(peer, method)
         header = {
             "kind": "call",
+            "version": self.versions.of(method),
             "id": call_id,
             "method": method,
             "params": params or {},
@@ -165,7 +169,8 @@ class RpcEndpoint:
 
         `body` must not change until `on_sent`; see `Connection.send` for the errors.
         """
-        header = {"kind": "notify", "method": method, "params": params or {}}
+        version = self.versions.of(method)
+        header = {"kind": "notify", "version": version, "method": method, "params": params or {}}
         connection.send(header, body, on_sent, timeout_s)
 
     def stream(
@@ -180,7 +185,8 @@ class RpcEndpoint:
         """Sends a tensor to the peer's receiver of `topic` over bulk connections, a large one in pieces over all of
         them. `body` must not change until `on_sent`.
         """
-        frame = {"kind": "stream", "topic": topic, "header": header}
+        version = self.versions.of(stream_of(topic))
+        frame = {"kind": "stream", "version": version, "topic": topic, "header": header}
         if len(connections) > 1 and sum(memoryview(part).nbytes for part in body) >= MIN_STRIPED_BYTES:
             send_striped(connections, frame, body, on_sent, timeout_s)
         else:
@@ -259,6 +265,7 @@ class RpcEndpoint:
             method = self._methods.get(name)
             if method is None:
                 raise ProtocolError(f"there is no method {name[:64]!r} here")
+            self.versions.check(connection.peer, name, header)
             method.check(connection.peer, params, num_bytes)
             self._inbound.reserve(connection, is_call=is_call, num_bytes=num_bytes)
         except SmartnodesError as error:
@@ -277,6 +284,7 @@ class RpcEndpoint:
         try:
             if receiver is None:
                 raise ProtocolError(f"nobody here takes the stream {topic[:64]!r}")
+            self.versions.check(peer, stream_of(topic), header)
             if "piece" in header:
                 return self._transfers.allocate(peer, header, num_bytes, receiver.allocate)
             return receiver.allocate(peer, fields, num_bytes)
@@ -325,6 +333,11 @@ class RpcEndpoint:
         params = header.get("params")
         if not isinstance(params, dict):
             raise ProtocolError(f"{connection.peer} sent a malformed reply to {pending.method}")
+        try:
+            self.versions.check(connection.peer, pending.method, header)
+        except VersionError as error:
+            pending.settle(None, error)
+            return
         pending.settle(Reply(params, body), None)
 
 
