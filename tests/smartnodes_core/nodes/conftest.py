@@ -273,12 +273,25 @@ class Net:
         self.user.role = UserNode(self.user.node, self.user.identity)
         self.heard = Heard()
         self._num_jobs = 0
+        self._renamed: list[Node] = []
         self.meet()
 
     def citizen(self, number: int, role: Any, register: bool = True) -> Citizen:
         made = Citizen(self, number, role, register)
         self.everybody.append(made)
         return made
+
+    def renamed(self, citizen: Citizen, identity: Identity) -> Node:
+        """A node of a citizen's account under another identity, which knows the validators."""
+        binding = make_binding(
+            identity, citizen.account_key, "worker", CHAIN_ID, REGISTRY, NETWORK, int(time.time()) + 3600
+        )
+        authority = ChainAuthority(lambda: citizen.membership.members(0.0), min_refresh_interval_s=0.0)
+        node = Node(identity, binding, MemoryTransport(self.hub, identity, binding), authority, None)
+        for validator in self.validators:
+            node.add_address(validator.key, validator.node.endpoint)
+        self._renamed.append(node)
+        return node
 
     def meet(self) -> None:
         """Everybody knows where everybody is."""
@@ -405,6 +418,8 @@ class Net:
         return Drawn(self, job, commitment, reveal)
 
     def stop(self) -> None:
+        for node in self._renamed:
+            node.stop()
         for citizen in self.everybody:
             citizen.stop()
 

@@ -18,6 +18,7 @@ from smartnodes_core.config import NodeConfig
 from smartnodes_core.dht import running
 from smartnodes_core.errors import AuthorityError, ConfigError, IdentityError, JobError, PortInUseError, Unavailable
 from smartnodes_core.identity import Identity
+from smartnodes_core.nodes.membership import key_hash
 from smartnodes_core.nodes.station import Station
 
 
@@ -183,6 +184,30 @@ def test_a_port_in_use_is_said_and_nothing_stays_behind(place):
     first = place.open(1, "worker")
     with pytest.raises(PortInUseError):
         place.open(2, "worker", endpoint=first.node.endpoint)
+
+
+def test_a_rotated_key_is_dropped_within_a_poll_and_its_account_comes_back_with_the_new_one(place):
+    validator = place.open(1, "validator")
+    validator.join()
+    first = [validator.node.endpoint]
+    worker = place.open(2, "worker", bootstrap=first)
+    worker.join()
+    Identity.create().save(place.folder / "new.json")
+    new_key, lost = Identity.load(place.folder / "new.json").node_key, threading.Event()
+    worker.node.on_peer_lost(lambda key, reason: lost.set())
+    began = time.monotonic()
+    worker.chain.rotate_key(key_hash(new_key), 1)
+    assert lost.wait(10.0)
+    assert time.monotonic() - began < 0.2 + 2.0  # the poll, and time for this machine
+    assert worker.node.node_key not in {peer.node_key for peer in validator.node.peers()}
+    with pytest.raises(AuthorityError, match=r"revoked node key: account 0x\w+ is registered with another"):
+        worker.node.connect(validator.node.endpoint)
+    worker.close()
+    with pytest.raises(AuthorityError, match="tensorlink stake rotate"):
+        place.open(2, "worker")
+    again = place.open(2, "worker", bootstrap=first, identity=place.folder / "new.json")
+    again.join()
+    assert new_key in {peer.node_key for peer in validator.node.peers()}
 
 
 def test_two_nodes_of_one_machine_do_not_share_an_identity(place):
