@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 #: cross the slowest link within one part's deadline (`pipeline/progress.py`).
 NUM_SENDERS = 4
 #: How long a worker that was lost is tried again: less than it keeps the stages of an author that it lost.
-RESUME_S = 15.0
+RESUME_S = 5.0
 PAUSE_S = 0.2
 #: State by stage.
 States = Mapping[int, Sources]
