@@ -21,28 +21,35 @@ contract Registry is RoundChanges, MemberViews {
     function register(Role role, bytes32 keyHash, uint32 networkId) external returns (uint32 index) {
         Network storage network = _networks[networkId];
         if (!network.header.open) revert UnknownNetwork(networkId);
-        if (keyHash == bytes32(0)) revert ZeroKey();
         uint256 stake = stakeOf(role);
         index = _enter(network);
         Entry storage entry = network.entries[index];
+        bool firstComer = _ask(network, index, keyHash);
         entry.role = role;
         entry.stake = uint128(stake);
         entry.keyHash = keyHash;
         emit Registered(networkId, msg.sender, role, index, keyHash, stake);
-        uint256 owner = network.ownerOf[keyHash];
-        if (owner == 0 && !network.header.started) {
-            // Nobody can verify before the first round, and the genesis validators make up the first epoch. A key taken
-            // here without right goes to its owner as soon as a round verifies it.
-            network.ownerOf[keyHash] = uint256(index) + 1;
-            if (role == Role.Validator) {
-                Epoch memory epoch;
-                _join(networkId, network, epoch, msg.sender);
-                _store(network, epoch);
-            }
-        } else if (owner != 0 && network.entries[owner - 1].verified) {
-            revert KeyTaken(keyHash, network.entries[owner - 1].account);
+        if (firstComer && role == Role.Validator) {
+            Epoch memory epoch;
+            _join(networkId, network, epoch, msg.sender);
+            _store(network, epoch);
         }
         if (stake != 0) sno.safeTransferFrom(msg.sender, address(this), stake);
+    }
+
+    /// @inheritdoc IRegistry
+    function rotateKey(bytes32 keyHash, uint32 networkId) external {
+        Network storage network = _networks[networkId];
+        Entry storage entry = _own(network);
+        if (entry.away) revert NotRegistered(msg.sender);
+        uint256 index = network.indexOf[msg.sender] - 1;
+        bytes32 revoked = entry.keyHash;
+        // A verified key stays its account's for ever: nobody registers it again, and what it signed is answered for.
+        if (!entry.verified && network.ownerOf[revoked] == index + 1) delete network.ownerOf[revoked];
+        _ask(network, index, keyHash);
+        entry.keyHash = keyHash;
+        entry.verified = false;
+        emit KeyRotated(networkId, msg.sender, revoked, keyHash);
     }
 
     /// @inheritdoc IRegistry
@@ -99,6 +106,21 @@ contract Registry is RoundChanges, MemberViews {
         entry.exitAt = 0;
         entry.capability = 0;
         entry.tip = bytes32(0);
+    }
+
+    /// Whether the key is nobody's and, before the first round, now this member's: nobody can verify then, and the genesis
+    /// validators make up the first epoch. A key taken so without right goes to its owner when a round verifies it. Refuses
+    /// a key that is verified, and one that is revoked: it has an owner who has another key.
+    function _ask(Network storage network, uint256 index, bytes32 keyHash) private returns (bool firstComer) {
+        if (keyHash == bytes32(0)) revert ZeroKey();
+        uint256 owner = network.ownerOf[keyHash];
+        if (owner == 0) {
+            firstComer = !network.header.started;
+            if (firstComer) network.ownerOf[keyHash] = index + 1;
+            return firstComer;
+        }
+        Entry storage holder = network.entries[owner - 1];
+        if (holder.verified || holder.keyHash != keyHash) revert KeyTaken(keyHash, holder.account);
     }
 
     function _own(Network storage network) private view returns (Entry storage) {

@@ -146,6 +146,12 @@ class BusyError(Unavailable):
     code = "busy"
 
 
+class VersionError(Unavailable):
+    """A message of a version that the other side does not speak; the message names both."""
+
+    code = "version"
+
+
 class NoWorkersError(Unavailable):
     """Not enough workers for the job; the message gives the numbers found and needed."""
 

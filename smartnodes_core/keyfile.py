@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,26 @@ def read_key_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     if len(data) > MAX_KEY_FILE_BYTES or not isinstance(fields, dict) or fields.get("version") != VERSION:
         raise IdentityError(f"{path} is not a key file of version {VERSION}")
     return fields
+
+
+def hold_key_file(path: str | os.PathLike[str]) -> FileIO:
+    """The key file at `path`, held until it is closed or this process ends. Raises IdentityError where another process
+    holds it: peers keep one connection with each key, and two nodes would take them from each other.
+    """
+    file = FileIO(path, "r")
+    try:
+        import fcntl  # not on every platform
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except BlockingIOError:
+        file.close()
+        raise IdentityError(
+            f"{path} is in use by a node that runs: stop it, ask it with `tensorlink status --node` if it has metrics, "
+            "or take another identity"
+        ) from None
+    return file
 
 
 def secret_fields(name: str, secret: bytes, passphrase: str | None) -> dict[str, str]:

@@ -79,7 +79,9 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         try:
             record = msgspec.msgpack.decode(data, type=cls)
         except (msgspec.DecodeError, RecursionError, ValueError) as error:
-            raise RecordError(f"not a {cls.__name__}: {error}") from None
+            raise RecordError(
+                _other_version(data, str(cls.__struct_config__.tag)) or f"not a {cls.__name__}: {error}"
+            ) from None
         if _encoder.encode(record) != bytes(data):
             raise RecordError(f"{cls.__name__} is not in canonical form: keys must be sorted, integers minimal")
         return record
@@ -87,6 +89,22 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def digest(self) -> bytes:
         """32 bytes that name this record, domain-separated by kind and version."""
         return digest_of(str(self.__struct_config__.tag), self.encode())
+
+
+class _Kind(msgspec.Struct):
+    kind: Name
+
+
+def _other_version(data: bytes | memoryview, tag: str) -> str:
+    """What to say of bytes that are this record in another version; nothing of others."""
+    try:
+        found = msgspec.msgpack.decode(data, type=_Kind).kind
+    except (msgspec.DecodeError, RecursionError, ValueError):
+        return ""
+    (name, _, here), (other, _, version) = tag.partition("/"), found.partition("/")
+    if other != name or version == here or not version.isascii() or not version.isdigit():
+        return ""
+    return f"a {name} of version {version[:9]}, here is {here}: update the older of the two"
 
 
 class Signed(Record, frozen=True, kw_only=True, tag="Signed/1"):

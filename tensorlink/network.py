@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -18,6 +19,7 @@ from smartnodes_core.config import UserConfig, load
 from smartnodes_core.errors import NoWorkersError, PeerUnreachableError, SmartnodesError
 from smartnodes_core.identity import Identity
 from smartnodes_core.nodes.paying import Offer
+from smartnodes_core.nodes.running import serving_metrics
 from smartnodes_core.nodes.station import Station
 from smartnodes_core.nodes.user import UserNode
 from smartnodes_core.records import Announcement, AuditTerms, NodeKey
@@ -47,6 +49,8 @@ class Network:
         self.offer: Offer | None = None
         self._placements: weakref.WeakSet[Any] = weakref.WeakSet()
         self._closed = False
+        self._serving = contextlib.ExitStack()
+        self._serving.enter_context(serving_metrics(station))
 
     @property
     def identity(self) -> Identity:
@@ -129,6 +133,7 @@ class Network:
                 for placement in list(self._placements):
                     placement.close()
             finally:
+                self._serving.close()
                 self.station.close()
 
     def __enter__(self) -> Network:

@@ -1,14 +1,20 @@
 """Sends stages the state that they start from, or are to have instead: a few parts at a time, from wherever it lies.
 
+Where a connection breaks, sending goes on with the parts that were under way. Parts are pushed, and not fetched as in
+`smartnodes_core/nodes/transfer.py`, whose receiver holds the whole: here a part goes from shared memory straight into
+the rig's computing process, and the roots in the job record say already what all of them together must be.
 The other end is `stage_loading.py`.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 
+from smartnodes_core.errors import WorkerLostError
 from smartnodes_core.jobs import Buffer
 from tensorlink.initial_state import Sources, read
 from tensorlink.pipeline.driver import Driver
@@ -16,11 +22,14 @@ from tensorlink.program.parts import Parts
 from tensorlink.program.values import DTYPE_NAMES
 from tensorlink.records import PART_BYTES
 
+logger = logging.getLogger(__name__)
+
 #: Parts under way at once, of all stages together: these are what the user's side holds in memory. Together they must
 #: cross the slowest link within one part's deadline (`pipeline/progress.py`).
 NUM_SENDERS = 4
-
-
+#: How long a worker that was lost is tried again: less than it keeps the stages of an author that it lost.
+RESUME_S = 5.0
+PAUSE_S = 0.2
 #: State by stage.
 States = Mapping[int, Sources]
 
@@ -83,12 +92,28 @@ class _Sending:
             while (place := self._next()) is not None:
                 stage, part = place
                 body = self._body(stage, part, scratch)
-                self._driver.call(stage, "load_part", {"part": part}, body)
+                self._deliver(stage, part, body)
                 with self._lock:
                     self._on_bytes(sum(len(piece) for piece in body))
         except BaseException as error:
             with self._lock:
                 self._error = self._error or error
+
+    def _deliver(self, stage: int, part: int, body: list[Buffer]) -> None:
+        """Raises WorkerLostError when the worker was not reached again within RESUME_S."""
+        deadline_s: float | None = None
+        pause = threading.Event()
+        while True:
+            try:
+                self._driver.call(stage, "load_part", {"part": part}, body)
+                return
+            except WorkerLostError as error:
+                deadline_s = deadline_s or time.monotonic() + RESUME_S
+                if time.monotonic() + PAUSE_S > deadline_s:
+                    raise
+                logger.info("part %d of stage %d is sent again: %s", part, stage, error)
+            pause.wait(PAUSE_S)
+            self._driver.take_up()
 
     def _next(self) -> tuple[int, int] | None:
         with self._lock:

@@ -48,6 +48,7 @@ interface IRegistry {
         uint32 indexed networkId, address indexed account, Role role, uint32 index, bytes32 keyHash, uint256 stake
     );
     event Admitted(uint32 indexed networkId, address indexed account, uint256 index, uint32 capability);
+    event KeyRotated(uint32 indexed networkId, address indexed account, bytes32 revokedKeyHash, bytes32 keyHash);
     event EquivocationProven(uint32 indexed networkId, address indexed account);
     event ExitRequested(uint32 indexed networkId, address indexed account, uint256 withdrawableAt);
     event Withdrawn(uint32 indexed networkId, address indexed account, uint256 amount);
@@ -77,6 +78,11 @@ interface IRegistry {
     /// one key, so that nobody squats it. Before a network's first round the first to come is live at once, unverified. A
     /// member that has exited and withdrawn may come back, with its old reputation.
     function register(Role role, bytes32 keyHash, uint32 networkId) external returns (uint32 index);
+
+    /// @notice Revokes the caller's node key at once and asks for `keyHash` in its place; index, stake and reputation stay, a
+    /// validator stays in the epoch. The next round verifies the new key as at registration. A key that was verified is
+    /// never registered again, by nobody; `accountOf` still names the account that answers for what it signed.
+    function rotateKey(bytes32 keyHash, uint32 networkId) external;
 
     /// @notice Stops taking part at once; the stake can be withdrawn after `exitDelay` seconds.
     function requestExit(uint32 networkId) external;
@@ -134,7 +140,7 @@ interface IRegistry {
     /// @notice The member of `account`; `role` is None where there is none.
     function memberOf(uint32 networkId, address account) external view returns (Member memory);
 
-    /// @notice The account bound to a node key, or zero.
+    /// @notice The account that a node key is or, before it was revoked, was bound to; or zero.
     function accountOf(uint32 networkId, bytes32 keyHash) external view returns (address);
 
     /// @notice 0 = blacklisted or never registered, 1 = newcomer, 255 = best.

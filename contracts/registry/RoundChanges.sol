@@ -68,7 +68,7 @@ abstract contract RoundChanges is Epochs {
         uint256 owner = network.ownerOf[entry.keyHash];
         if (owner != 0 && owner != index + 1) {
             Entry storage other = network.entries[owner - 1];
-            if (other.verified) return;
+            if (other.verified || other.keyHash != entry.keyHash) return; // its own, or one that it has revoked
             _leave(networkId, network, epoch, other.account);
         }
         network.ownerOf[entry.keyHash] = index + 1;

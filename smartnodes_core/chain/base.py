@@ -133,6 +133,11 @@ class Chain(Protocol):
         index. The member is live when a round admits it; before the network's first round, at once.
         """
 
+    def rotate_key(self, node_key_hash: bytes, network_id: int) -> None:
+        """Revokes the account's node key at once, for ever, and asks for another; stake and reputation stay. A round
+        admits the new key as it does at registration.
+        """
+
     def request_exit(self, network_id: int) -> None:
         """Stops taking part; the stake is paid back by `withdraw_stake` after the exit delay."""
 
@@ -145,6 +150,9 @@ class Chain(Protocol):
         """All members ever registered, in the order of their index."""
 
     def member(self, network_id: int, account: bytes) -> Member | None: ...
+
+    def account_of_key(self, network_id: int, node_key_hash: bytes) -> bytes | None:
+        """Who answers for what a node key signed: the account that it is bound to, or that has revoked it."""
 
     def validators(self, network_id: int) -> list[bytes]:
         """The validators of the epoch, in ascending order."""

@@ -70,6 +70,9 @@ class ChainClient:
         entry = self._read(self._registry.memberOf(network_id, checksum(self.account)))
         return _member(entry).index
 
+    def rotate_key(self, node_key_hash: bytes, network_id: int) -> None:
+        self._gateway.transact(self._registry.rotateKey(node_key_hash, network_id))
+
     def request_exit(self, network_id: int) -> None:
         self._gateway.transact(self._registry.requestExit(network_id))
 
@@ -98,6 +101,10 @@ class ChainClient:
     def member(self, network_id: int, account: bytes) -> Member | None:
         entry = self._read(self._registry.memberOf(network_id, checksum(account)))
         return _member(entry) if entry[1] else None
+
+    def account_of_key(self, network_id: int, node_key_hash: bytes) -> bytes | None:
+        account = _account(self._read(self._registry.accountOf(network_id, node_key_hash)))
+        return account if any(account) else None
 
     def validators(self, network_id: int) -> list[bytes]:
         return sorted(_account(text) for text in self._read(self._registry.validators(network_id)))

@@ -47,6 +47,10 @@ class MemoryChain:
         with self.model.lock:
             return self.model.register(self.account, role, node_key_hash, network_id)
 
+    def rotate_key(self, node_key_hash: bytes, network_id: int) -> None:
+        with self.model.lock:
+            self.model.rotate_key(self.account, node_key_hash, network_id)
+
     def request_exit(self, network_id: int) -> None:
         with self.model.lock:
             member = self._own("requestExit", network_id)
@@ -85,6 +89,12 @@ class MemoryChain:
 
     def member(self, network_id: int, account: bytes) -> Member | None:
         return next((member for member in self.members(network_id) if member.account == account), None)
+
+    def account_of_key(self, network_id: int, node_key_hash: bytes) -> bytes | None:
+        with self.model.lock:
+            network = self.model.peek(network_id)
+            index = network.owners.get(node_key_hash)
+            return None if index is None else network.members[index].account
 
     def validators(self, network_id: int) -> list[bytes]:
         with self.model.lock:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from smartnodes_core.dht.asking import NodeCalls
 from smartnodes_core.dht.contacts import Contact
 from smartnodes_core.dht.node import DhtNode
-from smartnodes_core.dht.upkeep import Upkeep, leave
+from smartnodes_core.dht.upkeep import INTERVAL_S, Upkeep, leave
 from smartnodes_core.errors import ConfigError, ConnectionLostError
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.records import NodeKey, Role
@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 MAX_THREADS = 16
 FIND_TIMEOUT_S = 5.0
+#: A connection that only the DHT has used is closed when it was not used for so long. Contacts are pinged every ten
+#: minutes: keeping connections to all of them would take more than dialling those again.
+IDLE_S = 120.0
 #: So long somebody who was looked for is not looked for again, and so many are remembered.
 MISSING_S, MAX_MISSING = 30.0, 1024
 
@@ -46,12 +49,16 @@ class RunningDht:
             endpoints=lambda: self._endpoints,
             role_of=role_of,
         )
-        self._upkeep = Upkeep(self.dht, contacts)
+        self._upkeep = Upkeep(self.dht, contacts, INTERVAL_S, self._close_idle)
         node.find_address = self.find_address
 
     def start(self) -> None:
         """Begins to join, on another thread."""
         self._upkeep.start()
+
+    def wait_joined(self, timeout_s: float) -> bool:
+        """Until the first attempt to join has ended; False when it has not in `timeout_s`."""
+        return self._upkeep.joined.wait(timeout_s)
 
     def take_part(self, endpoints: Sequence[str]) -> None:
         """Serve the others, at these endpoints."""
@@ -73,6 +80,14 @@ class RunningDht:
                 self._node.add_address(node_key, endpoint)
             except ConfigError as error:
                 logger.info("node %s announced a bad endpoint: %s", node_key.hex()[:8], error)
+
+    def _close_idle(self) -> None:
+        """Ends connections that only the DHT needed. A node that nobody can dial keeps those to validators, which
+        introduce it.
+        """
+        num_closed = self._node.close_idle(IDLE_S, lambda peer: not self._endpoints and peer.role == "validator")
+        if num_closed:
+            logger.debug("%d connections were closed that the DHT used last", num_closed)
 
     def _run(self, job: Callable[[], None]) -> None:
         if self._closed:  # the pool would drop it, and whoever waits for it would do so until its deadline

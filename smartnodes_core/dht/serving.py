@@ -45,13 +45,13 @@ class DhtService:
         self.table, self.values = table, values
         self._endpoints, self._role_of = endpoints, role_of
 
-    @allow(max_body_bytes=0)
+    @allow(max_body_bytes=0, passing=True)
     def rpc_dht_ping(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
         """Whether this node is there."""
         self._hear(caller, params)
         return self._with_endpoints()
 
-    @allow(max_body_bytes=0)
+    @allow(max_body_bytes=0, passing=True)
     def rpc_dht_find(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
         """The contacts nearest to `target`, and with `values` the records under it."""
         self._hear(caller, params)
@@ -63,7 +63,7 @@ class DhtService:
         reply = self._with_endpoints(contacts=[contact.encode() for contact in nearest[:BUCKET_SIZE]])
         return reply, [msgspec.msgpack.encode(self._page(key))] if with_values else []
 
-    @allow(max_body_bytes=MAX_SIGNED_BYTES)
+    @allow(max_body_bytes=MAX_SIGNED_BYTES, passing=True)
     def rpc_dht_store(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
         """Keep a record, of the caller or passed on; whether it is newer than what was kept."""
         self._hear(caller, params)

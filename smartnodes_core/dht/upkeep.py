@@ -71,10 +71,18 @@ def leave(dht: DhtNode, timeout_s: float = LEAVE_TIMEOUT_S) -> int:
 
 
 class Upkeep:
-    """Joins through `contacts`, asked whenever nobody is known, and maintains `dht`; on a thread of its own."""
+    """Joins through `contacts`, asked whenever nobody is known, and maintains `dht`; on a thread of its own. `tidy` is
+    called after every turn.
+    """
 
-    def __init__(self, dht: DhtNode, contacts: Callable[[], Sequence[Contact]], interval_s: float = INTERVAL_S) -> None:
-        self._dht, self._contacts, self._interval_s = dht, contacts, interval_s
+    def __init__(
+        self,
+        dht: DhtNode,
+        contacts: Callable[[], Sequence[Contact]],
+        interval_s: float = INTERVAL_S,
+        tidy: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._dht, self._contacts, self._interval_s, self._tidy = dht, contacts, interval_s, tidy
         self._stopping = threading.Event()
         self.joined = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dht upkeep", daemon=True)
@@ -93,8 +101,9 @@ class Upkeep:
             try:
                 if len(self._dht.table) == 0:  # at the start, or everybody is gone
                     self._dht.join(self._contacts())
-                    self.joined.set()
+                self.joined.set()
                 maintain(self._dht, timeout_s=self._interval_s)
+                self._tidy()
             except SmartnodesError as error:
                 logger.warning("the DHT is not maintained this time: %s", error)
             except Exception:

@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
-from smartnodes_core.chain.base import Member
+from smartnodes_core.chain.base import ROLES, Member
 from smartnodes_core.errors import AuthorityError, ChainError
+from smartnodes_core.records import Role
 from smartnodes_core.transport.base import Peer
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class OpenAuthority:
 class ChainAuthority:
     """Admits live members of the chain's list, which it reads every `poll_interval_s` and, at most once in
     `min_refresh_interval_s`, when somebody unknown appears. `members` may raise ChainError, and is never called twice
-    at once.
+    at once. `stake_wei` is what a role has to stake, which does not change.
     """
 
     def __init__(
@@ -68,8 +69,10 @@ class ChainAuthority:
         *,
         poll_interval_s: float = POLL_INTERVAL_S,
         min_refresh_interval_s: float = MIN_REFRESH_INTERVAL_S,
+        stake_wei: Callable[[Role], int] = lambda role: 0,
     ) -> None:
-        self._members = members
+        self._members, self._stake_wei = members, stake_wei
+        self._needed_wei: dict[Role, int] = {}
         self._poll_interval_s, self._min_refresh_interval_s = poll_interval_s, min_refresh_interval_s
         self._known: dict[bytes, Member] = {}
         self._by_account: dict[tuple[bytes, bytes], Member] = {}
@@ -112,6 +115,11 @@ class ChainAuthority:
         if member is None:
             if self._failure is not None:
                 raise AuthorityError(f"{peer} is new here and cannot be checked: {self._failure}; try again later")
+            if any(each == account for _, each in self._by_account):
+                raise AuthorityError(
+                    f"{peer} has a revoked node key: account 0x{account.hex()} is registered with another; start the "
+                    "node with that identity"
+                )
             raise AuthorityError(
                 f"{peer} is not registered on chain: register its key {peer.node_key.hex()[:16]} first"
             )
@@ -125,10 +133,17 @@ class ChainAuthority:
             raise AuthorityError(f"{peer} is registered as {member.role}, not as {peer.role}")
         if member.reputation <= 0:
             raise AuthorityError(f"{peer} is blacklisted: its reputation on chain is 0")
-        if not _takes_part(member):
+        if not self._takes_part(member):
             raise AuthorityError(
                 f"{peer} takes no part: it has left, or its stake on chain is below what its role needs"
             )
+
+    def _takes_part(self, member: Member) -> bool:
+        """Also those on the way in or out: whose key waits for a round, who asked to leave and still answers audits."""
+        has_stake = member.stake_wei >= self._needed_wei.get(member.role, 0)
+        joining = not member.verified and member.exit_at_s == 0 and has_stake
+        leaving = member.exit_at_s != 0 and member.stake_wei > 0
+        return member.live or joining or leaving
 
     def _refresh_if_old(self) -> bool:
         """True when the list was read since the caller looked at it, here or by another thread."""
@@ -148,6 +163,7 @@ class ChainAuthority:
     def _read_chain(self) -> None:
         try:
             members = self._members()
+            self._needed_wei = self._needed_wei or {role: self._stake_wei(role) for role in ROLES}
         except ChainError as error:
             if self._failure is None:
                 logger.warning("the chain cannot be read, known peers stay and new ones wait: %s", error)
@@ -170,10 +186,3 @@ class ChainAuthority:
 def by_key_hash(members: Sequence[Member]) -> dict[bytes, Member]:
     """The members by node key: of several that ask for one key, the one that is live."""
     return {member.key_hash: member for member in sorted(members, key=lambda member: member.live)}
-
-
-def _takes_part(member: Member) -> bool:
-    """Also those on the way in or out: who waits to be admitted, who asked to leave and still answers audits."""
-    joining = not member.verified and member.exit_at_s == 0
-    leaving = member.exit_at_s != 0 and member.stake_wei > 0
-    return member.live or joining or leaving

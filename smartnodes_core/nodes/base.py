@@ -29,7 +29,7 @@ from smartnodes_core.nodes.authority import Authority, WatchingAuthority
 from smartnodes_core.nodes.bulk_links import ARRIVAL_S, BulkLinks
 from smartnodes_core.nodes.links import AddressBook, Links
 from smartnodes_core.records import SignedBinding
-from smartnodes_core.rpc import CallOptions, PendingCall, Reply, Result, RpcEndpoint, allow
+from smartnodes_core.rpc import CallOptions, PendingCall, Reply, Result, RpcEndpoint, Version, allow
 from smartnodes_core.rpc.pace import MAX_DEADLINE_S
 from smartnodes_core.transport.base import (
     SEND_TIMEOUT_S,
@@ -141,6 +141,10 @@ class Node:
         """Lets peers call the methods of `obj` named `rpc_…`; see `rpc.allow`."""
         self._rpc.serve(obj)
 
+    def declare(self, message: str, version: Version, oldest_major: int | None = None) -> None:
+        """Says which version of a message this node speaks (of a stream: `stream_of(topic)`): see `rpc/versions.py`."""
+        self._rpc.versions.declare(message, version, oldest_major)
+
     def on_stream(
         self,
         topic: str,
@@ -180,15 +184,24 @@ class Node:
             self.add_address(node_key, endpoint)
             return self._connection(node_key, timeout_s).peer
         connection = self._dial_unknown(endpoint, time.monotonic() + timeout_s)
+        self._rpc.used(connection, passing=False)
         self._addresses.add(connection.peer.node_key, endpoint)
         return connection.peer
 
-    def reach(self, node_key: bytes, timeout_s: float = DIAL_TIMEOUT_S, *, hearsay: Sequence[str] = ()) -> Peer:
+    def reach(
+        self,
+        node_key: bytes,
+        timeout_s: float = DIAL_TIMEOUT_S,
+        *,
+        hearsay: Sequence[str] = (),
+        passing: bool = False,
+    ) -> Peer:
         """Connects to a peer unless it is connected, so that it can call a node that does not listen.
 
         `hearsay` are endpoints that some third node named: they are tried last, and kept only if the peer is there.
+        With `passing` the connection is for passing calls, and `close_idle` may close it.
         """
-        return self._connection(node_key, timeout_s, hearsay).peer
+        return self._connection(node_key, timeout_s, hearsay, passing=passing).peer
 
     def add_address(self, node_key: bytes, endpoint: str) -> None:
         """Remembers where a peer is reached, from a signed announcement or the user's settings."""
@@ -222,7 +235,7 @@ class Node:
         """As `call`, but returns when the call is queued; see `RpcEndpoint.begin_call`."""
         timeout_s = options.get("timeout_s", MAX_DEADLINE_S)
         deadline_s = time.monotonic() + timeout_s
-        connection = self._connection(node_key, timeout_s)
+        connection = self._connection(node_key, timeout_s, passing=options.get("passing", False))
         COUNTERS.add("calls_made", method)
         if bulk:
             connection = self._open_bulk(connection, deadline_s)[0]
@@ -271,11 +284,24 @@ class Node:
             logger.info("dropping %s: %s", connection.peer, reason)
             self._close(connection, reason)
 
+    def close_idle(self, idle_s: float, keep: Callable[[Peer], bool] = lambda peer: False) -> int:
+        """Closes connections that this node dialled for passing calls and that were not used for `idle_s`, but those to
+        peers that are to be kept; how many. Whoever is called again is dialled again.
+        """
+        dialled = [
+            connection
+            for connection in self._links.all()
+            if connection.dialled and not getattr(connection, "introduced", False) and not keep(connection.peer)
+        ]
+        return self._rpc.close_idle(dialled, idle_s, lambda each: self._close(each, "nobody needs it now"))
+
     # -- connections --------------------------------------------------------------------------------------------------
 
-    def _connection(self, node_key: bytes, timeout_s: float, hearsay: Sequence[str] = ()) -> Connection:
+    def _connection(
+        self, node_key: bytes, timeout_s: float, hearsay: Sequence[str] = (), *, passing: bool = False
+    ) -> Connection:
         connection = self._links.get(node_key)
-        if connection is not None:
+        if connection is not None and self._rpc.used(connection, passing=passing):
             return connection
         if node_key == self.node_key:
             raise PeerUnreachableError("a node does not call itself over the network")
@@ -283,12 +309,13 @@ class Node:
         if self.find_address is not None and not hearsay and not self._addresses.knows(node_key):
             self.find_address(node_key, min(timeout_s, DIAL_TIMEOUT_S))
         found = self._links.begin_dialling(node_key, deadline_s)
-        if found is not None:
-            return found
-        try:
-            return self._dial_any(node_key, deadline_s, hearsay)
-        finally:
-            self._links.end_dialling(node_key)
+        if found is None:
+            try:
+                found = self._dial_any(node_key, deadline_s, hearsay)
+            finally:
+                self._links.end_dialling(node_key)
+        self._rpc.used(found, passing=passing)
+        return found
 
     def _open_bulk(self, calls: Connection, deadline_s: float) -> list[Connection]:
         """The bulk connections beside `calls`, made by whoever dialled that one; beside one that came about by
@@ -434,6 +461,7 @@ class Node:
                 connection.close("the connection for calls has ended")
                 return
             self._bulk.add(connection, calls)
+            self._rpc.used(calls, passing=False)
             if calls.closed:  # it may have ended before it knew of this one
                 self._close_bulk(calls, "the connection for calls has ended")
         else:

@@ -69,7 +69,8 @@ class BulkLinks:
     def get(self, calls: Connection, deadline_s: float, open_all: Callable[[], None]) -> list[Connection]:
         """The live ones beside `calls`. Where there is none, one caller runs `open_all`, and the others wait for it.
 
-        Raises what `open_all` raises, DeadlineError when none is there by `deadline_s` (of the monotonic clock).
+        Raises what `open_all` raises, DeadlineError when none is there by `deadline_s` (of the monotonic clock),
+        ConnectionLostError when `calls` has ended before.
         """
         while True:
             with self._changed:
@@ -79,10 +80,8 @@ class BulkLinks:
                 ours = calls not in self._opening
                 if ours:
                     self._opening.add(calls)
-                elif time.monotonic() >= deadline_s or calls.closed:
-                    raise DeadlineError(f"no bulk connection to {calls.peer} was made in time")
                 else:
-                    self._changed.wait(deadline_s - time.monotonic())
+                    self._wait_for_change(calls, deadline_s)
                     continue
             try:
                 open_all()
@@ -96,11 +95,16 @@ class BulkLinks:
         """`add` runs on a thread of the connection's own."""
         with self._changed:
             while not (found := self._live(calls)):
-                left_s = deadline_s - time.monotonic()
-                if left_s <= 0 or calls.closed:
-                    raise DeadlineError(f"the bulk connection to {calls.peer} did not come")
-                self._changed.wait(left_s)
+                self._wait_for_change(calls, deadline_s)
             return found
+
+    def _wait_for_change(self, calls: Connection, deadline_s: float) -> None:
+        if calls.closed:
+            raise ConnectionLostError(f"the connection to {calls.peer} ended before a bulk one stood beside it")
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise DeadlineError(f"no bulk connection to {calls.peer} was made in time")
+        self._changed.wait(left_s)
 
     def _live(self, calls: Connection) -> list[Connection]:
         return [bulk for bulk in self._beside.get(calls, ()) if not bulk.closed]

@@ -66,6 +66,26 @@ class JobCopy:
             state = "closed"
         return cls(job, state, closing, tuple((at_s, event) for at_s, event in history))
 
+    def summary(self) -> dict[str, Any]:
+        """What the copy says, as plain data for people: keys and digests as hexadecimal. State and history are the
+        keeper's words, their text is what a stranger chose.
+        """
+        record, plan = self.job.record, self.job.plan
+        return {
+            "job": self.job.id.hex(),
+            "job_type": record.job_type,
+            "author": record.author.hex(),
+            "created_at_s": record.created_at_s,
+            "state": self.state,
+            "plan_version": plan.version,
+            "stages": [
+                {"replica": item.replica, "stage": item.stage, "worker": item.worker.hex(), "endpoint": item.endpoint}
+                for item in sorted(plan.assignments, key=lambda item: (item.replica, item.stage))
+            ],
+            "validators": [validator.hex() for validator in plan.validators],
+            "history": [{"at_s": at_s, "event": event} for at_s, event in self.history],
+        }
+
     def is_newer_than(self, other: JobCopy) -> bool:
         """A later plan, or the end."""
         return (self.job.plan.version, bool(self.closing)) > (other.job.plan.version, bool(other.closing))

@@ -28,6 +28,7 @@ class Ledger:
         self.commitments: dict[bytes, Commitment] = {}
         self.released_by: set[NodeKey] = set()
         self.timer: threading.Timer | None = None
+        self.waits_for_author = False  # the timer runs because the author was lost
 
     def next(self, worker: NodeKey, content: dict[str, Any]) -> Commitment:
         """The commitment with this content, chained to the last one that was kept."""
@@ -69,7 +70,9 @@ class Ledger:
         validators = set(self._stage.job.plan.validators)
         self.released_by.add(validator)
         released = self.released_by & validators
-        return released == validators, len(released) > (len(validators) - 1) // 3
+        credible = len(released) > (len(validators) - 1) // 3
+        self.waits_for_author &= not credible  # the job has ended, whoever calls
+        return released == validators, credible
 
 
 class HeldStages:

@@ -42,6 +42,7 @@ class Membership:
         self._by_hash: dict[bytes, Member] = {}
         self._contested: set[bytes] = set()
         self._node_keys: dict[bytes, NodeKey] = {}
+        self._revoked: dict[bytes, bytes] = {}
 
     def members(self, max_age_s: float = FRESH_S) -> Sequence[Member]:
         """All members, as `ChainAuthority` takes them. Raises ChainError."""
@@ -57,6 +58,9 @@ class Membership:
             verified = {member.key_hash for member in members if member.verified}
             self._contested = {key for key, count in claims.items() if count > 1 and key not in verified}
             self._members = members
+            hashes = {member.account: member.key_hash for member in members}
+            met = list(self._node_keys.items())  # others add to it meanwhile
+            self._node_keys = {account: key for account, key in met if hashes.get(account) == key_hash(key)}
             self._read_at_s = time.monotonic()
 
     def _is_due(self) -> bool:
@@ -89,8 +93,19 @@ class Membership:
         return self._node_keys.get(account)
 
     def account_of(self, node_key: NodeKey) -> bytes | None:
+        """Who answers for what a node key signed: its member, or the account that has revoked it since. Raises as `of`,
+        also for a revoked key that was not asked for before.
+        """
         member = self.of(node_key)
-        return member.account if member else None
+        if member is not None:
+            return member.account
+        hashed = key_hash(node_key)
+        if hashed not in self._revoked:
+            account = self.chain.account_of_key(self.network_id, hashed)
+            if account is None:
+                return None
+            self._revoked[hashed] = account
+        return self._revoked[hashed]
 
     def is_contested(self, node_key: NodeKey) -> bool:
         """Whether several accounts ask for this node key and no round has said yet whose it is. Raises as `of`."""
@@ -132,8 +147,8 @@ class Membership:
             raise ConfigError("the registration is not on chain although the chain accepted it: is it another network?")
         if (member.role, member.key_hash) != (role, key_hash(node_key)):
             raise AuthorityError(
-                f"account 0x{account.hex()} is registered as {member.role} with another node key: use "
-                "another account, or the identity it was registered with"
+                f"account 0x{account.hex()} is registered as {member.role} with another node key: use another account, "
+                "the identity it was registered with, or give it this one with `tensorlink stake rotate`"
             )
         if member.reputation == 0:
             raise AuthorityError(f"account 0x{account.hex()} is blacklisted in network {self.network_id}")

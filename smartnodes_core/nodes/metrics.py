@@ -1,4 +1,5 @@
-"""A node's state for Prometheus, read when somebody asks: nothing is collected in between.
+"""A node's state for Prometheus, read when somebody asks: nothing is collected in between. And, for programs on the
+same machine alone, the record of a job that the node looks up: at /jobs/ID, as JSON.
 
 Counters are those of `counters.py`, bytes and CPU seconds those of `usage.py`; what is so now (peers, circuits, how
 this node is reached) is asked of the station.
@@ -6,17 +7,20 @@ this node is reached) is asked of the station.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from ipaddress import ip_address
 from typing import Any
 
 from smartnodes_core.counters import COUNTERS, HELP
-from smartnodes_core.errors import ConfigError, PortInUseError
+from smartnodes_core.errors import AuthorityError, ConfigError, PortInUseError, SmartnodesError
 from smartnodes_core.nodes.station import Station
 from smartnodes_core.transport.base import split_endpoint
 from smartnodes_core.usage import USAGE
 
 PREFIX = "smartnodes"
+JOBS = "/jobs/"
 
 
 class StationCollector:
@@ -72,11 +76,48 @@ class StationCollector:
         )
 
 
+Answer = Callable[[str, list[tuple[str, str]]], object]
+
+
+class JobPages:
+    """A WSGI application that answers /jobs/ID, and passes everything else on to `rest`."""
+
+    def __init__(self, station: Station, rest: Callable[[dict[str, Any], Answer], Iterable[bytes]]) -> None:
+        self._station, self._rest = station, rest
+
+    def __call__(self, environ: dict[str, Any], answer: Answer) -> Iterable[bytes]:
+        path = str(environ.get("PATH_INFO", ""))
+        if not path.startswith(JOBS):
+            return self._rest(environ, answer)
+        status, found = self._find(path.removeprefix(JOBS), str(environ.get("REMOTE_ADDR", "")))
+        answer(status, [("Content-Type", "application/json")])
+        return [json.dumps(found).encode()]
+
+    def _find(self, name: str, asker: str) -> tuple[str, dict[str, Any]]:
+        try:
+            if not ip_address(asker).is_loopback:
+                raise AuthorityError("jobs are shown to programs on the node's machine alone")
+            return "200 OK", self._station.find_job(job_named(name)).summary()
+        except SmartnodesError as error:
+            return "404 Not Found", {"error": str(error)}
+
+
+def job_named(name: str) -> bytes:
+    """The job id of 64 hexadecimal digits. Raises ConfigError."""
+    try:
+        job_id = bytes.fromhex(name)
+    except ValueError:
+        job_id = b""
+    if len(job_id) != 32:
+        raise ConfigError(f"{name[:80]!r} is no job's id: 64 hexadecimal digits are needed")
+    return job_id
+
+
 class MetricsServer:
     """Serves metrics at `where`: "port" (on loopback) or "host:port". Raises PortInUseError, ConfigError."""
 
     def __init__(self, station: Station, where: str) -> None:
-        from prometheus_client import CollectorRegistry, start_http_server
+        from prometheus_client import CollectorRegistry, make_wsgi_app, start_http_server
 
         host, port = split_endpoint(where if ":" in where else f"127.0.0.1:{where}")
         registry = CollectorRegistry()
@@ -87,6 +128,7 @@ class MetricsServer:
             raise ConfigError(f"port {port} may not be opened by this user: choose one over 1023 for metrics") from None
         except OSError as error:
             raise PortInUseError(f"metrics cannot be served at {host}:{port}: {error.strerror}") from None
+        self._server.set_app(JobPages(station, make_wsgi_app(registry)))
         self.port = int(self._server.server_address[1])
 
     def close(self) -> None:

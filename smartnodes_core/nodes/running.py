@@ -46,10 +46,11 @@ def running_validator(config: ValidatorConfig, auditor: Auditor, settings: Valid
             station.announced,
             station.dht_node,
         )
+        station.own_copy = validator.keeper.copy_of
         station.join()
         station.announce(dict)
         validator.start()
-        with _metrics(station):
+        with serving_metrics(station):
             yield station
         validator.stop()
         journal.close()
@@ -86,7 +87,7 @@ def running_worker(
         station.join()
         announced = offers or handler.offers
         station.announce(lambda: {**announced(), "free_slots": worker.num_free_slots})
-        with _metrics(station):
+        with serving_metrics(station):
             yield station
         worker.drain("the rig is stopping")
         journal.close()
@@ -95,7 +96,7 @@ def running_worker(
 
 
 @contextmanager
-def _metrics(station: Station) -> Iterator[None]:
+def serving_metrics(station: Station) -> Iterator[None]:
     """Serves the node's metrics where the settings say so."""
     if not station.config.metrics:
         yield

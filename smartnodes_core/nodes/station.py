@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
+from io import FileIO
 
 from smartnodes_core.chain.account import load_account_key
-from smartnodes_core.chain.base import Chain, Member
+from smartnodes_core.chain.base import Chain
 from smartnodes_core.chain.settings import Addresses
 from smartnodes_core.config import NodeConfig
 from smartnodes_core.dht.announcer import Announcer
@@ -27,6 +28,7 @@ from smartnodes_core.dht.running import RunningDht
 from smartnodes_core.dht.storage import RecordStore
 from smartnodes_core.errors import AuthorityError, ChainError, JobError, SmartnodesError, Unavailable
 from smartnodes_core.identity import Identity, make_binding
+from smartnodes_core.keyfile import hold_key_file
 from smartnodes_core.nodes.authority import ChainAuthority
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.introducing import IntroductionDesk
@@ -68,7 +70,10 @@ class Station:
     dht: RunningDht | None = None
     #: How others reach this node, once a worker or a validator has joined.
     reachability: Reachability | None = None
+    #: What this node itself keeps of a job's record; validators set it.
+    own_copy: Callable[[bytes], JobCopy | None] = lambda job_id: None
     _announcer: Announcer | None = None
+    _held: FileIO | None = None
     _learn_at_s: float = 0.0
     _num_learnt: int = 0
 
@@ -81,6 +86,25 @@ class Station:
         identity = Identity.load(config.identity, passphrase)
         account_key = load_account_key(config.account, passphrase)
         addresses = Addresses.read(config.addresses)
+        held = hold_key_file(config.identity)
+        try:
+            opened = cls._open(config, role, tip, identity, account_key, addresses)
+        except BaseException:
+            held.close()
+            raise
+        opened._held = held
+        return opened
+
+    @classmethod
+    def _open(
+        cls,
+        config: NodeConfig,
+        role: Role,
+        tip: bytes | None,
+        identity: Identity,
+        account_key: bytes,
+        addresses: Addresses,
+    ) -> Station:
         place = (role, addresses.chain_id, addresses.registry, config.network_id)
 
         def bind() -> SignedBinding:
@@ -89,7 +113,10 @@ class Station:
         binding = bind()
         connecting: Future[Membership] = Future()
         authority = ChainAuthority(
-            lambda: _members(connecting), poll_interval_s=config.chain_poll_interval_s, min_refresh_interval_s=0.5
+            lambda: _joined(connecting).members(max_age_s=0.0),
+            poll_interval_s=config.chain_poll_interval_s,
+            min_refresh_interval_s=0.5,
+            stake_wei=lambda role: _joined(connecting).chain.stake_wei(role),
         )
         endpoint = None if role == "user" else config.endpoint
         transport = TlsTransport(identity, binding, congestion_control=config.congestion_control)
@@ -215,10 +242,13 @@ class Station:
 
     def find_job(self, job_id: bytes) -> JobCopy:
         """A job's record as its keepers show it, found by its id. Raises JobError where there is none."""
-        dht = self.dht_node()
-        if dht is None:
+        own = self.own_copy(job_id)
+        if own is not None:
+            return own
+        if self.dht is None:
             raise JobError("jobs are looked up by nodes that have joined: call `join` first")
-        return fetch_job(self.node, dht.find_job, job_id)
+        self.dht.wait_joined(JOIN_TIMEOUT_S)
+        return fetch_job(self.node, self.dht.dht.find_job, job_id)
 
     def announced(self, node_key: NodeKey) -> Signed | None:
         """What a node announced last, as it signed it; only validators keep that."""
@@ -255,11 +285,13 @@ class Station:
         self.node.stop()
         if self.relay is not None:
             self.relay.stop()
+        if self._held is not None:
+            self._held.close()
 
 
-def _members(connecting: Future[Membership]) -> Sequence[Member]:
-    """The chain's members, as soon as this node has connected to the chain and registered."""
+def _joined(connecting: Future[Membership]) -> Membership:
+    """What the chain says, as soon as this node has connected to it and registered."""
     try:
-        return connecting.result(CONNECT_TIMEOUT_S).members(max_age_s=0.0)
+        return connecting.result(CONNECT_TIMEOUT_S)
     except (FutureTimeout, CancelledError):
         raise ChainError("this node is still connecting to the chain") from None

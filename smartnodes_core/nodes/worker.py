@@ -168,9 +168,13 @@ class WorkerNode:
         return {}
 
     def release_jobs_of(self, author: NodeKey, reason: str) -> None:
-        """The author is gone: its stages are freed, since nobody else may drive them, when their audits are through."""
+        """The author is gone: its stages are freed, since nobody else may drive them, when their audits are through;
+        unless it calls them again before.
+        """
         with self._lock:
             stages = [stage for stage in self._held.stages.values() if stage.author == author]
+            for ledger in (self._held.ledgers[stage.key] for stage in stages):
+                ledger.waits_for_author |= ledger.timer is None
         for stage in stages:
             self._retire(stage, reason, RELEASE_TIMEOUT_S)
 
@@ -215,9 +219,15 @@ class WorkerNode:
         return self.handler.call(stage, text_in(params, "method"), map_in(params, "params"), body)
 
     def _check_author(self, caller: Peer, params: dict[str, Any], num_body_bytes: int) -> None:
-        """Nobody but the author gets memory for a call's body."""
-        if caller.node_key != self._held.stage(text_in(params, "key")).author:
+        """Nobody but the author gets memory for a call's body. One that was lost and calls again keeps its stage."""
+        stage = self._held.stage(text_in(params, "key"))
+        if caller.node_key != stage.author:
             raise AuthorityError("only the author of a job drives its stages")
+        with self._lock:
+            ledger = self._held.ledgers.get(stage.key)
+            if ledger is not None and ledger.timer is not None and ledger.waits_for_author:
+                ledger.timer.cancel()
+                ledger.timer, ledger.waits_for_author = None, False
 
     def _allocate(self, peer: Peer, header: dict[str, Any], num_bytes: int) -> memoryview:
         stage = self._stage_for_frame(peer, header)

@@ -1,16 +1,17 @@
 """Calls, notifications and streams over connections: the sink of a node's frames.
 
-    {"kind": "call",   "id", "method", "params", "timeout_ms"}  + body     answered by
-    {"kind": "reply",  "id", "params"}                          + body     or
+    {"kind": "call",   "version", "id", "method", "params", "timeout_ms"}  + body     answered by
+    {"kind": "reply",  "version", "id", "params"}                          + body     or
     {"kind": "error",  "id", "code", "message"}
-    {"kind": "cancel", "id"}                                               the caller waits no more; not answered
-    {"kind": "notify", "method", "params"}                      + body     not answered
-    {"kind": "stream", "topic", "header"}                       + body     not answered; with "piece": see `striping.py`
+    {"kind": "cancel", "id"}                                      the caller waits no more; not answered
+    {"kind": "notify", "version", "method", "params"}                      + body     not answered
+    {"kind": "stream", "version", "topic", "header"}                       + body     not answered; with "piece": see
+                                                                                      `striping.py`
 
 Streams go over bulk connections (over the one for calls where there can be no other), notifications over those for
 calls, calls over either. Calls from one peer run side by side; its notifications one after the other, as they came.
-Unknown fields are ignored and frames of an unknown kind skipped, so that a later version may add some; what it changes
-otherwise, it says in the transport's welcome.
+Unknown fields are ignored and frames of an unknown kind skipped, so that a later version may add some. `version` is
+that of the message, method or topic (`versions.py`); what changes of frames themselves, the transport's welcome says.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, Unpack
 
 from smartnodes_core.counters import COUNTERS
-from smartnodes_core.errors import ConnectionLostError, PeerFault, ProtocolError, SmartnodesError
+from smartnodes_core.errors import ConnectionLostError, PeerFault, ProtocolError, SmartnodesError, VersionError
 from smartnodes_core.remote_errors import from_wire
 from smartnodes_core.rpc.inbound import InboundCalls
 from smartnodes_core.rpc.pace import Pace
@@ -28,6 +29,8 @@ from smartnodes_core.rpc.pending import PendingCall, PendingCalls, Reply
 from smartnodes_core.rpc.pool import WorkerPool
 from smartnodes_core.rpc.serving import Method, StreamReceiver, methods_of
 from smartnodes_core.rpc.striping import MIN_STRIPED_BYTES, Transfers, send_striped
+from smartnodes_core.rpc.uses import Uses
+from smartnodes_core.rpc.versions import Versions, stream_of
 from smartnodes_core.transport.base import SEND_TIMEOUT_S, Connection, Peer
 from smartnodes_core.wire import Buffer, Header
 
@@ -39,11 +42,13 @@ MAX_THREADS = 32
 
 class CallOptions(TypedDict, total=False):
     """How a call is made. `timeout_s`: its deadline, by default one that follows from what the peer took before
-    (`pace.py`); `max_body_bytes`: the most that the reply's body may have.
+    (`pace.py`); `max_body_bytes`: the most that the reply's body may have; `passing`: nobody needs the connection for
+    longer than this call (`uses.py`).
     """
 
     timeout_s: float
     max_body_bytes: int
+    passing: bool
 
 
 class RpcEndpoint:
@@ -65,9 +70,11 @@ class RpcEndpoint:
         self._receivers: dict[str, StreamReceiver] = {}
         self._pending = PendingCalls()
         self._pool = WorkerPool(name, max_threads)
-        self._inbound = InboundCalls(self._pool)
+        self.versions = Versions()
+        self._inbound = InboundCalls(self._pool, self.versions)
         self._transfers = Transfers()
         self.pace = Pace()
+        self._uses = Uses()
         self._opened, self._lost = opened, lost
         self.num_late_replies = 0
         self.num_refused_streams = 0
@@ -123,6 +130,7 @@ class RpcEndpoint:
 
         Several calls are so under way at once without a thread for each.
         """
+        self.used(connection, passing=options.get("passing", False))
         peer, num_bytes = connection.peer.node_key, sum(memoryview(part).nbytes for part in body)
         timeout_s = options.get("timeout_s")
         if timeout_s is None:
@@ -135,6 +143,7 @@ class RpcEndpoint:
         pending.missed = lambda: self.pace.missed(peer, method)
         header = {
             "kind": "call",
+            "version": self.versions.of(method),
             "id": call_id,
             "method": method,
             "params": params or {},
@@ -160,7 +169,8 @@ class RpcEndpoint:
 
         `body` must not change until `on_sent`; see `Connection.send` for the errors.
         """
-        header = {"kind": "notify", "method": method, "params": params or {}}
+        version = self.versions.of(method)
+        header = {"kind": "notify", "version": version, "method": method, "params": params or {}}
         connection.send(header, body, on_sent, timeout_s)
 
     def stream(
@@ -175,11 +185,20 @@ class RpcEndpoint:
         """Sends a tensor to the peer's receiver of `topic` over bulk connections, a large one in pieces over all of
         them. `body` must not change until `on_sent`.
         """
-        frame = {"kind": "stream", "topic": topic, "header": header}
+        version = self.versions.of(stream_of(topic))
+        frame = {"kind": "stream", "version": version, "topic": topic, "header": header}
         if len(connections) > 1 and sum(memoryview(part).nbytes for part in body) >= MIN_STRIPED_BYTES:
             send_striped(connections, frame, body, on_sent, timeout_s)
         else:
             connections[0].send(frame, body, on_sent, timeout_s)
+
+    def used(self, connection: Connection, *, passing: bool) -> bool:
+        """Takes note of what a connection is used for; False where it is closed: see `Uses`."""
+        return self._uses.used(connection, passing=passing)
+
+    def close_idle(self, connections: Sequence[Connection], idle_s: float, close: Callable[[Connection], None]) -> int:
+        """See `Uses`."""
+        return self._uses.close_idle(connections, idle_s, lambda each: bool(self._pending.of(each)), close)
 
     def stop(self, timeout_s: float = 2.0) -> None:
         """Drops waiting handlers and waits for running ones."""
@@ -218,8 +237,10 @@ class RpcEndpoint:
         elif kind in ("reply", "error"):
             self._settle(connection, header, body)
         else:
-            COUNTERS.add("calls_served", header["method"])
-            self._inbound.take(connection, self._methods[header["method"]], header, body)
+            method = self._methods[header["method"]]
+            COUNTERS.add("calls_served", method.name)
+            self.used(connection, passing=method.rule.passing)
+            self._inbound.take(connection, method, header, body)
 
     def on_closed(self, connection: Connection, error: Exception | None) -> None:
         """See FrameSink."""
@@ -244,6 +265,7 @@ class RpcEndpoint:
             method = self._methods.get(name)
             if method is None:
                 raise ProtocolError(f"there is no method {name[:64]!r} here")
+            self.versions.check(connection.peer, name, header)
             method.check(connection.peer, params, num_bytes)
             self._inbound.reserve(connection, is_call=is_call, num_bytes=num_bytes)
         except SmartnodesError as error:
@@ -262,6 +284,7 @@ class RpcEndpoint:
         try:
             if receiver is None:
                 raise ProtocolError(f"nobody here takes the stream {topic[:64]!r}")
+            self.versions.check(peer, stream_of(topic), header)
             if "piece" in header:
                 return self._transfers.allocate(peer, header, num_bytes, receiver.allocate)
             return receiver.allocate(peer, fields, num_bytes)
@@ -310,6 +333,11 @@ class RpcEndpoint:
         params = header.get("params")
         if not isinstance(params, dict):
             raise ProtocolError(f"{connection.peer} sent a malformed reply to {pending.method}")
+        try:
+            self.versions.check(connection.peer, pending.method, header)
+        except VersionError as error:
+            pending.settle(None, error)
+            return
         pending.settle(Reply(params, body), None)
 
 

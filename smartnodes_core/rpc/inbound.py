@@ -14,6 +14,7 @@ from smartnodes_core.errors import BusyError, ConnectionLostError, RemoteError, 
 from smartnodes_core.remote_errors import to_wire
 from smartnodes_core.rpc.pool import WorkerPool
 from smartnodes_core.rpc.serving import Method, Result
+from smartnodes_core.rpc.versions import FIRST, Version, Versions
 from smartnodes_core.transport.base import Connection
 from smartnodes_core.wire import Header
 
@@ -44,6 +45,12 @@ def is_cancelled() -> bool:
     """For a handler that works long: whether its caller has given up, or is gone, so that it may as well stop."""
     inbound = _current.get(None)
     return inbound is not None and (inbound.cancelled.is_set() or inbound.connection.closed)
+
+
+def called_version() -> Version:
+    """For a handler that understands several: the version in which it is called."""
+    inbound = _current.get(None)
+    return FIRST if inbound is None else Version(*inbound.header.get("version", FIRST))
 
 
 class _SeenIds:
@@ -81,8 +88,8 @@ class _Load:
 class InboundCalls:
     """Runs what `RpcEndpoint` lets in on the pool, at most MAX_CALLS_PER_PEER at once for each peer."""
 
-    def __init__(self, pool: WorkerPool) -> None:
-        self._pool = pool
+    def __init__(self, pool: WorkerPool, versions: Versions) -> None:
+        self._pool, self._versions = pool, versions
         self._lock = threading.Lock()
         self._loads: dict[bytes, _Load] = {}
         self._seen: dict[Connection, _SeenIds] = {}
@@ -195,7 +202,7 @@ class InboundCalls:
             return
         try:
             result = inbound.method.handler(connection.peer, inbound.header["params"], inbound.body)
-            reply = _reply_of(result, call_id)
+            reply = _reply_of(result, call_id, self._versions.answering(name, called_version()))
             if not inbound.cancelled.is_set():
                 connection.send(*reply)
         except ConnectionLostError as error:
@@ -224,6 +231,7 @@ class InboundCalls:
                     return
                 inbound = load.notifications.popleft()
             connection = inbound.connection
+            _current.set(inbound)
             try:
                 inbound.method.handler(connection.peer, inbound.header["params"], inbound.body)
             except SmartnodesError as error:
@@ -237,9 +245,10 @@ class InboundCalls:
         self._pool.run(lambda: self._drain(load))
 
 
-def _reply_of(result: Result, call_id: int) -> tuple[Header, list[memoryview]]:
+def _reply_of(result: Result, call_id: int, version: Version) -> tuple[Header, list[memoryview]]:
     params, body = result if isinstance(result, tuple) else (result, ())
     if params is not None and not isinstance(params, dict):
         raise TypeError(f"a handler returns a dict, a dict and a body, or None, not {type(params).__name__}")
     parts = [body] if isinstance(body, bytes | bytearray | memoryview) else body
-    return {"kind": "reply", "id": call_id, "params": params or {}}, [memoryview(part) for part in parts]
+    header = {"kind": "reply", "version": version, "id": call_id, "params": params or {}}
+    return header, [memoryview(part) for part in parts]

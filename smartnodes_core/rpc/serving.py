@@ -25,22 +25,30 @@ _RULE = "__rpc_rule__"
 
 @dataclass(frozen=True)
 class Rule:
-    """Who may call a method (None: any admitted peer), the largest body that it takes, and the name of a check."""
+    """Who may call a method (None: any admitted peer), the largest body that it takes, the name of a check, and whether
+    a connection that carries nothing else may be closed (`uses.py`).
+    """
 
     roles: tuple[Role, ...] | None = None
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     check: str = ""
+    passing: bool = False
 
 
 def allow(
-    *, roles: Sequence[Role] | None = None, max_body_bytes: int = DEFAULT_MAX_BODY_BYTES, check: str = ""
+    *,
+    roles: Sequence[Role] | None = None,
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+    check: str = "",
+    passing: bool = False,
 ) -> Callable[[Function], Function]:
     """Decorates an `rpc_…` method: only peers of these roles may call it, with a body of at most `max_body_bytes`.
 
     `check` names a method of the same object, `(caller, params, num_body_bytes) -> None`, that raises a
     SmartnodesError to refuse a call from its header alone. It runs on the connection's thread: it must not wait.
+    `passing` calls do not keep a connection open.
     """
-    rule = Rule(None if roles is None else tuple(roles), max_body_bytes, check)
+    rule = Rule(None if roles is None else tuple(roles), max_body_bytes, check, passing)
 
     def mark(function: Function) -> Function:
         setattr(function, _RULE, rule)

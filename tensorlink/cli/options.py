@@ -59,6 +59,11 @@ def start_logging(level: str, as_json: bool = False) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
+def printable(line: str) -> str:
+    """What strangers wrote, without what a terminal would obey."""
+    return "".join(char if char.isprintable() else "?" for char in line)
+
+
 def fail(program: str, error: SmartnodesError) -> int:
     """Say on standard error, in one line, what went wrong; the exit code for it."""
     sys.stderr.write(f"{program}: {error}\n")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ def add_commands(commands: Any) -> None:
     for name, run, text in (
         ("deposit", run_deposit, "register the node's key in a role, with the role's stake"),
         ("exit", run_exit, "stop taking part; the stake can be withdrawn after the exit delay"),
+        ("rotate", run_rotate, "revoke the node key and register another; stake and reputation stay"),
         ("withdraw", run_withdraw, "take the stake back, once the exit delay is over"),
         ("status", run_status, "what is staked, and when it can be withdrawn"),
     ):
@@ -43,6 +45,14 @@ def add_commands(commands: Any) -> None:
         )
         if name == "deposit":
             action.add_argument("--role", choices=ROLES, required=True)
+        if name == "rotate":
+            action.add_argument(
+                "--to",
+                type=Path,
+                required=True,
+                metavar="FILE",
+                help="the new identity's key file; made where there is none",
+            )
         action.set_defaults(run=run)
 
 
@@ -77,10 +87,18 @@ class Staker:
         return int(self._gateway.read(self._registry.exitDelay()))
 
     def check_key(self, hashed: bytes) -> None:
-        """Raises ConfigError where validators have verified that the node key is another account's."""
-        owner = bytes.fromhex(self._gateway.read(self._registry.accountOf(self.network_id, hashed))[2:])
-        other = self.chain.member(self.network_id, owner) if any(owner) and owner != self.chain.account else None
-        if other is not None and other.verified:
+        """Raises ConfigError where validators have verified that the node key is another account's, and for a revoked
+        one."""
+        owner = self.chain.account_of_key(self.network_id, hashed)
+        member = self.chain.member(self.network_id, owner) if owner is not None else None
+        if owner is None or member is None:
+            return
+        if member.key_hash != hashed:
+            raise ConfigError(
+                f"this node key was revoked by {checksum(owner)} in network {self.network_id}, for ever: use a new "
+                "identity (`tensorlink keys`); nothing was sent"
+            )
+        if member.verified and owner != self.chain.account:
             raise ConfigError(
                 f"this node key belongs to {checksum(owner)} in network {self.network_id}: use that account's key "
                 "file, or an identity of your own (`tensorlink keys`); nothing was sent"
@@ -127,6 +145,28 @@ def run_exit(options: argparse.Namespace) -> int:
         _say("the exit was asked for before; nothing was sent")
     _say(f"{member.stake_wei / SNO:.6f} SNO can be withdrawn {_when(staker, member)}")
     return 0
+
+
+def run_rotate(options: argparse.Namespace) -> int:
+    """Revoke the key that is registered and register that of `--to`, unless it is."""
+    staker, member = _registered(options)
+    identity = _identity_at(options.to, load(UserConfig, options.config).passphrase())
+    hashed = key_hash(identity.node_key)
+    if member.key_hash == hashed:
+        _say(f"{staker.name} was given this node key before; nothing was sent")
+        return 0
+    staker.check_key(hashed)
+    staker.check_funds(0)
+    staker.chain.rotate_key(hashed, staker.network_id)
+    _say(f"the old node key of {staker.name} is revoked: peers drop it when they next look at the chain")
+    _say(f"set identity = {json.dumps(str(options.to))} and start the node again; the next round verifies its key")
+    return 0
+
+
+def _identity_at(path: Path, passphrase: str | None) -> Identity:
+    if not path.exists():
+        Identity.create().save(path, passphrase)
+    return Identity.load(path, passphrase)
 
 
 def run_withdraw(options: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from smartnodes_core.audit import Case
 from smartnodes_core.errors import AuditError
 from smartnodes_core.evidence import EvidenceFile, case_of, check_draw, check_verdict, mapped, signed_verdict, split
-from tensorlink.cli.options import start_logging
+from tensorlink.cli.options import printable, start_logging
 from tensorlink.validator import ReplayAuditor
 from tensorlink.worker import JOB_TYPE
 
@@ -81,6 +81,5 @@ def _say_draw(file: EvidenceFile, case: Case) -> None:
 
 
 def _say(line: str) -> None:
-    """What strangers wrote is printed without what a terminal would obey."""
-    sys.stdout.write("".join(char if char.isprintable() else "?" for char in line) + "\n")
+    sys.stdout.write(printable(line) + "\n")
     sys.stdout.flush()

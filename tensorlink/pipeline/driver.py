@@ -204,6 +204,12 @@ class Driver(JobListener):
         with self._ready:
             return self._error or lost
 
+    def take_up(self) -> None:
+        """A worker that was lost may be there again: calls try."""
+        with self._ready:
+            if isinstance(self._error, WorkerLostError):
+                self._error = None
+
     # -- one call through the pipeline --------------------------------------------------------------------------------
 
     def begin(self, call: Call, options: dict[str, Any]) -> None:

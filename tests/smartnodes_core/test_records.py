@@ -173,3 +173,13 @@ def test_a_field_with_a_default_has_to_be_on_the_wire_all_the_same():
     del unit["call"]
     with pytest.raises(RecordError, match="not in canonical form"):
         Unit.decode(canonical(unit))
+
+
+def test_a_record_of_another_version_is_refused_with_both_named():
+    plan = next(sample for sample in SAMPLES if isinstance(sample, Plan))
+    newer = msgspec.msgpack.decode(plan.encode()) | {"kind": "Plan/37", "more": 1}
+    with pytest.raises(RecordError, match=r"a Plan of version 37, here is \d+: update the older of the two"):
+        Plan.decode(canonical(newer))
+    for other in ("Plan/x", "Plant/37", "Plan", "Plan/٣"):
+        with pytest.raises(RecordError, match="not a Plan"):
+            Plan.decode(canonical(newer | {"kind": other}))

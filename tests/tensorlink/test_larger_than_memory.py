@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import tensorlink
 from smartnodes_core.errors import RecordError
 from tensorlink import placement
 from tensorlink.errors import InputError
+from tensorlink.pipeline.driver import Driver
 from tensorlink.records import PART_BYTES
 from tensorlink.weight_files import INDEX, open_weights
 
@@ -68,6 +70,30 @@ def folder(real, tmp_path):
         safetensors.torch.save_file({name: state[name] for name in names if names[name] == file}, tmp_path / file)
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": names}))
     return tmp_path
+
+
+def test_weights_go_on_where_the_connection_to_a_worker_broke(network, monkeypatch):
+    """Over real connections: of six parts some are under way, or taken and not answered, when it breaks."""
+    calls, real_call, lost = [], Driver.call, threading.Event()
+
+    def call(driver, stage, method, params, body=(), **options):
+        if method == "load_part":
+            calls.append(params["part"])
+            if len(calls) in (2, 5):
+                worker = driver._stages[stage].job.worker_of(stage)
+                network.station.node.drop(worker, "a test")
+                lost.set()
+        return real_call(driver, stage, method, params, body, **options)
+
+    monkeypatch.setattr(Driver, "call", call)
+    torch.manual_seed(0)
+    module = nn.Linear(PART_BYTES // 4 // 1024, 6 * 1024, bias=False)
+    x = torch.randn(2, PART_BYTES // 4 // 1024)
+    with tensorlink.DistributedModel(module, network=network, stages=1, example_inputs=(x,), progress=False) as model:
+        assert torch.equal(model(x), tensorlink.reference(module, example_inputs=(x,))(x))
+    assert lost.is_set()
+    assert set(calls) == set(range(6))
+    assert 6 < len(calls) < 16
 
 
 def test_training_from_files_is_bitwise_that_of_the_module_with_weights(network, real, meta, folder):

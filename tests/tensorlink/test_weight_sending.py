@@ -1,13 +1,16 @@
-"""Parts go out in turn, a few at a time, and the first error ends it."""
+"""Parts go out in turn, a few at a time; a broken connection costs those that were under way, another error ends it."""
 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 
 import pytest
 import torch
 
 from smartnodes_core.errors import WorkerLostError
+from tensorlink import weight_sending
+from tensorlink.errors import TensorError
 from tensorlink.program import parts
 from tensorlink.program.weights import tensor_bytes
 from tensorlink.weight_sending import NUM_SENDERS, send_parts
@@ -16,9 +19,13 @@ from tensorlink.weight_sending import NUM_SENDERS, send_parts
 class Driver:
     """Takes parts; `gate` holds them up."""
 
-    def __init__(self, gate=None, fails_at=None):
+    def __init__(self, gate=None, fails_at=None, num_losses=0):
         self.calls, self.under_way, self.most = [], 0, 0
         self.lock, self.gate, self.fails_at = threading.Lock(), gate, fails_at
+        self.num_losses, self.num_taken_up = num_losses, 0
+
+    def take_up(self):
+        self.num_taken_up += 1
 
     def call(self, stage, method, params, body):
         assert method == "load_part"
@@ -31,6 +38,9 @@ class Driver:
         with self.lock:
             self.under_way -= 1
         if params["part"] == self.fails_at:
+            raise TensorError("refused")
+        if params["part"] == 3 and self.num_losses > 0:
+            self.num_losses -= 1
             raise WorkerLostError("gone")
 
 
@@ -68,9 +78,29 @@ def test_stages_take_turns_and_a_few_parts_are_under_way_at_once(short):
 def test_the_first_error_ends_it(short):
     states = stages(4000)
     driver = Driver(fails_at=5)
-    with pytest.raises(WorkerLostError, match="gone"):
+    with pytest.raises(TensorError, match="refused"):
         send_parts(driver, states)
     assert len(driver.calls) < 100
+    assert driver.under_way == 0
+
+
+def test_after_a_broken_connection_the_same_parts_are_sent_again_and_no_others(short, monkeypatch):
+    monkeypatch.setattr(weight_sending, "PAUSE_S", 0.001)
+    driver, moved = Driver(num_losses=3), []
+    send_parts(driver, stages(100), moved.append)
+    sent = Counter(part for _, part, _ in driver.calls)
+    assert driver.num_taken_up == 3
+    assert sent.pop(3) == 4
+    assert set(sent.values()) == {1}
+    assert sum(moved) == 4 * 103
+
+
+def test_a_worker_that_stays_away_ends_it(short, monkeypatch):
+    monkeypatch.setattr(weight_sending, "PAUSE_S", 0.001)
+    monkeypatch.setattr(weight_sending, "RESUME_S", 0.05)
+    driver = Driver(num_losses=1 << 30)
+    with pytest.raises(WorkerLostError, match="gone"):
+        send_parts(driver, stages(4000))
     assert driver.under_way == 0
 
 

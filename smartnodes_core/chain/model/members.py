@@ -29,19 +29,14 @@ class MemberRules(ModelState):
 
     def register(self, account: bytes, role: Role, key_hash: bytes, network_id: int) -> int:
         network = self.network("register", network_id)
-        if key_hash == NO_HASH:
-            raise RefusedError("register", "ZeroKey")
         known = network.find(account)
         if known is not None and known.index not in network.away:
             raise RefusedError("register", "AlreadyRegistered", {"account": checksum(account)})
         if known is not None and known.reputation == 0:
             raise RefusedError("register", "Blacklisted", {"account": checksum(account)})
-        holder = network.owners.get(key_hash)
-        if known is not None and holder == known.index:
-            holder = None
-        if holder is not None and network.members[holder].verified:
-            owner = checksum(network.members[holder].account)
-            raise RefusedError("register", "KeyTaken", {"keyHash": key_hash.hex(), "owner": owner})
+        freed = known is not None and network.owners.get(known.key_hash) == known.index
+        if not freed or known is None or known.key_hash != key_hash:
+            self._check_free("register", network, key_hash)
         stake = self.stake_wei(role)
         self.move("register", account, REGISTRY, stake)
         index = known.index if known else len(network.members)
@@ -51,13 +46,39 @@ class MemberRules(ModelState):
         else:
             network.away.discard(index)
             network.members[index] = member
-            if network.owners.get(known.key_hash) == index:
+            if freed:
                 del network.owners[known.key_hash]
-        if not network.number and key_hash not in network.owners:
-            network.owners[key_hash] = index
-            if role == "validator":
-                network.epoch.add(account)
+        if self._takes_first(network, index, key_hash) and role == "validator":
+            network.epoch.add(account)
         return index
+
+    def rotate_key(self, account: bytes, key_hash: bytes, network_id: int) -> None:
+        network = self.peek(network_id)
+        member = network.find(account)
+        if member is None or member.index in network.away:
+            raise RefusedError("rotateKey", "NotRegistered", {"account": checksum(account)})
+        unproven = not member.verified and network.owners.get(member.key_hash) == member.index
+        if not unproven or member.key_hash != key_hash:
+            self._check_free("rotateKey", network, key_hash)
+        if unproven:
+            del network.owners[member.key_hash]
+        self._takes_first(network, member.index, key_hash)
+        network.update(member.index, key_hash=key_hash, verified=False)
+
+    def _check_free(self, action: str, network: NetworkModel, key_hash: bytes) -> None:
+        """Refuses a key that is verified or revoked; of others several may ask for one."""
+        if key_hash == NO_HASH:
+            raise RefusedError(action, "ZeroKey")
+        holder = network.owners.get(key_hash)
+        if holder is not None and (network.members[holder].verified or network.members[holder].key_hash != key_hash):
+            owner = checksum(network.members[holder].account)
+            raise RefusedError(action, "KeyTaken", {"keyHash": key_hash.hex(), "owner": owner})
+
+    def _takes_first(self, network: NetworkModel, index: int, key_hash: bytes) -> bool:
+        if network.number or key_hash in network.owners:
+            return False
+        network.owners[key_hash] = index
+        return True
 
     def live(self, network: NetworkModel, member: Member) -> bool:
         if member.role == "validator":
@@ -114,7 +135,7 @@ class MemberRules(ModelState):
         if not self.is_upright(network, member):
             return
         if holder != member.index:
-            if network.members[holder].verified:
+            if network.members[holder].verified or network.members[holder].key_hash != member.key_hash:
                 return
             network.epoch.discard(network.members[holder].account)
         network.owners[member.key_hash] = member.index

@@ -118,6 +118,14 @@ class Twins(RuleBasedStateMachine):
             lambda: self.direct.send(ACCOUNTS[i], "Registry", "register", number, KEY_HASHES[key], network),
         )
 
+    @rule(i=accounts, key=st.integers(-1, 5), network=networks)
+    def rotate_key(self, i: int, key: int, network: int) -> None:
+        key_hash = KEY_HASHES[key] if key >= 0 else bytes(32)
+        self.both(
+            lambda: self.chains[i].rotate_key(key_hash, network),
+            lambda: self.direct.send(ACCOUNTS[i], "Registry", "rotateKey", key_hash, network),
+        )
+
     @rule(i=accounts, network=networks, what=st.sampled_from(["request_exit", "withdraw_stake", "post_tip"]))
     def as_member(self, i: int, network: int, what: str) -> None:
         function = {"request_exit": "requestExit", "withdraw_stake": "withdraw", "post_tip": "postTip"}[what]
@@ -337,6 +345,9 @@ class Twins(RuleBasedStateMachine):
             for member in self.chains[0].members(network)
         ]
         assert found == wanted
+        for key_hash in KEY_HASHES:
+            owner = self.chains[0].account_of_key(network, key_hash) or bytes(20)
+            assert self.direct.read("Registry", "accountOf", network, key_hash) == "0x" + owner.hex()
         state = self.model.state(network)
         assert self.direct.read("Rounds", "state", network) == tuple(vars(state).values())
 

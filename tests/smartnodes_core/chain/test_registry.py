@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from smartnodes_core.chain.base import Member, NoFundsError
@@ -62,6 +64,74 @@ def test_nobody_is_live_without_a_round_and_a_key_cannot_be_squatted(world: Worl
     world.pass_time(SETTINGS.exit_delay_s)
     world.chain(4).withdraw_stake(NETWORK)
     assert world.chain().member(NETWORK, world.account(4)).stake_wei == 0
+
+
+def test_a_rotated_key_keeps_place_stake_and_reputation_and_waits_for_the_next_round(world: World) -> None:
+    world.validators(3)
+    chain, account = world.chain(4), world.account(4)
+    chain.register("worker", world.key_hash(4), NETWORK)
+    world.execute(world.proposal(reputations=pack_reputations({3: 9})), 0, 1, 2)
+    world.admit(4)
+    before = chain.member(NETWORK, account)
+    chain.rotate_key(world.key_hash(8), NETWORK)
+    after = chain.member(NETWORK, account)
+    assert before is not None
+    assert after == dataclasses.replace(before, key_hash=world.key_hash(8), verified=False, live=False)
+    assert after.reputation == 9
+    world.admit(4)
+    assert chain.member(NETWORK, account).live
+    assert chain.account_of_key(NETWORK, world.key_hash(8)) == account
+
+
+def test_a_revoked_key_is_never_registered_again_and_names_who_answers_for_it(world: World) -> None:
+    world.validators(3)
+    chain = world.chain(4)
+    chain.register("worker", world.key_hash(4), NETWORK)
+    world.chain(5).register("worker", world.key_hash(4), NETWORK)  # the thief asked for it before it was verified
+    world.admit(4)
+    chain.rotate_key(world.key_hash(8), NETWORK)
+    world.admit(5)
+    assert not world.chain().member(NETWORK, world.account(5)).verified
+    assert chain.account_of_key(NETWORK, world.key_hash(4)) == world.account(4)
+    with refused("KeyTaken"):
+        world.chain(6).register("worker", world.key_hash(4), NETWORK)
+    with refused("KeyTaken"):
+        chain.rotate_key(world.key_hash(4), NETWORK)
+    chain.request_exit(NETWORK)
+    world.pass_time(SETTINGS.exit_delay_s)
+    chain.withdraw_stake(NETWORK)
+    with refused("NotRegistered"):
+        chain.rotate_key(world.key_hash(9), NETWORK)
+    with refused("KeyTaken"):
+        chain.register("worker", world.key_hash(4), NETWORK)
+    chain.register("worker", world.key_hash(8), NETWORK)
+
+
+def test_a_key_that_is_anothers_or_none_is_not_rotated_to_and_an_unproven_one_blocks_nobody(world: World) -> None:
+    world.validators(3)
+    world.chain(4).register("worker", world.key_hash(4), NETWORK)
+    world.admit(4)
+    world.chain(5).register("worker", world.key_hash(9), NETWORK)  # of somebody who comes later
+    with refused("KeyTaken"):
+        world.chain(5).rotate_key(world.key_hash(4), NETWORK)
+    with refused("ZeroKey"):
+        world.chain(5).rotate_key(bytes(32), NETWORK)
+    with refused("NotRegistered"):
+        world.chain(6).rotate_key(world.key_hash(6), NETWORK)
+    world.chain(5).rotate_key(world.key_hash(5), NETWORK)
+    world.chain(9).register("worker", world.key_hash(9), NETWORK)
+    world.admit(9)
+    assert world.chain().member(NETWORK, world.account(9)).live
+
+
+def test_a_validator_that_rotates_its_key_stays_in_the_epoch(world: World) -> None:
+    world.validators(3)
+    world.execute(world.proposal(), 0, 1, 2)
+    world.chain(0).rotate_key(world.key_hash(8), NETWORK)
+    assert world.account(0) in world.chain().validators(NETWORK)
+    world.execute(world.proposal(admissions=(Admission(0),)), 0, 1, 2)
+    member = world.chain().member(NETWORK, world.account(0))
+    assert (member.live, member.verified, member.key_hash) == (True, True, world.key_hash(8))
 
 
 def test_an_empty_key_and_an_unknown_network_are_refused(world: World) -> None:

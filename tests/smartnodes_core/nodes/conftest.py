@@ -223,7 +223,10 @@ class Citizen:
             self.identity, self.account_key, role, CHAIN_ID, REGISTRY, NETWORK, int(time.time()) + 3600
         )
         authority = ChainAuthority(
-            lambda: self.membership.members(0.0), poll_interval_s=0.1, min_refresh_interval_s=0.0
+            lambda: self.membership.members(0.0),
+            poll_interval_s=0.1,
+            min_refresh_interval_s=0.0,
+            stake_wei=self.chain.stake_wei,
         )
         endpoint = None if role == "user" else f"10.0.0.{number}:9000"
         self.node = Node(self.identity, binding, MemoryTransport(net.hub, self.identity, binding), authority, endpoint)
@@ -270,12 +273,25 @@ class Net:
         self.user.role = UserNode(self.user.node, self.user.identity)
         self.heard = Heard()
         self._num_jobs = 0
+        self._renamed: list[Node] = []
         self.meet()
 
     def citizen(self, number: int, role: Any, register: bool = True) -> Citizen:
         made = Citizen(self, number, role, register)
         self.everybody.append(made)
         return made
+
+    def renamed(self, citizen: Citizen, identity: Identity) -> Node:
+        """A node of a citizen's account under another identity, which knows the validators."""
+        binding = make_binding(
+            identity, citizen.account_key, "worker", CHAIN_ID, REGISTRY, NETWORK, int(time.time()) + 3600
+        )
+        authority = ChainAuthority(lambda: citizen.membership.members(0.0), min_refresh_interval_s=0.0)
+        node = Node(identity, binding, MemoryTransport(self.hub, identity, binding), authority, None)
+        for validator in self.validators:
+            node.add_address(validator.key, validator.node.endpoint)
+        self._renamed.append(node)
+        return node
 
     def meet(self) -> None:
         """Everybody knows where everybody is."""
@@ -402,6 +418,8 @@ class Net:
         return Drawn(self, job, commitment, reveal)
 
     def stop(self) -> None:
+        for node in self._renamed:
+            node.stop()
         for citizen in self.everybody:
             citizen.stop()
 

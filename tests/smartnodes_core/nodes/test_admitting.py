@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from smartnodes_core.errors import AuthorityError
+from smartnodes_core.identity import Identity
+from smartnodes_core.nodes.membership import key_hash
 from smartnodes_core.records import Announcement, Signed
 from smartnodes_core.rounds import Admission
 
@@ -29,6 +32,48 @@ def test_who_comes_after_the_first_round_is_admitted_by_a_later_one(
     assert late.chain.member(NETWORK, late.account).verified
     assert not squatter.chain.member(NETWORK, squatter.account).verified
     eventually(lambda: late.membership.reputation_of(late.key) == 1)
+
+
+def test_a_rotated_key_is_verified_by_a_round(make_net: Callable[..., Any], eventually: Callable[..., Any]) -> None:
+    net = make_net()
+    net.start(rounds=True)
+    worker, fresh = net.workers[0], Identity.from_seed(b"f" * 32)
+    before = worker.chain.member(NETWORK, worker.account)
+    eventually(lambda: net.model.state(NETWORK).number >= 1)
+    worker.chain.rotate_key(key_hash(fresh.node_key), NETWORK)
+    net.renamed(worker, fresh).reach(net.validators[0].key)
+    eventually(lambda: worker.chain.member(NETWORK, worker.account).live)
+    after = worker.chain.member(NETWORK, worker.account)
+    assert (after.key_hash, after.verified) == (key_hash(fresh.node_key), True)
+    assert (after.index, after.stake_wei) == (before.index, before.stake_wei)
+
+
+def test_a_cheat_that_rotates_its_key_is_blacklisted_for_what_the_old_one_signed(
+    make_net: Callable[..., Any], eventually: Callable[..., Any]
+) -> None:
+    net = make_net()
+    net.start()
+    cheat, fresh = net.workers[0], Identity.from_seed(b"f" * 32)
+    net.model.peek(NETWORK).update(cheat.chain.member(NETWORK, cheat.account).index, verified=True)
+    job = net.open()
+    cheat.handler.wrong = {0}
+    net.work(job, range(1))
+    eventually(lambda: net.everyone_has(4, job))
+    cheat.chain.rotate_key(key_hash(fresh.node_key), NETWORK)
+    eventually(lambda: cheat.key not in {peer.node_key for peer in net.validators[0].node.peers()})
+    for validator in net.validators:
+        validator.role.rounds.start()
+    eventually(lambda: cheat.chain.member(NETWORK, cheat.account).reputation == 0)
+    again = net.renamed(cheat, fresh)
+
+    def is_refused() -> bool:
+        try:
+            again.reach(net.validators[0].key)
+        except AuthorityError as error:
+            return "is blacklisted" in str(error)
+        return False
+
+    eventually(is_refused)  # with the validator's next look at the chain
 
 
 def test_a_validator_vouches_for_nobody_whose_binding_it_has_not_seen(net: Any) -> None:

@@ -13,12 +13,17 @@ import pytest
 from smartnodes_core.errors import AuthorityError, ConfigError, PeerUnreachableError, Unavailable
 from smartnodes_core.identity import Identity
 from smartnodes_core.nodes.base import Node
+from smartnodes_core.rpc import allow
 from smartnodes_core.transport.base import Peer
 
 WAIT_S = 10.0
 
 
 class Ping:
+    @allow(passing=True)
+    def rpc_glance(self, caller: Peer, params: dict[str, Any], body: memoryview) -> dict[str, Any]:
+        return {}
+
     def rpc_ping(self, caller: Peer, params: dict[str, Any], body: memoryview) -> dict[str, Any]:
         return {"caller": caller.node_key}
 
@@ -106,6 +111,60 @@ def test_a_restarted_peer_takes_over_from_its_dead_connection(party: Any) -> Non
     again = serving(party, identity=identity)
     again.add_address(a.node_key, a.endpoint)
     assert again.call(a.node_key, "ping", timeout_s=WAIT_S).params == {"caller": identity.node_key}
+
+
+def test_a_connection_that_only_passing_calls_used_is_closed_when_idle_and_dialled_again(party: Any) -> None:
+    a, b = serving(party), serving(party)
+    lost = threading.Event()
+    b.on_peer_lost(lambda key, reason: lost.set())
+    a.reach(b.node_key, hearsay=[b.endpoint], passing=True)
+    a.call(b.node_key, "glance", passing=True)
+    assert a.close_idle(3600.0) == 0  # used a moment ago
+    assert a.close_idle(0.0, keep=lambda peer: peer.node_key == b.node_key) == 0
+    assert b.close_idle(0.0) == 0  # it was dialled by the other
+    assert a.close_idle(0.0) == 1
+    assert lost.wait(WAIT_S)
+    assert a.close_idle(0.0) == 0
+    assert a.call(b.node_key, "glance", passing=True).params == {}
+    assert a.close_idle(0.0) == 1
+
+
+@pytest.mark.parametrize("use", ["connect", "call", "called", "reach", "stream"])
+def test_what_somebody_else_uses_a_connection_for_keeps_it_open(party: Any, use: str) -> None:
+    a, b = serving(party), serving(party)
+    b.on_stream("t", lambda peer, header, size: memoryview(bytearray(size)), lambda *_: None)
+    a.reach(b.node_key, hearsay=[b.endpoint], passing=True)
+    uses = {
+        "connect": lambda: a.connect(b.endpoint),
+        "call": lambda: a.call(b.node_key, "ping"),
+        "called": lambda: b.call(a.node_key, "ping"),
+        "reach": lambda: a.reach(b.node_key),
+        "stream": lambda: a.stream(b.node_key, "t", {}, [b"tensor"]),
+    }
+    uses[use]()
+    a.call(b.node_key, "glance", passing=True)
+    assert a.close_idle(0.0) == 0
+
+
+def test_calls_go_on_while_idle_connections_are_closed_again_and_again(party: Any) -> None:
+    a, b = serving(party), serving(party)
+    a.add_address(b.node_key, b.endpoint)
+    ended = threading.Event()
+
+    def close() -> None:
+        while not ended.wait(0.005):
+            a.close_idle(0.1)
+
+    closer = threading.Thread(target=close)
+    closer.start()
+    pause = threading.Event()
+    try:
+        for turn in range(10):
+            assert a.call(b.node_key, "glance", passing=True, timeout_s=WAIT_S).params == {}
+            pause.wait(0.02 * turn)
+    finally:
+        ended.set()
+        closer.join(WAIT_S)
 
 
 def test_a_node_does_not_dial_itself(party: Any) -> None:

@@ -110,6 +110,23 @@ def test_members_are_known_by_node_key(town):
         assert unknown(NODE_KEYS[4]) is None
 
 
+def test_what_a_revoked_key_signed_stays_its_accounts_and_the_account_is_met_under_the_new_one(town):
+    membership = town.membership(0, max_age_s=0.0)
+    membership.join("worker", NODE_KEYS[0])
+    town.model.peek(NETWORK).update(0, verified=True)
+    account = address_of(KEYS[0])
+    assert membership.account_of(NODE_KEYS[0]) == account
+    membership.chain.rotate_key(key_hash(NODE_KEYS[1]), NETWORK)
+    membership.members(0.0)
+    assert membership.node_key_of(account) is None
+    assert membership.of(NODE_KEYS[0]) is membership.role_of(NODE_KEYS[0]) is None
+    assert membership.account_of(NODE_KEYS[0]) == membership.account_of(NODE_KEYS[1]) == account
+    assert membership.node_key_of(account) == NODE_KEYS[1]
+    assert membership.join("worker", NODE_KEYS[1]).index == 0
+    with pytest.raises(AuthorityError, match="tensorlink stake rotate"):
+        membership.join("worker", NODE_KEYS[0])
+
+
 def test_a_key_is_contested_while_several_ask_for_it_and_no_round_has_said_whose_it_is(town):
     membership = town.membership(0, max_age_s=0.0)
     membership.join("worker", NODE_KEYS[0])

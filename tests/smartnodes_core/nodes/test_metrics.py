@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import urllib.error
 import urllib.request
 from types import SimpleNamespace
 
 import pytest
 
 from smartnodes_core.counters import HELP, Counters
-from smartnodes_core.errors import ConfigError, PortInUseError
+from smartnodes_core.errors import ConfigError, JobError, PortInUseError
 from smartnodes_core.nodes.meeting import Route
-from smartnodes_core.nodes.metrics import MetricsServer
+from smartnodes_core.nodes.metrics import JobPages, MetricsServer
 from smartnodes_core.nodes.reachability import Reachability
 
 WORKER, VALIDATOR = b"w" * 32, b"v" * 32
@@ -66,6 +68,33 @@ def test_a_port_alone_is_on_loopback(served):
         served(str(server.port))
     with pytest.raises(ConfigError):
         served("host:port")
+
+
+def test_a_job_s_record_is_shown_to_programs_on_this_machine_alone(served, station):
+    def find_job(job_id):
+        if job_id != b"j" * 32:
+            raise JobError("the record of this job is not found")
+        return SimpleNamespace(summary=lambda: {"state": "open"})
+
+    station.find_job = find_job
+    port = served().port
+
+    def ask(name):
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/jobs/{name}", timeout=10) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)["error"]
+
+    assert ask((b"j" * 32).hex()) == (200, {"state": "open"})
+    assert ask((b"k" * 32).hex()) == (404, "the record of this job is not found")
+    assert "is no job's id: 64 hexadecimal digits are needed" in ask("xyz")[1]
+    said = []
+    pages = JobPages(station, lambda environ, answer: [b"metrics"])
+    elsewhere = {"PATH_INFO": "/jobs/" + (b"j" * 32).hex(), "REMOTE_ADDR": "203.0.113.7"}
+    [body] = pages(elsewhere, lambda status, headers: said.append(status))
+    assert said == ["404 Not Found"]
+    assert "on the node's machine alone" in json.loads(body)["error"]
 
 
 def test_counters_count_by_label_and_know_their_names():

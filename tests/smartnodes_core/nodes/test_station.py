@@ -15,8 +15,10 @@ from smartnodes_core.chain.model import CHAIN_ID, ESCROW, REGISTRY, ROUNDS, Chai
 from smartnodes_core.chain.settings import SNO, Addresses, ChainSettings
 from smartnodes_core.chain.signing import address_of
 from smartnodes_core.config import NodeConfig
+from smartnodes_core.dht import running
 from smartnodes_core.errors import AuthorityError, ConfigError, IdentityError, JobError, PortInUseError, Unavailable
 from smartnodes_core.identity import Identity
+from smartnodes_core.nodes.membership import key_hash
 from smartnodes_core.nodes.station import Station
 
 
@@ -120,6 +122,29 @@ def test_a_node_is_looked_up_by_its_key_and_called_although_nobody_told_its_addr
         user.find_job(first)
 
 
+def test_connections_that_only_the_dht_used_end_and_those_to_be_introduced_over_stay(place, monkeypatch):
+    monkeypatch.setattr(running, "IDLE_S", 0.0)
+    monkeypatch.setattr(running, "INTERVAL_S", 0.1)
+    validators = [place.open(1, "validator")]
+    validators[0].join()
+    validators[0].announce(dict)
+    validators.append(place.open(5, "validator", bootstrap=[validators[0].node.endpoint]))
+    validators[1].join()
+    validators[1].announce(dict)
+    first = [validators[0].node.endpoint]
+    worker, user = place.open(2, "worker", bootstrap=first), place.open(4, "user", bootstrap=first)
+    for station in (worker, user):
+        station.join()
+    worker.announce(dict)
+    second = validators[1].node
+    for asker in (worker, user):
+        eventually(lambda asker=asker: asker.dht.dht.find_node(second.node_key))
+        asker.node.reach(second.node_key, hearsay=[second.endpoint], passing=True)
+    eventually(lambda: worker.node.node_key not in {peer.node_key for peer in second.peers()})
+    assert user.node.node_key in {peer.node_key for peer in second.peers()}
+    assert {worker.node.node_key, user.node.node_key} <= {peer.node_key for peer in validators[0].node.peers()}
+
+
 def test_a_station_that_has_not_joined_looks_nothing_up(place):
     worker = place.open(2, "worker")
     assert worker.dht_node() is None
@@ -159,6 +184,38 @@ def test_a_port_in_use_is_said_and_nothing_stays_behind(place):
     first = place.open(1, "worker")
     with pytest.raises(PortInUseError):
         place.open(2, "worker", endpoint=first.node.endpoint)
+
+
+def test_a_rotated_key_is_dropped_within_a_poll_and_its_account_comes_back_with_the_new_one(place):
+    validator = place.open(1, "validator")
+    validator.join()
+    first = [validator.node.endpoint]
+    worker = place.open(2, "worker", bootstrap=first)
+    worker.join()
+    Identity.create().save(place.folder / "new.json")
+    new_key, lost = Identity.load(place.folder / "new.json").node_key, threading.Event()
+    worker.node.on_peer_lost(lambda key, reason: lost.set())
+    began = time.monotonic()
+    worker.chain.rotate_key(key_hash(new_key), 1)
+    assert lost.wait(10.0)
+    assert time.monotonic() - began < 0.2 + 2.0  # the poll, and time for this machine
+    assert worker.node.node_key not in {peer.node_key for peer in validator.node.peers()}
+    with pytest.raises(AuthorityError, match=r"revoked node key: account 0x\w+ is registered with another"):
+        worker.node.connect(validator.node.endpoint)
+    worker.close()
+    with pytest.raises(AuthorityError, match="tensorlink stake rotate"):
+        place.open(2, "worker")
+    again = place.open(2, "worker", bootstrap=first, identity=place.folder / "new.json")
+    again.join()
+    assert new_key in {peer.node_key for peer in validator.node.peers()}
+
+
+def test_two_nodes_of_one_machine_do_not_share_an_identity(place):
+    first = place.open(1, "user")
+    with pytest.raises(IdentityError, match=r"id1.json is in use by a node that runs: stop it"):
+        place.open(1, "user")
+    first.close()
+    place.open(1, "user")
 
 
 def test_an_account_that_is_blacklisted_ends_the_start_and_frees_the_port(place):

@@ -418,6 +418,24 @@ def test_stages_of_an_author_that_is_gone_are_freed_after_a_while(bare, stage, m
     eventually(lambda: bare.workers[0].role.num_free_slots == 1)
 
 
+def test_an_author_that_is_back_in_time_keeps_its_stages(bare, stage, monkeypatch, eventually):
+    monkeypatch.setattr(module, "RELEASE_TIMEOUT_S", 60.0)
+    worker = bare.workers[0]
+    ledger = worker.role._held.ledgers[stage.key]
+    bare.user.role.begin_call(stage, "work", {"step": 0}, timeout_s=20).result()
+    worker.node.drop(bare.user.key, "a test")
+    timer = eventually(lambda: ledger.timer)
+    bare.user.role.begin_call(stage, "work", {"step": 1}, timeout_s=20).result()
+    assert (ledger.timer, timer.finished.is_set()) == (None, True)
+    worker.node.drop(bare.user.key, "a test")
+    eventually(lambda: ledger.timer)
+    for validator in bare.validators[:2]:  # so many that one is honest: the job has ended
+        validator.node.call(worker.key, "release", {"job": stage.job.id, "reason": "completed"})
+    bare.user.role.begin_call(stage, "work", {"step": 2}, timeout_s=20).result()
+    assert not ledger.timer.finished.is_set()
+    worker.role._drop(stage, "the test ends")
+
+
 def test_stages_of_an_author_that_is_gone_are_freed_at_once_when_their_audits_are_through(bare, stage, eventually):
     bare.user.node.reach(bare.workers[0].key)
     bare.hub.cut(bare.user.key)

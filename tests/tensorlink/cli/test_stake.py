@@ -4,6 +4,7 @@ twice.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -202,6 +203,30 @@ def test_the_wrong_key_or_role_is_named_before_anything_is_sent(
     assert "with another node key" in refused(place, capsys, "deposit", "--role", "worker")
     place.write_config(account=str(place.folder / "none.json"))
     assert "none.json" in refused(place, capsys, "exit")
+
+
+def test_a_node_key_is_rotated_once_and_the_revoked_one_is_taken_back_by_nobody(
+    place_of: Callable[[bytes], Place], capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = place_of(devnet_key(5))
+    old, new = place.folder / "identity.json", place.folder / "new.json"
+    assert "give `tensorlink stake deposit`" in refused(place, capsys, "rotate", "--to", str(new))
+    assert stake(place, "deposit", "--role", "worker") == 0
+    before = place.chain.member(1, address_of(place.key))
+    assert stake(place, "rotate", "--to", str(new)) == 0
+    told = said(capsys)
+    assert f"is revoked: peers drop it when they next look at the chain\nset identity = {json.dumps(str(new))}" in told
+    after = place.chain.member(1, address_of(place.key))
+    assert before is not None
+    assert after is not None
+    assert (after.index, after.stake_wei, after.reputation) == (before.index, before.stake_wei, before.reputation)
+    assert after.key_hash == hashlib.sha256(Identity.load(new).node_key).digest() != before.key_hash
+    sent = place.nonce
+    assert stake(place, "rotate", "--to", str(new)) == 0
+    assert "was given this node key before; nothing was sent" in said(capsys)
+    assert place.nonce == sent
+    assert "with another node key" in refused(place, capsys, "deposit", "--role", "worker")
+    assert stake(place, "rotate", "--to", str(old)) == 0  # no round had verified it: nobody's yet
 
 
 def test_contracts_that_are_not_there_are_named(
