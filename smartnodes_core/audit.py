@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -143,6 +143,21 @@ class TipTracker:
             return True
 
 
+def gives_away(reveal: Reveal, received: ReceivedList) -> bool:
+    """Whether a revealed preimage shows the one behind a list of the same validator: it is that, or a later one."""
+    if reveal.reveal == received.reveal:
+        return reveal.job == received.job and reveal.received_list == received.digest()
+    return reveal.reveal > received.reveal
+
+
+def preimage_of(reveal: Reveal, index: int) -> bytes:
+    """Preimage number `index` of the chain of which `reveal` shows that number or a later one."""
+    value = reveal.preimage
+    for _ in range(min(reveal.reveal - index, CHAIN_LENGTH)):
+        value = hash_link(value)
+    return value
+
+
 # -- drawing ----------------------------------------------------------------------------------------------------------
 
 
@@ -158,16 +173,21 @@ def seed_of(preimages: Mapping[bytes, bytes], commitment: bytes) -> bytes:
     return blake3(ordered + commitment, derive_key_context="smartnodes 1 audit seed").digest()
 
 
-def select(seed: bytes, terms: AuditTerms, num_units: int, auditors: Sequence[bytes]) -> list[Selection]:
-    """What `seed` selects: the whole step with the job's step rate, else each unit with its unit rate.
+def select(
+    seed: bytes, terms: AuditTerms, num_units: int, auditors: Sequence[bytes], forced: Collection[int] = ()
+) -> list[Selection]:
+    """What `seed` selects: the whole step with the job's step rate, else each unit with its unit rate. `forced` units
+    (or WHOLE_STEP) are selected whatever the seed says (`audit_grounds.py`); it draws their auditor.
 
     A pure function of its arguments, so that worker, validators and anyone later agree on it.
     """
     auditor = sorted(auditors)[_draw(seed, b"auditor", 0) % len(auditors)]
-    if _chance(seed, b"step", 0, terms.step_rate_ppm):
+    if WHOLE_STEP in forced or _chance(seed, b"step", 0, terms.step_rate_ppm):
         return [Selection(2, WHOLE_STEP, auditor)]
     return [
-        Selection(1, unit, auditor) for unit in range(num_units) if _chance(seed, b"unit", unit, terms.unit_rate_ppm)
+        Selection(1, unit, auditor)
+        for unit in range(num_units)
+        if unit in forced or _chance(seed, b"unit", unit, terms.unit_rate_ppm)
     ]
 
 
@@ -187,35 +207,60 @@ def check_challenge(
     lists: Sequence[ReceivedList],
     reveals: Sequence[Reveal],
     tips: Mapping[bytes, TipTracker] | None,
+    excluded: Sequence[bytes] = (),
+    forced: Collection[int] = (),
 ) -> None:
     """The worker's check before it opens anything. Raises AuditError with what does not hold.
 
-    `lists` and `reveals` carry verified signatures of the validators they name. `tips` None: without the chain, so that
-    it stays open whether the preimages lead to what was posted there.
+    `lists` and `reveals` carry verified signatures of the validators they name; a preimage that a validator revealed
+    later, for whatever, gives away all before it. `tips` None: without the chain, so that it stays open whether the
+    preimages lead to what was posted there. `excluded` and `forced` are what `audit_grounds.py` makes of the papers
+    that come with the challenge.
     """
     digest = commitment.digest()
     if challenge.commitment != digest or challenge.job != commitment.job:
         raise AuditError("the challenge names another commitment")
-    listed = {item.validator: item for item in lists if item.job == commitment.job and digest in item.commitments}
+    listed = {
+        item.validator: item
+        for item in lists
+        if item.job == commitment.job and digest in item.commitments and item.excluded == sorted(excluded)
+    }
     preimages: dict[bytes, bytes] = {}
     for reveal in reveals:
         received = listed.get(reveal.validator)
-        if received is None or reveal.received_list != received.digest() or reveal.reveal != received.reveal:
+        if received is None or not gives_away(reveal, received):
             raise AuditError("a preimage was revealed for a list that does not hold this commitment")
         tip = None if tips is None else tips.get(reveal.validator)
         if tips is not None and (tip is None or not tip.check(reveal.reveal, reveal.preimage)):
             raise AuditError("a preimage does not lead to the tip its validator posted on chain")
-        preimages[reveal.validator] = reveal.preimage
+        preimages[reveal.validator] = preimage_of(reveal, received.reveal)
     if sorted(preimages) != sorted(assigned):
         raise AuditError(f"{len(preimages)} preimages, needed one of each of {len(assigned)} assigned validators")
     if challenge.seed != seed_of(preimages, digest):
         raise AuditError("the seed does not follow from the preimages")
     wanted = Selection(challenge.tier, challenge.unit, challenge.auditor)
-    if wanted not in select(challenge.seed, terms, len(commitment.units), assigned):
+    if wanted not in select(challenge.seed, terms, len(commitment.units), assigned, forced):
         raise AuditError(f"the seed does not select tier {challenge.tier}, unit {challenge.unit} for this auditor")
 
 
 # -- T0: both ends of a link say the same -----------------------------------------------------------------------------
+
+
+def disagreeing_units(one: Commitment, other: Commitment) -> list[int]:
+    """Which units of `one`, by index, contradict what a neighbouring stage committed to for the same step; WHOLE_STEP
+    where one of the two stages names a unit that the other does not, or they shared other sums."""
+    theirs = {(unit.call, unit.micro_batch, unit.backward_pass): unit.roots for unit in other.units}
+    pairs = (("y", "x"), ("gy", "gx")) if one.stage < other.stage else (("x", "y"), ("gx", "gy"))
+    found = [WHOLE_STEP] if sharing_disagreements(one, other) else []
+    if abs(one.stage - other.stage) != 1:
+        return found
+    if {(unit.call, unit.micro_batch, unit.backward_pass) for unit in one.units} != theirs.keys():
+        return [WHOLE_STEP]
+    for index, unit in enumerate(one.units):
+        roots = theirs[(unit.call, unit.micro_batch, unit.backward_pass)]
+        if any(unit.roots.get(name) != roots.get(their_name) for name, their_name in pairs):
+            found.append(index)
+    return found
 
 
 def link_disagreements(before: Commitment, after: Commitment) -> list[str]:

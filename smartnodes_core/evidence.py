@@ -19,7 +19,8 @@ from typing import NamedTuple, TypeVar
 
 from blake3 import blake3
 
-from smartnodes_core.audit import WHOLE_STEP, Case, Opened, assigned_validators, check_challenge
+from smartnodes_core.audit import WHOLE_STEP, Case, Opened, check_challenge
+from smartnodes_core.audit_grounds import grounds_of
 from smartnodes_core.errors import AuthorityError, LocalError, PeerFault, RecordError
 from smartnodes_core.identity import verify
 from smartnodes_core.jobs import Job, spec_digest
@@ -158,7 +159,9 @@ def check_draw(evidence: Evidence, case: Case) -> None:
     to what was posted on chain is not in the evidence. Raises RecordError, SignatureError, AuthorityError, AuditError.
     """
     job = Job.open(evidence.job, evidence.plan)
-    assigned = assigned_validators(job.id, job.plan.validators)
+    with _part("grounds"):
+        grounds = grounds_of(evidence.grounds, job, case.commitment)
+    assigned = grounds.assigned(job)
     with _part("lists"):
         lists = [from_validator(data, ReceivedList) for data in evidence.lists]
         if len(lists) > len(assigned):
@@ -168,7 +171,17 @@ def check_draw(evidence: Evidence, case: Case) -> None:
     with _part("draw (plan, challenge, lists, reveals)"):
         if sorted(reveal.digest() for reveal in reveals) != sorted(case.challenge.reveals):
             raise RecordError("the challenge names other reveals")
-        check_challenge(case.challenge, case.commitment, job.record.audit, assigned, lists, reveals, None)
+        check_challenge(
+            case.challenge,
+            case.commitment,
+            job.record.audit,
+            assigned,
+            lists,
+            reveals,
+            None,
+            grounds.excluded,
+            grounds.forced,
+        )
 
 
 def chain_before(commitment: Commitment, signed: Sequence[bytes]) -> tuple[Commitment, ...]:

@@ -32,7 +32,7 @@ Count = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Name = Annotated[str, Meta(max_length=256)]
 Text = Annotated[str, Meta(max_length=4096)]
 Role = Literal["user", "worker", "validator"]
-Finding = Literal["honest", "fraudulent", "inconclusive"]
+Finding = Literal["honest", "fraudulent", "inconclusive", "silent"]
 Roots = Annotated[dict[Name, Digest], Meta(max_length=4096)]
 
 NO_DIGEST = bytes(32)
@@ -278,13 +278,18 @@ class Receipt(Record, frozen=True, kw_only=True, tag="Receipt/1"):
     num_items: Count
 
 
-class ReceivedList(Record, frozen=True, kw_only=True, tag="ReceivedList/1"):
-    """The commitments a validator received since its last reveal, signed before it reveals preimage number `reveal`."""
+class ReceivedList(Record, frozen=True, kw_only=True, tag="ReceivedList/2"):
+    """The commitments a validator received since its last reveal, signed before it reveals preimage number `reveal`.
+
+    `excluded` are the validators that were shut out of the job's draws when it was signed (`Withholding`), sorted: with
+    other ones, another draw is made.
+    """
 
     job: Digest
     validator: NodeKey
     reveal: Count
     commitments: Annotated[list[Digest], Meta(max_length=4096)]
+    excluded: Annotated[list[NodeKey], Meta(max_length=256)] = []
 
 
 class Reveal(Record, frozen=True, kw_only=True, tag="Reveal/1"):
@@ -297,9 +302,9 @@ class Reveal(Record, frozen=True, kw_only=True, tag="Reveal/1"):
     preimage: Digest
 
 
-class Challenge(Record, frozen=True, kw_only=True, tag="Challenge/1"):
+class Challenge(Record, frozen=True, kw_only=True, tag="Challenge/2"):
     """Asks a worker to open one committed unit (tier 1) or a whole step (tier 2: `unit` is -1) that the seed
-    selects.
+    selects. It follows from the draw: nothing in it is the auditor's to choose.
     """
 
     job: Digest
@@ -309,7 +314,6 @@ class Challenge(Record, frozen=True, kw_only=True, tag="Challenge/1"):
     seed: Digest
     reveals: Annotated[list[Digest], Meta(max_length=16)]
     auditor: NodeKey
-    deadline_s: Count
 
 
 class OpeningItem(Record, frozen=True, kw_only=True, tag="OpeningItem/1"):
@@ -328,9 +332,9 @@ class Opening(Record, frozen=True, kw_only=True, tag="Opening/1"):
     items: Annotated[list[OpeningItem], Meta(max_length=65536)]
 
 
-class Verdict(Record, frozen=True, kw_only=True, tag="Verdict/1"):
-    """What an auditor found. Only `fraudulent` costs a worker its reputation, and it carries evidence that anyone
-    re-runs.
+class Verdict(Record, frozen=True, kw_only=True, tag="Verdict/2"):
+    """What an auditor found. A `fraudulent` one names `Evidence` that anyone re-runs, a `silent` one the `Silence` that
+    most of the job's validators bear out.
     """
 
     job: Digest
@@ -351,11 +355,65 @@ class Verdict(Record, frozen=True, kw_only=True, tag="Verdict/1"):
     decided_at_s: Count
 
 
-class Evidence(Record, frozen=True, kw_only=True, tag="Evidence/3"):
+class Unanswered(Record, frozen=True, kw_only=True, tag="Unanswered/1"):
+    """A validator asked the worker for what an auditor's challenge names, and got nothing that answers it either."""
+
+    job: Digest
+    challenge: Digest
+    validator: NodeKey
+
+
+class Silence(Record, frozen=True, kw_only=True, tag="Silence/1"):
+    """An auditor's proof that a worker opens a challenged unit to nobody: `statements` are `Unanswered`, signed by
+    other validators of the job. From step `forced_from` on, the stage's next steps are audited whatever the seed says.
+    """
+
+    job: Digest
+    replica: Count
+    stage: Count
+    step: Count
+    commitment: Digest
+    challenge: Digest
+    worker: NodeKey
+    auditor: NodeKey
+    forced_from: Count
+    statements: Annotated[list[bytes], Meta(max_length=256)]
+
+
+class TwoVersions(Record, frozen=True, kw_only=True, tag="TwoVersions/1"):
+    """Two commitments that one worker signed for one step, each in its `Signed`: a proof by itself."""
+
+    max_bytes: ClassVar[int] = 2 * MAX_RECORD_BYTES + 1024
+
+    job: Digest
+    first: bytes
+    second: bytes
+
+
+class Absence(Record, frozen=True, kw_only=True, tag="Absence/1"):
+    """A validator waited for a list or a preimage of another one, asked for it, and did not get it."""
+
+    job: Digest
+    absent: NodeKey
+    validator: NodeKey
+
+
+class Withholding(Record, frozen=True, kw_only=True, tag="Withholding/1"):
+    """Most of the job's other validators say (`statements` are signed `Absence`s) that one keeps a draw from being
+    made: it takes no part in the job's draws any more.
+    """
+
+    job: Digest
+    absent: NodeKey
+    statements: Annotated[list[bytes], Meta(max_length=256)]
+
+
+class Evidence(Record, frozen=True, kw_only=True, tag="Evidence/4"):
     """Everything with which a stranger re-runs a verdict: signed records, and the digest of the opening's body.
 
     `job` and `plan` are signed by the author, `order` is what the worker showed as signed by the author, `lists` and
-    `reveals` are those from which the challenge was drawn; `smartnodes_core/evidence.py` checks all of it.
+    `reveals` are those from which the challenge was drawn, `grounds` what it stands on beside the seed
+    (`audit_grounds.py`); `smartnodes_core/evidence.py` checks all of it.
     """
 
     max_bytes: ClassVar[int] = 128 << 20  # a spec may be 64 MiB
@@ -369,6 +427,7 @@ class Evidence(Record, frozen=True, kw_only=True, tag="Evidence/3"):
     challenge: bytes
     lists: Annotated[list[bytes], Meta(max_length=16)]
     reveals: Annotated[list[bytes], Meta(max_length=16)]
+    grounds: Annotated[list[bytes], Meta(max_length=16)]
     opening: bytes
     body_digest: Digest
     body_bytes: Count
@@ -379,7 +438,7 @@ class Evidence(Record, frozen=True, kw_only=True, tag="Evidence/3"):
 
 class Proposal(Record, frozen=True, kw_only=True, tag="Proposal/1"):
     """What a proposer wants executed in one round: `content` is the contract's struct, ABI-encoded; `verdicts` and
-    `settled` name the evidence behind it, from which every validator recomputes it."""
+    `settled` name the evidence behind it (proofs among the verdicts), from which every validator recomputes it."""
 
     network_id: Count
     round: Count

@@ -149,6 +149,11 @@ class RoundEvidence:
     parameters: Parameters | None = None
     digests: Sequence[bytes] = ()
 
+    def paid_signers(self, signers: Sequence[bytes]) -> tuple[bytes, ...]:
+        """Those of `signers` that share in the pay: who withheld a draw does not, unless all did."""
+        kept = tuple(each for each in signers if not self.verdicts.get(each, VerdictCounts()).withheld)
+        return kept or tuple(signers)
+
 
 def quorum(num_validators: int) -> int:
     """Signatures that carry a round: more than two thirds."""
@@ -201,7 +206,7 @@ def propose(context: RoundContext, evidence: RoundEvidence) -> tuple[RoundPropos
     """The proposal that this evidence justifies, and the cumulative rewards under its root.
 
     A frozen root is upheld, unless this validator finds it wrong (then it is corrected) or cannot judge it. Work of an
-    account with a fraudulent verdict, or that is blacklisted or unknown, earns nothing.
+    account that is convicted in this round, blacklisted or unknown earns nothing.
     """
     scores: dict[int, int] = {}
     slashes: list[Slash] = []
@@ -215,7 +220,8 @@ def propose(context: RoundContext, evidence: RoundEvidence) -> tuple[RoundPropos
         if counts.fraudulent and standing.stake_wei and context.num_validators >= MIN_VALIDATORS_TO_SLASH:
             slashes.append(Slash(index=standing.index, amount_wei=standing.stake_wei))
     work = [_earning(context, evidence, job) for job in sorted(evidence.work, key=lambda job: job.job)]
-    paid = [settle(job, context.signers, context.parameters) for job in work]
+    signers = evidence.paid_signers(context.signers)
+    paid = [settle(job, signers, context.parameters) for job in work]
     settlements = sorted((each for each in paid if each), key=lambda settlement: settlement.escrow_id)
     rewards = rewards_of(context, evidence, settlements)
     correction = context.correction if context.ruled_round else None
@@ -253,7 +259,7 @@ def rewards_of(context: RoundContext, evidence: RoundEvidence, settlements: Iter
         for job in (_earning(context, evidence, job) for job in evidence.work)
         if not job.in_coin
     ]
-    return allot(earned, context.signers, context.emission_wei)
+    return allot(earned, evidence.paid_signers(context.signers), context.emission_wei)
 
 
 def add(totals_wei: Mapping[bytes, int], earned_wei: Mapping[bytes, int]) -> dict[bytes, int]:
@@ -274,7 +280,7 @@ def _may_earn(context: RoundContext, evidence: RoundEvidence, account: bytes) ->
     standing = context.standings.get(account)
     if standing is None or standing.reputation == BLACKLISTED:
         return False
-    return evidence.verdicts.get(account, VerdictCounts()).fraudulent == 0
+    return not evidence.verdicts.get(account, VerdictCounts()).is_convicted
 
 
 def justify(proposed: RoundProposal, recomputed: RoundProposal) -> list[str] | None:

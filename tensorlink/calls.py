@@ -82,6 +82,10 @@ class Calls:
         self.driver.tell_all("backward", {**place, **options})
         return backward_pass
 
+    def data_roots(self) -> tuple[bytes, bytes]:
+        """The roots of inputs and targets of what goes into the open step: calls that went backwards."""
+        return self.crossing.roots({call.index for call in self._open if call.num_backwards})
+
     def end(self, committed: bool) -> None:
         """The step was committed on every stage, or its gradients were dropped."""
         for call in self._open:
@@ -91,7 +95,7 @@ class Calls:
         if committed:
             self.step_index += 1
             self.num_calls = 0
-            self.crossing.input_roots.clear()
+            self.crossing.forget_roots()
 
     def resume(self, step_index: int, num_calls: int) -> None:
         """Count on from where a checkpoint was made, so that dropout masks go on as they would have; never

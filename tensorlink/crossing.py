@@ -5,25 +5,27 @@ Neighbours: `calls.py` and `train_step.py` say when, `pipeline/driver.py` moves,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tensorlink.audit.commitments import input_root
+from tensorlink.ordered_data import Place, step_root
 from tensorlink.pipeline.driver import Call
 from tensorlink.placement import Placement
 
 
 class Crossing:
-    """Both directions at both ends. `input_roots` are the roots of what went in since the last step, by
-    "call.micro_batch".
+    """Both directions at both ends. `input_roots` and `target_roots` are the roots of what was sent to the first stage
+    and, as targets, to the last since the last step.
     """
 
     def __init__(self, placement: Placement):
         self._driver, self._private = placement.driver, placement.private
-        self.input_roots: dict[str, bytes] = {}
+        self.input_roots: dict[Place, bytes] = {}
+        self.target_roots: dict[Place, bytes] = {}
         first, last = placement.programs[0].inputs.slots, placement.programs[-1].outputs.slots
         self._outputs = range(len(last))  # slots that come from the last stage
         self._gradients = [at for at, slot in enumerate(last) if slot.requires_grad]  # that the last stage waits for
@@ -35,7 +37,27 @@ class Crossing:
         tensors = {slot: x.detach() if isinstance(x, Tensor) else torch.tensor(x) for slot, x in enumerate(inputs)}
         for slot, tensor in tensors.items():
             self._driver.send(0, call, micro_batch, slot, tensor, type="activation")
-        self.input_roots[f"{call.index}.{micro_batch}"] = input_root(tensors)
+        self.input_roots[Place(call.index, micro_batch)] = input_root(tensors)
+
+    def send_targets(self, call: Call, micro_batch: int, targets: Sequence[Tensor]) -> None:
+        """Send a micro-batch's targets to the last stage."""
+        for slot, tensor in enumerate(targets):
+            self._driver.send(self._driver.num_stages - 1, call, micro_batch, slot, tensor, type="target")
+        if targets:
+            self.target_roots[Place(call.index, micro_batch)] = input_root(dict(enumerate(targets)))
+
+    def roots(self, calls: Container[int]) -> tuple[bytes, bytes]:
+        """What an order binds of the data of these calls: the root of inputs, and that of targets."""
+        inputs, targets = (
+            step_root({place: root for place, root in roots.items() if place.call in calls})
+            for roots in (self.input_roots, self.target_roots)
+        )
+        return inputs, targets
+
+    def forget_roots(self) -> None:
+        """The step is over."""
+        self.input_roots.clear()
+        self.target_roots.clear()
 
     def has_outputs(self, call: Call, micro_batch: int) -> bool:
         """Whether everything has come from the last stage."""

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from smartnodes_core.errors import NoWorkersError
 from smartnodes_core.jobs import Job, spec_digest
-from smartnodes_core.records import NO_DIGEST, Announcement, Assignment, AuditTerms, JobRecord, Plan, Record
+from smartnodes_core.records import Announcement, Assignment, AuditTerms, JobRecord, Plan, Record
 from smartnodes_core.usage import USAGE
 from tensorlink.audit.commitments import initial_root_of
 from tensorlink.initial_state import Source, Sources, digest_of, initial_values, num_bytes_of, value_of
@@ -31,7 +31,6 @@ from tensorlink.program.inputs import flatten_inputs
 from tensorlink.program.limits import Estimate
 from tensorlink.program.trace import TracedModel, trace
 from tensorlink.program.values import DTYPES
-from tensorlink.records import set_root
 from tensorlink.remote_state import RemoteState
 from tensorlink.reporting import report
 from tensorlink.sharding.memory import StageNeed, Training
@@ -83,11 +82,6 @@ class Placement:
     def tied_bytes(self) -> int:
         """The most that one worker sends and receives of tied parameters' gradients in a step."""
         return max(_tied_bytes(program) for program in self.programs)
-
-    @staticmethod
-    def step_input_root(roots: Mapping[str, bytes]) -> bytes:
-        """The root over all inputs of a step, by "call.micro_batch"."""
-        return set_root(dict(roots)) if roots else NO_DIGEST
 
     def usage(self) -> dict[str, dict[str, int]]:
         """See `DistributedModel.usage`."""

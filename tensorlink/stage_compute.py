@@ -61,6 +61,7 @@ class StageCompute:
     ):
         self.measured: dict[str, Any] = {}
         self.inflight = Inflight()
+        self.check_commitment: Callable[[StageOfJob, dict[str, Any]], None] = lambda stage, content: None
         self._port = port
         self._lock = threading.Lock()
         self._stages: dict[str, StageOfJob] = {}
@@ -212,6 +213,7 @@ class StageCompute:
 
     def _commit(self, stage: StageOfJob, content: dict[str, Any]) -> None:
         try:
+            self.check_commitment(stage, content)
             self._port().commit(stage, {**content, "numeric_class": self.measured["numeric_class"]})
         except SmartnodesError as error:
             self.fail(stage, JobError(f"stage {stage.stage} cannot commit to its work: {error}"))

@@ -153,12 +153,13 @@ class Steps:
     ) -> SignedOrder:
         """The order of the open step, all of whose inputs have been sent. It binds nobody before `decide`."""
         job = self._placement.job
+        input_root, target_root = self._calls.data_roots()
         order = StepOrder(
             job=job.id,
             plan_version=job.plan.version,
             step=self._calls.step_index,
-            input_root=self._placement.step_input_root(self._calls.crossing.input_roots),
-            target_root=NO_DIGEST,
+            input_root=input_root,
+            target_root=target_root,
             loss=loss,
             loss_weights=[weight.hex() for weight in weights],
             loss_scale="",

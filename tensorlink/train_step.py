@@ -132,8 +132,7 @@ class TrainStep:
 
         def send(micro_batch: int) -> None:
             calls.crossing.send_inputs(call, micro_batch, batch.inputs[micro_batch])
-            for slot, tensor in enumerate(batch.targets[micro_batch]):
-                self._driver.send(last, call, micro_batch, slot, tensor, type="target")
+            calls.crossing.send_targets(call, micro_batch, batch.targets[micro_batch])
 
         self._run(call, send, [])
         return call

@@ -16,8 +16,9 @@ from smartnodes_core.errors import AuthorityError, JobError, ProtocolError, Reco
 from smartnodes_core.identity import verify
 from smartnodes_core.jobs import Buffer, OpenedUnit, StageOfJob, WorkerPort, spec_digest
 from smartnodes_core.nesting import bounded_json
-from smartnodes_core.records import Commitment, NodeKey, OpeningItem, Signed
+from smartnodes_core.records import Commitment, NodeKey, OpeningItem, Signed, Unit
 from smartnodes_core.usage import USAGE
+from tensorlink.ordered_data import other_data
 from tensorlink.pipeline.headers import MAX_TENSOR_BYTES, SHARED, counts_of, field_of, num_tensor_bytes
 from tensorlink.records import PART_BYTES, Decide, Prepare, StepOrder
 from tensorlink.stage_compute import COMPUTE, StageCompute
@@ -61,6 +62,8 @@ class StageHandler:
         self._compute = StageCompute(
             memory_bytes, num_threads, command, lambda: self.port, scratch, num_devices, device
         )
+
+        self._compute.check_commitment = self._check_data
 
     def start(self) -> None:
         """Start the computing process and measure the rig."""
@@ -289,6 +292,17 @@ class StageHandler:
     def _set_optimizer_state(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
         """Begins to take the optimizer state that the body lists, by "parameter/state name"; `load_end` ends it."""
         return self._compute.call(stage, "set_optimizer_state", _wanted(body)), []
+
+    def _check_data(self, stage: StageOfJob, content: dict[str, Any]) -> None:
+        """Nothing is committed to under an order that names other data than came: it would be this rig's fraud. Raises
+        RecordError."""
+        signed, _ = self._papers_of(stage).of_step(int(content["step"]))
+        if signed:
+            order = StepOrder.decode(Signed.decode(signed).record)
+            units = [Unit(**unit) for unit in content["units"]]
+            found = other_data(order, units, stage.stage, stage.job.record.num_stages)
+            if found:
+                raise RecordError(found)
 
     def _check_plan(self, stage: StageOfJob, record: Prepare | Decide) -> None:
         if record.job != stage.job.id or record.plan_version != stage.job.plan.version:

@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from smartnodes_core.audit import Auditor, HashChain, assigned_validators
+from smartnodes_core.audit_grounds import assigned_without
+from smartnodes_core.audit_proofs import decode_proof
 from smartnodes_core.counters import COUNTERS
 from smartnodes_core.errors import AuthorityError, RecordError, SmartnodesError, Unavailable
 from smartnodes_core.identity import Identity, verify
 from smartnodes_core.jobs import Job
 from smartnodes_core.journal import Journal
 from smartnodes_core.nodes.base import Node
-from smartnodes_core.nodes.books import AuditBooks, AuditedJob, SecondVersionError, place_of
+from smartnodes_core.nodes.books import AuditBooks, AuditedJob, SecondVersionError
 from smartnodes_core.nodes.challenging import ChallengeDesk, Found
 from smartnodes_core.nodes.drawing import DrawDesk
 from smartnodes_core.nodes.evidence import EvidenceDesk
 from smartnodes_core.nodes.mailing import Mailer
-from smartnodes_core.nodes.params import bytes_in, digest_in
-from smartnodes_core.records import MAX_RECORD_BYTES, NO_DIGEST, Commitment, NodeKey, Signed, Verdict
+from smartnodes_core.nodes.params import bytes_in, count_in, digest_in
+from smartnodes_core.nodes.proving import ProofDesk
+from smartnodes_core.nodes.seconding import SecondDesk
+from smartnodes_core.nodes.withholding import WithholdingDesk
+from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, NodeKey, Signed, TwoVersions, Verdict
 from smartnodes_core.rpc import Result, allow
 from smartnodes_core.transport.base import Peer
 
@@ -43,7 +48,8 @@ class AuditDesk:
 
     `tip` gives a validator's hash-chain tip on chain; `list_interval_s` is how long commitments are gathered before a
     list is fixed, `reveal_timeout_s` after how long a list is revealed although another validator has not listed the
-    same, `challenge_timeout_s` how long a worker has to open.
+    same, `challenge_timeout_s` how long a worker has to open, `withhold_timeout_s` after how long a validator whose
+    part in a draw is missing is said to withhold it.
     """
 
     def __init__(
@@ -58,14 +64,25 @@ class AuditDesk:
         list_interval_s: float = 0.25,
         reveal_timeout_s: float = 30.0,
         challenge_timeout_s: float = 60.0,
+        withhold_timeout_s: float = 120.0,
     ):
         self.books = AuditBooks()
         self.lock, self.jobs = self.books.lock, self.books.jobs
         evidence.on_confirmed = self.confirm
         self._node, self._identity, self._evidence = node, identity, evidence
         self._mailer = Mailer(node, "audit-mail")
+        self.proofs = ProofDesk(node, self.books, self._mailer)
+        seconds = SecondDesk(node, identity, auditor, self.books, self._mailer, challenge_timeout_s)
         self._challenges = ChallengeDesk(
-            node, identity, auditor, evidence, self.books, self.take_commitment, self._give_verdict, challenge_timeout_s
+            node,
+            identity,
+            auditor,
+            evidence,
+            self.books,
+            self.take_commitment,
+            self._give_verdict,
+            seconds,
+            challenge_timeout_s,
         )
         self._draws = DrawDesk(
             node,
@@ -80,14 +97,20 @@ class AuditDesk:
             list_interval_s,
             reveal_timeout_s,
         )
+        self._absences = WithholdingDesk(
+            node, identity, self.books, self.proofs, self._mailer, self.take_draw, withhold_timeout_s
+        )
+        self.proofs.on_excluded = lambda audited: self._draws.wake()
         node.serve(self)
 
     def start(self) -> None:
         self._draws.start()
         self._challenges.start()
+        self._absences.start()
 
     def stop(self) -> None:
         """Ends all threads; a case under way is given up."""
+        self._absences.stop()
         self._draws.stop()
         self._challenges.stop()
         self._mailer.stop()
@@ -95,12 +118,11 @@ class AuditDesk:
     def open(self, job: Job) -> None:
         """Begin to audit a job (or go on under a newer plan)."""
         with self.lock:
-            assigned = assigned_validators(job.id, job.plan.validators)
             audited = self.jobs.get(job.id)
             if audited is None:
-                self.jobs[job.id] = AuditedJob(job, assigned)
+                self.jobs[job.id] = AuditedJob(job, assigned_validators(job.id, job.plan.validators))
             elif job.plan.version > audited.job.plan.version:
-                audited.job, audited.assigned = job, assigned
+                audited.job, audited.assigned = job, assigned_without(job, audited.excluded)
 
     def close(self, job_id: bytes, timeout_s: float) -> None:
         """The job ended: returns when everything of it is drawn and examined here, or after `timeout_s`.
@@ -154,26 +176,17 @@ class AuditDesk:
             try:
                 if not audited.take(commitment, signed.signer, data):
                     return
-            except SecondVersionError:
-                self._void(audited, commitment, data)
+            except SecondVersionError as error:
+                if error.proof is not None:
+                    self.proofs.take(error.proof)
                 raise
             faults = audited.compare_links(commitment)
+            disputed = list(audited.disputes.get(commitment.digest(), ()))
         COUNTERS.add("commitments", "taken")
         if faults:
             logger.warning("step %s: %s", commitment.step, faults[0])
-        self._draws.draw(audited, [commitment.digest()])  # others may have revealed before it came
+        self._draws.draw(audited, [commitment.digest(), *disputed])  # others may have revealed before it came
         self._draws.wake()
-
-    def _void(self, audited: AuditedJob, commitment: Commitment, data: bytes) -> None:
-        """A worker signed two versions of a step: neither is paid, and every validator gets to see both."""
-        place = place_of(commitment)
-        first = audited.signed.get(audited.by_place[place])
-        if place in audited.void or first is None:
-            return
-        audited.void.add(place)
-        logger.warning("worker %s signed two commitments for step %s", commitment.worker.hex()[:8], commitment.step)
-        for version in (first, data):
-            self._mailer.post(audited.job.plan.validators, "commitment", {}, version)
 
     @allow(roles=("validator",), max_body_bytes=0)
     def rpc_fetch_commitment(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
@@ -187,14 +200,31 @@ class AuditDesk:
         """Get commitments of a job that another validator holds."""
         with self.lock:
             lacking = [digest for digest in digests if digest not in audited.commitments]
-        self._fetch_all(holder, "fetch_commitment", lacking, self.take_commitment)
+        self._fetch_all(holder, "fetch_commitment", lacking, self._take_fetched)
 
-    def fetch_missing(self, holder: NodeKey, commitments: Iterable[bytes], verdicts: Iterable[bytes]) -> None:
+    def fetch_missing(self, holder: NodeKey, commitments: Iterable[bytes], found: Sequence[bytes]) -> None:
         """Get records of any job that another validator's proposal names."""
-        self._fetch_all(holder, "fetch_commitment", commitments, self.take_commitment)
-        self._fetch_all(holder, "fetch_verdict", verdicts, self.take_verdict)
+        self._fetch_all(holder, "fetch_commitment", commitments, self._take_fetched)
+        self._fetch_all(holder, "fetch_verdict", found, self._take_fetched_verdict)
+        with self.lock:
+            held = {digest for audited in self.jobs.values() for digest in audited.verdicts}
+        proofs = [digest for digest in found if digest not in held]
+        self._fetch_all(holder, "fetch_proof", proofs, lambda data, _: self.proofs.take(decode_proof(data)))
 
-    def _fetch_all(self, holder: NodeKey, method: str, digests: Iterable[bytes], take: Callable[[bytes], None]) -> None:
+    def _take_fetched(self, data: bytes, params: dict[str, Any]) -> None:
+        self.take_commitment(data)
+
+    def _take_fetched_verdict(self, data: bytes, params: dict[str, Any]) -> None:
+        num_bytes = count_in(params, "verdict_bytes", len(data))
+        self.take_verdict(data[:num_bytes], data[num_bytes:])
+
+    def _fetch_all(
+        self,
+        holder: NodeKey,
+        method: str,
+        digests: Iterable[bytes],
+        take: Callable[[bytes, dict[str, Any]], None],
+    ) -> None:
         end_s = time.monotonic() + MAX_FETCH_S
         for digest in list(digests)[:MAX_FETCH]:
             if time.monotonic() > end_s:
@@ -202,10 +232,10 @@ class AuditDesk:
                 return
             try:
                 reply = self._node.call(
-                    holder, method, {"digest": digest}, timeout_s=FETCH_TIMEOUT_S, max_body_bytes=MAX_RECORD_BYTES
+                    holder, method, {"digest": digest}, timeout_s=FETCH_TIMEOUT_S, max_body_bytes=TwoVersions.max_bytes
                 )
                 if reply.body:
-                    take(bytes(reply.body))
+                    take(bytes(reply.body), reply.params)
             except Unavailable as error:
                 logger.warning("%s: what a validator named could not be fetched: %s", method, error)
                 return
@@ -237,39 +267,45 @@ class AuditDesk:
         )
         COUNTERS.add("verdicts", verdict.finding)
         data = self._identity.sign(verdict).encode()
-        if found.evidence != NO_DIGEST:
+        if found.finding == "fraudulent":
             self._evidence.accuse(found.evidence, data)
-        self.take_verdict(data)
-        told = (*audited.job.plan.validators, commitment.worker, audited.job.record.author)
-        self._mailer.post(told, "verdict", {"verdict": data})
+        self.take_verdict(data, found.silence)
+        self._mailer.post(audited.job.plan.validators, "verdict", {"verdict": data}, found.silence)
+        self._mailer.post((commitment.worker, audited.job.record.author), "verdict", {"verdict": data})
 
-    @allow(roles=("validator",), max_body_bytes=0)
+    @allow(roles=("validator",), max_body_bytes=MAX_RECORD_BYTES)
     def rpc_verdict(self, caller: Peer, params: dict[str, Any], body: memoryview) -> None:
-        """What another auditor found."""
-        self.take_verdict(bytes_in(params, "verdict"))
+        """What another auditor found; the body is the proof of a silence."""
+        self.take_verdict(bytes_in(params, "verdict"), bytes(body))
 
     @allow(roles=("validator",), max_body_bytes=0)
     def rpc_fetch_verdict(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
-        """A signed verdict by its digest; else nothing."""
+        """A signed verdict by its digest, of a silence with its proof; else nothing."""
         digest = digest_in(params, "digest")
         with self.lock:
-            found = [audited.verdicts[digest][1] for audited in self.jobs.values() if digest in audited.verdicts]
-        return {}, found[:1]
+            for audited in self.jobs.values():
+                if digest in audited.verdicts:
+                    data = audited.verdicts[digest][1]
+                    return {"verdict_bytes": len(data)}, [data, audited.silence_of(digest)]
+        return {}, []
 
-    def take_verdict(self, data: bytes) -> None:
-        """Store a signed verdict; a fraud that another found is re-run. Raises AuthorityError, RecordError."""
+    def take_verdict(self, data: bytes, silence: bytes = b"") -> None:
+        """Store a signed verdict, of a silence with its signed proof; a fraud that another found is re-run. Raises
+        AuthorityError, RecordError."""
         signed = Signed.decode(data)
         verdict = verify(signed, Verdict)
         own = verdict.auditor == self._node.node_key
         with self.books.changed:
             audited = self.books.job(verdict.job)
-            if signed.signer != verdict.auditor or verdict.auditor not in audited.assigned:
+            if signed.signer != verdict.auditor or not audited.may_audit(verdict.auditor):
                 raise AuthorityError("a verdict is signed by an assigned validator")
-            if not audited.store_verdict(verdict, data):
+            if not audited.store_verdict(verdict, data, silence):
                 return
+            follow = audited.followed_by(verdict) if silence else []
             if own:
                 audited.confirmed[verdict.digest()] = time.monotonic()
             self.books.changed.notify_all()
+        self._draws.draw(audited, follow)  # they are audited now whatever their seeds say
         if verdict.finding == "fraudulent" and not own:
             self._evidence.confirm(verdict)
 

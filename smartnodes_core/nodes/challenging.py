@@ -11,36 +11,34 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from smartnodes_core.audit import Auditor, Case, Selection, seed_of
-from smartnodes_core.errors import PeerFault, RecordError, SmartnodesError
-from smartnodes_core.evidence import chain_before, opening_of
-from smartnodes_core.identity import Identity
-from smartnodes_core.jobs import MAX_EARLIER, spec_digest
+from smartnodes_core.audit import Auditor, Case, Selection
+from smartnodes_core.errors import SmartnodesError
+from smartnodes_core.identity import Identity, verify
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.books import AuditBooks, AuditedJob, SecondVersionError
 from smartnodes_core.nodes.evidence import EvidenceDesk, Signatures
-from smartnodes_core.nodes.params import count_in, counts_in
-from smartnodes_core.records import MAX_RECORD_BYTES, NO_DIGEST, Challenge, Commitment, Digest, Finding
+from smartnodes_core.nodes.inquiry import NO_ANSWER, Answer, Inquiry, ask
+from smartnodes_core.nodes.seconding import SecondDesk, inquiry_of
+from smartnodes_core.records import NO_DIGEST, Challenge, Commitment, Digest, Finding, Signed, Silence
 
 logger = logging.getLogger(__name__)
 
-MAX_SPEC_BYTES = 64 << 20
-MAX_OPENING_BYTES = 8 << 30
-SPEC_TIMEOUT_S = 30.0
 NUM_EXAMINERS = 3
 
 
 @dataclass(frozen=True)
 class Found:
-    """What an audit came to: the challenge, the finding with its reason, and the evidence kept (or NO_DIGEST)."""
+    """What an audit came to: the challenge, the finding with its reason, the evidence kept (or NO_DIGEST), and of a
+    silence the signed proof."""
 
     commitment: Commitment
     challenge: Challenge
     finding: Finding
     reason: str
     evidence: Digest
+    silence: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,10 @@ class ChallengeDesk:
         books: AuditBooks,
         take_commitment: Callable[[bytes], None],
         on_found: Callable[[AuditedJob, Found], None],
+        seconds: SecondDesk,
         timeout_s: float,
     ):
+        self._seconds = seconds
         self._node, self._identity, self._auditor, self._evidence = node, identity, auditor, evidence
         self._books, self._on_found, self._timeout_s = books, on_found, timeout_s
         self._take_commitment = take_commitment
@@ -126,44 +126,62 @@ class ChallengeDesk:
     def _examine(self, case: _Waiting) -> None:
         """Challenge, opening, finding. A worker that answers wrongly, and one that does not, both get a verdict."""
         audited, commitment = case.audited, case.commitment
-        digest = commitment.digest()
         with self._books.lock:
-            reveals = audited.reveals_for(digest)
-            lists = [audited.lists[(key, reveal.reveal)][1] for key, (reveal, _) in sorted(reveals.items())]
-            signed_commitment = audited.signed.get(digest, b"")
-        challenge = Challenge(
-            job=audited.job.id,
-            commitment=digest,
-            tier=case.selection.tier,  # type: ignore[arg-type]
-            unit=case.selection.unit,
-            seed=seed_of({key: reveal.preimage for key, (reveal, _) in reveals.items()}, digest),
-            reveals=[reveals[key][0].digest() for key in sorted(reveals)],
-            auditor=self._node.node_key,
-            deadline_s=int(time.time() + self._timeout_s),
-        )
-        finding: Finding = "inconclusive"
-        evidence = NO_DIGEST
+            drawn = inquiry_of(audited, commitment.digest(), case.selection)
+        if drawn is None:
+            return  # settled meanwhile, or the job is forgotten
+        inquiry = replace(drawn, signed_challenge=self._identity.sign(drawn.challenge).encode())
+        in_time = self._seconds.announce(inquiry)
+        finding, reason, answer = self._ask(inquiry)
+        evidence, silence = NO_DIGEST, b""
+        if finding == "silent":
+            if in_time:
+                finding, reason, answer, silence = self._ask_others(inquiry, reason, answer)
+            else:
+                finding, reason = "inconclusive", f"asked for after its audit window: {reason}"
+        if finding == "silent":
+            evidence = verify(Signed.decode(silence), Silence).digest()
+        if finding == "fraudulent" and answer is not None:
+            signatures = Signatures(
+                audited.job.signed_record,
+                audited.job.signed_plan,
+                inquiry.signed_commitment,
+                answer.earlier,
+                inquiry.lists,
+                inquiry.reveals,
+                inquiry.grounds,
+                answer.signed_opening,
+            )
+            evidence = self._evidence.keep(answer.case, signatures, answer.body)
+        self._on_found(audited, Found(commitment, inquiry.challenge, finding, reason, evidence, silence))
+
+    def _ask(self, inquiry: Inquiry) -> tuple[Finding, str, Answer | None]:
+        """What comes of asking the worker; `silent` stands for no answer, until others have asked too."""
         try:
-            signed_reveals = [reveals[key][1] for key in sorted(reveals)]
-            opened, earlier, signed_opening, body = self._open(audited, commitment, challenge, lists, signed_reveals)
-        except PeerFault as fault:
-            reason = f"not opened: {fault}"
+            answer = ask(self._node, inquiry, self._timeout_s)
+            self._compare_versions(answer.earlier)
+        except SecondVersionError as fault:
+            return "inconclusive", f"not opened: {fault}", None
+        except NO_ANSWER as error:
+            return "silent", f"not opened: {error}", None
         except SmartnodesError as error:
-            reason = f"no opening came: {error}"
-        else:
-            finding, reason = self._compare(opened, body)
-            if finding == "fraudulent":
-                signatures = Signatures(
-                    audited.job.signed_record,
-                    audited.job.signed_plan,
-                    signed_commitment,
-                    earlier,
-                    lists,
-                    signed_reveals,
-                    signed_opening,
-                )
-                evidence = self._evidence.keep(opened, signatures, body)
-        self._on_found(audited, Found(commitment, challenge, finding, reason, evidence))
+            return "inconclusive", f"the opening could not be taken: {error}", None
+        return *self._compare(answer.case, answer.body), answer
+
+    def _ask_others(
+        self, inquiry: Inquiry, reason: str, answer: Answer | None
+    ) -> tuple[Finding, str, Answer | None, bytes]:
+        """Whether the worker is silent to all, with the signed proof; else the finding on what it opened to another."""
+        found = self._seconds.ask_others(inquiry, reason if answer is not None else "")
+        if isinstance(found, Answer):
+            finding, reason = self._compare(found.case, found.body)
+            if finding != "silent":
+                return finding, f"{reason} (opened through another validator)", found, b""
+            found = []
+        silence = self._seconds.silence(inquiry, found)
+        if silence is None:
+            return "inconclusive", f"{reason}; borne out by {len(found)} other validators only", None, b""
+        return "silent", reason, None, self._identity.sign(silence).encode()
 
     def _compare(self, case: Case, body: memoryview) -> tuple[Finding, str]:
         with self._examining:
@@ -172,38 +190,6 @@ class ChallengeDesk:
             except Exception as error:  # an auditor must not raise; if it does, nothing is known of the worker
                 logger.exception("an auditor failed")
                 return "inconclusive", f"the audit could not be run: {type(error).__name__}"
-
-    def _open(
-        self,
-        audited: AuditedJob,
-        commitment: Commitment,
-        challenge: Challenge,
-        lists: list[bytes],
-        reveals: list[bytes],
-    ) -> tuple[Case, list[bytes], bytes, memoryview]:
-        """Have the worker open the unit: the case, its signed earlier commitments and opening, the body.
-
-        Raises PeerFault where it refuses or answers wrongly, Unavailable where it does not answer.
-        """
-        key = audited.of_stage(commitment.stage, commitment.replica)
-        params = {"key": key, "challenge": self._identity.sign(challenge).encode(), "lists": lists, "reveals": reveals}
-        spec = self._spec(audited, commitment, key)
-        reply = self._node.call(
-            commitment.worker, "challenge", params, timeout_s=self._timeout_s, max_body_bytes=MAX_OPENING_BYTES
-        )
-        at = count_in(reply.params, "opening_bytes", len(reply.body))
-        end = at + count_in(reply.params, "order_bytes", len(reply.body) - at)
-        signed_opening, order = bytes(reply.body[:at]), bytes(reply.body[at:end])
-        earlier: list[bytes] = []
-        for num_bytes in counts_in(reply.params, "earlier_bytes", MAX_EARLIER, MAX_RECORD_BYTES):
-            earlier.append(bytes(reply.body[end : end + num_bytes]))
-            end += num_bytes
-        body = reply.body[end:]
-        opening = opening_of(signed_opening, commitment.worker, challenge.digest(), order, body)
-        chain = chain_before(commitment, earlier)
-        self._compare_versions(earlier)
-        case = Case(audited.job.record, spec, commitment, challenge, order, opening.encode(), chain)
-        return case, earlier, signed_opening, body
 
     def _compare_versions(self, earlier: list[bytes]) -> None:
         """Raises SecondVersionError where the worker opens another commitment of a step than it published."""
@@ -214,16 +200,3 @@ class ChallengeDesk:
                 raise
             except SmartnodesError as error:  # settled long since, or of a job that has ended
                 logger.debug("a commitment that was opened is not kept: %s", error)
-
-    def _spec(self, audited: AuditedJob, commitment: Commitment, key: str) -> bytes:
-        """What the stage runs, fetched once from its worker and checked against the job record."""
-        spec = audited.specs.get(commitment.stage)
-        if spec is None:
-            reply = self._node.call(
-                commitment.worker, "spec", {"key": key}, timeout_s=SPEC_TIMEOUT_S, max_body_bytes=MAX_SPEC_BYTES
-            )
-            spec = bytes(reply.body)
-            if spec_digest(spec) != audited.job.record.specs[commitment.stage]:
-                raise RecordError("the worker gave another spec than the job record names")
-            audited.specs[commitment.stage] = spec
-        return spec

@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from smartnodes_core.audit import HashChain, Selection, TipTracker, seed_of, select
+from smartnodes_core.audit import HashChain, Selection, TipTracker
 from smartnodes_core.errors import AuthorityError, RecordError, SmartnodesError
 from smartnodes_core.identity import Identity, verify
 from smartnodes_core.journal import Journal
 from smartnodes_core.nodes.base import Node
-from smartnodes_core.nodes.books import MAX_LIST, AuditBooks, AuditedJob
+from smartnodes_core.nodes.books import AuditBooks, AuditedJob
+from smartnodes_core.nodes.draw_books import MAX_LIST
 from smartnodes_core.nodes.mailing import Mailer
 from smartnodes_core.nodes.params import bytes_in
 from smartnodes_core.records import NodeKey, ReceivedList, Reveal, Signed
@@ -106,7 +107,7 @@ class DrawDesk:
         """Sign a list of what is not listed yet; False where there is nothing."""
         with self._books.lock:
             digests = [digest for digest in audited.unlisted[:MAX_LIST] if digest in audited.commitments]
-            if not digests or audited.closed:
+            if not digests:
                 audited.unlisted.clear()
                 return False
             index = self._next_reveal
@@ -115,7 +116,11 @@ class DrawDesk:
                 logger.error("the hash chain is used up after %d lists: post the tip of a new one", index - 1)
                 return False
             received = ReceivedList(
-                job=audited.job.id, validator=self._node.node_key, reveal=index, commitments=sorted(digests)
+                job=audited.job.id,
+                validator=self._node.node_key,
+                reveal=index,
+                commitments=sorted(digests),
+                excluded=list(audited.excluded),
             )
             self._journal.once(f"list/{self._chain.tip.hex()}/{index}", received.digest())
             self._next_reveal += 1
@@ -136,9 +141,7 @@ class DrawDesk:
             with self._books.lock:
                 audited = self._books.job(job_id)
                 received = audited.lists[(self._node.node_key, index)][0]
-                listed = [audited.listed_by.get(digest, {}) for digest in received.commitments]
-                complete = all(len(validators) >= len(audited.assigned) for validators in listed)
-                if not complete and time.monotonic() - fixed_at_s < self._reveal_timeout_s:
+                if not audited.is_listed(received) and time.monotonic() - fixed_at_s < self._reveal_timeout_s:
                     return  # later preimages would give this one away
                 reveal = Reveal(
                     job=job_id,
@@ -150,6 +153,7 @@ class DrawDesk:
                 data = self._identity.sign(reveal).encode()
                 audited.pending.remove((index, fixed_at_s))
                 audited.reveals[(self._node.node_key, index)] = (reveal, data)
+                self._books.note_reveal(reveal, data)
             self._mailer.post(audited.job.plan.validators, "reveal", {"reveal": data})
             self.draw(audited, received.commitments)
 
@@ -166,7 +170,7 @@ class DrawDesk:
         received = verify(signed, ReceivedList)
         with self._books.lock:
             audited = self._books.job(received.job)
-            if signed.signer != received.validator or signed.signer not in audited.assigned:
+            if signed.signer != received.validator or not audited.may_audit(signed.signer):
                 raise AuthorityError("a list is signed by an assigned validator")
             audited.store_list(received, data)
             unknown = [digest for digest in received.commitments if digest not in audited.commitments]
@@ -193,7 +197,9 @@ class DrawDesk:
             raise RecordError("a preimage does not lead to the tip its validator posted on chain")
         with self._books.lock:
             audited.reveals.setdefault(place, (reveal, data))
-        self.draw(audited, fixed[0].commitments)
+            given_away = self._books.note_reveal(reveal, data)
+        for other, digests in given_away:
+            self.draw(other, digests)
 
     def _tracker(self, validator: NodeKey) -> TipTracker:
         tip = self._tip(validator)  # may ask the chain: never under the lock of the books
@@ -218,16 +224,7 @@ class DrawDesk:
         """Draw for every commitment whose preimages are all out; hand on the cases that fall to this validator."""
         with self._books.changed:
             for digest in digests:
-                commitment = audited.commitments.get(digest)
-                if digest in audited.drawn or commitment is None:
-                    continue
-                reveals = audited.reveals_for(digest)
-                if len(reveals) < len(audited.assigned):
-                    continue
-                seed = seed_of({key: reveal.preimage for key, (reveal, _) in reveals.items()}, digest)
-                chosen = select(seed, audited.job.record.audit, len(commitment.units), audited.assigned)
-                audited.drawn[digest] = chosen
-                for selection in chosen:
+                for selection in audited.draw(digest):
                     known = (digest, selection.tier, selection.unit) in audited.by_unit  # from before a restart
                     if selection.auditor == self._node.node_key and not known:
                         self._on_selected(audited, digest, selection)

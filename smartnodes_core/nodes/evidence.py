@@ -29,7 +29,8 @@ FETCH_TIMEOUT_S = 120.0
 
 
 class Signatures(NamedTuple):
-    """The signed records behind a case, each as its signer sent it; `lists` and `reveals` are those of the draw."""
+    """The signed records behind a case, each as its signer sent it; `lists` and `reveals` are those of the draw,
+    `grounds` what it stands on besides."""
 
     job: bytes
     plan: bytes
@@ -37,6 +38,7 @@ class Signatures(NamedTuple):
     earlier: list[bytes]
     lists: list[bytes]
     reveals: list[bytes]
+    grounds: list[bytes]
     opening: bytes
 
 

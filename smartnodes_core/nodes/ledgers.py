@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from typing import Any
 
 from smartnodes_core.errors import AuditError, AuthorityError, JobError
@@ -12,7 +13,7 @@ from smartnodes_core.transport.base import Peer
 
 #: Commitments kept beyond the audit window, for challenges that are under way.
 SPARE_COMMITMENTS = MAX_EARLIER
-#: How often one unit is opened: again when an answer was lost, not without end.
+#: How often one unit is opened to one validator: again when an answer was lost, not without end.
 MAX_OPENINGS = 3
 
 
@@ -23,7 +24,7 @@ class Ledger:
         self._stage = stage
         self._tip = stage.job.id
         self._limit = stage.job.record.audit.window_steps + SPARE_COMMITMENTS
-        self._openings: dict[bytes, dict[int, int]] = {}
+        self._openings: dict[bytes, Counter[tuple[int, NodeKey]]] = {}
         self.commitments: dict[bytes, Commitment] = {}
         self.released_by: set[NodeKey] = set()
         self.timer: threading.Timer | None = None
@@ -57,12 +58,12 @@ class Ledger:
         at = held.index(digest)
         return [self.commitments[earlier] for earlier in held[max(0, at - min(count, MAX_EARLIER)) : at]]
 
-    def count_opening(self, digest: bytes, unit: int) -> None:
+    def count_opening(self, digest: bytes, unit: int, validator: NodeKey) -> None:
         """Raises AuditError when a unit has been opened often enough: each opening costs much more than asking."""
-        opened = self._openings.setdefault(digest, {})
-        if opened.get(unit, 0) >= MAX_OPENINGS:
-            raise AuditError(f"this unit was opened {MAX_OPENINGS} times already")
-        opened[unit] = opened.get(unit, 0) + 1
+        opened = self._openings.setdefault(digest, Counter())
+        if opened[(unit, validator)] >= MAX_OPENINGS:
+            raise AuditError(f"this unit was opened to this validator {MAX_OPENINGS} times already")
+        opened[(unit, validator)] += 1
 
     def release(self, validator: NodeKey) -> tuple[bool, bool]:
         """A validator needs the stage no more: whether none does, and whether so many say so that one is honest."""

@@ -10,10 +10,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 from blake3 import blake3
 
-from smartnodes_core.audit import NUM_ASSIGNED, Opened, TipTracker, assigned_validators, check_challenge
-from smartnodes_core.errors import AuditError, AuthorityError
+from smartnodes_core.audit import NUM_ASSIGNED, Opened, TipTracker, check_challenge
+from smartnodes_core.audit_grounds import MAX_GROUNDS_BYTES, grounds_of
+from smartnodes_core.errors import AuditError, AuthorityError, RecordError
 from smartnodes_core.evidence import from_validator
 from smartnodes_core.identity import Identity, verify
 from smartnodes_core.jobs import JobHandler, StageOfJob
@@ -27,6 +29,7 @@ from smartnodes_core.transport.base import Peer
 logger = logging.getLogger(__name__)
 
 MAX_VERDICTS = 1000
+_decoder = msgspec.msgpack.Decoder(list[bytes])
 #: Lists and preimages that come with a challenge: of each assigned validator one.
 MAX_PREIMAGES = NUM_ASSIGNED
 
@@ -60,25 +63,26 @@ class OpeningDesk:
         only_validators_of(stage, caller)
         return {}, [self._handler.spec(stage)]
 
-    @allow(roles=("validator",), max_body_bytes=0)
+    @allow(roles=("validator",), max_body_bytes=MAX_GROUNDS_BYTES)
     def rpc_challenge(
         self, caller: Peer, params: dict[str, Any], body: memoryview
     ) -> tuple[dict[str, Any], list[bytes | memoryview]]:
-        """Open a committed unit, provided that the seed selects it; otherwise AuditError, without penalty."""
+        """Open a committed unit, provided that the seed selects it, or the papers in the body do (`audit_grounds.py`);
+        otherwise AuditError, without penalty. The auditor asks, or another validator that it has asked to."""
         signed = Signed.decode(bytes_in(params, "challenge"))
         lists, reveals = (bytes_list_in(params, name, MAX_PREIMAGES) for name in ("lists", "reveals"))
         challenge = verify(signed, Challenge)
         stage = self._held.stage(text_in(params, "key"))
         only_validators_of(stage, caller)
-        if signed.signer != challenge.auditor or challenge.auditor != caller.node_key:
-            raise AuthorityError("a challenge is signed and sent by its auditor")
+        if signed.signer != challenge.auditor:
+            raise AuthorityError("a challenge is signed by its auditor")
         commitment = self._committed(stage, challenge)
-        self._check_draw(stage, challenge, commitment, lists, reveals)
+        self._check_draw(stage, challenge, commitment, lists, reveals, _papers(body))
         with self._held.lock:
             ledger = self._held.ledgers.get(stage.key)
             if ledger is None:
                 raise AuditError("the stage was given up")
-            ledger.count_opening(challenge.commitment, challenge.unit)
+            ledger.count_opening(challenge.commitment, challenge.unit, caller.node_key)
         opened = self._handler.open(stage, commitment, challenge.tier, challenge.unit)
         opening = Opening(challenge=challenge.digest(), commitment=challenge.commitment, items=opened.items)
         signable = Opened(
@@ -106,9 +110,16 @@ class OpeningDesk:
         return commitment
 
     def _check_draw(
-        self, stage: StageOfJob, challenge: Challenge, commitment: Commitment, lists: list[bytes], reveals: list[bytes]
+        self,
+        stage: StageOfJob,
+        challenge: Challenge,
+        commitment: Commitment,
+        lists: list[bytes],
+        reveals: list[bytes],
+        papers: list[bytes],
     ) -> None:
-        assigned = assigned_validators(stage.job.id, stage.job.plan.validators)
+        grounds = grounds_of(papers, stage.job, commitment)
+        assigned = grounds.assigned(stage.job)
         tips = {key: tip for key in assigned if (tip := self._tip(key)) is not None}
         with self._held.lock:
             trackers = {key: self._trackers.setdefault((key, tip), TipTracker(tip)) for key, tip in tips.items()}
@@ -120,6 +131,8 @@ class OpeningDesk:
             [from_validator(item, ReceivedList) for item in lists],
             [from_validator(item, Reveal) for item in reveals],
             trackers,
+            grounds.excluded,
+            grounds.forced,
         )
 
     @allow(roles=("validator",), max_body_bytes=0)
@@ -135,3 +148,11 @@ class OpeningDesk:
         self.verdicts.append(verdict)
         if verdict.finding != "honest":
             logger.warning("audit of step %s: %s (%s)", verdict.step, verdict.finding, verdict.reason)
+
+
+def _papers(body: memoryview) -> list[bytes]:
+    """The papers that come with a challenge. Raises RecordError."""
+    try:
+        return _decoder.decode(body) if len(body) else []
+    except msgspec.DecodeError as error:
+        raise RecordError(f"not a list of papers: {error}") from None

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from smartnodes_core.audit_proofs import decode_proof
 from smartnodes_core.errors import AuthorityError, RecordError, SmartnodesError
 from smartnodes_core.jobs import Job
 from smartnodes_core.nodes.auditing import AuditDesk
@@ -34,7 +35,7 @@ MAX_PAGE_BYTES = 8 << 20
 #: Pages of one job's records that are asked for at most.
 MAX_PAGES = 1 << 10
 #: Kinds of records, in the order in which they are told: what was found before is known before anything is drawn.
-COMMITMENT, VERDICT, LIST = b"0", b"1", b"2"
+COMMITMENT, VERDICT, PROOF, LIST = b"0", b"1", b"2", b"3"
 MAX_PLACE_BYTES = 64
 
 _jobs = msgspec.msgpack.Decoder(list[tuple[bytes, bytes]])
@@ -107,7 +108,9 @@ class ResumeDesk:
             if kind == COMMITMENT:
                 self._audits.take_commitment(data)
             elif kind == VERDICT:
-                self._audits.take_verdict(data)
+                self._audits.take_verdict(data, revealed)
+            elif kind == PROOF:
+                self._audits.proofs.take(decode_proof(data))
             elif kind == LIST:
                 self._audits.take_draw(data, revealed)
         except SmartnodesError as error:
@@ -125,8 +128,9 @@ class ResumeDesk:
 
     @allow(roles=("validator",), max_body_bytes=0)
     def rpc_audit_records(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
-        """The signed records of a job that no round has settled: first commitments, then verdicts, then lists with what
-        was revealed for each (empty: nothing yet), as triples (place, record, reveal) behind the place `after`.
+        """The signed records of a job that no round has settled: first commitments, then verdicts (of silence with
+        their proofs), other proofs, then lists with what was revealed for each (empty: nothing yet), as triples (place,
+        record, what goes with it) behind the place `after`.
         """
         job_id, after = digest_in(params, "job"), bytes_in(params, "after", MAX_PLACE_BYTES)
         with self._audits.lock:
@@ -134,7 +138,10 @@ class ResumeDesk:
             if caller.node_key not in audited.job.plan.validators:
                 raise AuthorityError("only a validator of the job's plan audits it")
             found = [(COMMITMENT + digest, data, b"") for digest, data in audited.signed.items()]
-            found += [(VERDICT + digest, data, b"") for digest, (_, data) in audited.verdicts.items()]
+            found += [
+                (VERDICT + digest, data, audited.silence_of(digest)) for digest, (_, data) in audited.verdicts.items()
+            ]
+            found += [(PROOF + name, proof.encode(), b"") for name, proof in audited.proofs.items()]
             found += [
                 (
                     LIST + validator + index.to_bytes(8, "big"),

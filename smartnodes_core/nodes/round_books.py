@@ -24,6 +24,7 @@ from smartnodes_core.errors import ChainError, RecordError, SmartnodesError
 from smartnodes_core.nodes.admitting import AdmissionDesk
 from smartnodes_core.nodes.auditing import AuditDesk
 from smartnodes_core.nodes.base import Node
+from smartnodes_core.nodes.finding import Found
 from smartnodes_core.nodes.job_news import JobNews
 from smartnodes_core.nodes.membership import Membership
 from smartnodes_core.nodes.params import digest_in
@@ -33,7 +34,7 @@ from smartnodes_core.nodes.reward_books import MAX_PUBLISHED, RewardBooks, trim
 from smartnodes_core.nodes.root_checks import RootChecks
 from smartnodes_core.nodes.root_reviews import RootReview
 from smartnodes_core.nodes.settleable import MAX_NAMED, Settleable
-from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, NodeKey, Proposal, Signed, Verdict
+from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, NodeKey, Proposal, Signed
 from smartnodes_core.reputation import ReputationRule, next_reputation
 from smartnodes_core.rounds import (
     RoundContext,
@@ -61,7 +62,7 @@ MAX_CANDIDATES = 64
 
 #: The records that a proposal names, asking these validators for what is lacking; raises RecordError for those that may
 #: not be settled.
-LookUp = Callable[[Proposal, Sequence[NodeKey]], tuple[dict[bytes, Verdict], dict[bytes, Commitment]]]
+LookUp = Callable[[Proposal, Sequence[NodeKey]], tuple[dict[bytes, Found], dict[bytes, Commitment]]]
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from smartnodes_core.chain.base import RoundState
 from smartnodes_core.jobs import Job
 from smartnodes_core.nodes.auditing import AuditDesk
+from smartnodes_core.nodes.finding import Found, is_fraud, tally
 from smartnodes_core.nodes.membership import Membership
 from smartnodes_core.nodes.paying import Escrows
 from smartnodes_core.records import Commitment, Verdict
-from smartnodes_core.reputation import VerdictCounts
 from smartnodes_core.rounds import RoundEvidence
 
 #: Records one proposal names at most, of each kind; the rest waits for the next round.
@@ -37,51 +36,45 @@ class Settleable:
         self._lock = threading.Lock()
         self._since_s: dict[bytes, float] = {}
 
-    def unsettled(self) -> tuple[dict[bytes, Verdict], dict[bytes, Commitment]]:
-        """What the next proposal may name, capped: verdicts in the order of their digests, commitments in that of
+    def unsettled(self) -> tuple[dict[bytes, Found], dict[bytes, Commitment]]:
+        """What the next proposal may name, capped: findings in the order of their digests, commitments in that of
         their steps."""
-        held, payable = self.verdicts(), sorted(self.payable().items(), key=lambda item: (item[1].step, item[0]))
+        held, payable = self.findings(), sorted(self.payable().items(), key=lambda item: (item[1].step, item[0]))
         settled = set(self._is_settled([*held, *(digest for digest, _ in payable)]))
-        verdicts = {digest: verdict for digest, verdict in sorted(held.items()) if digest not in settled}
+        found = {digest: each for digest, each in sorted(held.items()) if digest not in settled}
         commitments = {digest: commitment for digest, commitment in payable if digest not in settled}
         jobs = list(dict.fromkeys(commitment.job for commitment in commitments.values()))[:MAX_JOBS]
         commitments = {digest: c for digest, c in commitments.items() if c.job in jobs}
-        return _first(verdicts), _first(commitments)
+        return _first(found), _first(commitments)
 
     def since(self) -> dict[bytes, float]:
         """What could be settled now, and since when it was seen to be so here (of `time.monotonic`). To be asked again
         and again: what nobody has looked at counts as new."""
-        held = [*self.verdicts(), *self.payable()]
+        held = [*self.findings(), *self.payable()]
         settled, now_s = set(self._is_settled(held)), time.monotonic()
         with self._lock:
             self._since_s = {each: self._since_s.get(each, now_s) for each in held if each not in settled}
             return self._since_s
 
-    def is_full(self, verdicts: Collection[Verdict], commitments: Collection[Commitment]) -> bool:
+    def is_full(self, found: Collection[Found], commitments: Collection[Commitment]) -> bool:
         """Whether a proposal names as many as it may: what is left out waits for the next round."""
         num_jobs = len({commitment.job for commitment in commitments})
-        return max(len(verdicts), len(commitments)) >= MAX_NAMED or num_jobs >= MAX_JOBS
+        return max(len(found), len(commitments)) >= MAX_NAMED or num_jobs >= MAX_JOBS
 
-    def verdicts(self) -> dict[bytes, Verdict]:
-        """Verdicts on units that the seeds select; of frauds, those that were found or re-run here."""
+    def findings(self) -> dict[bytes, Found]:
+        """What rounds may carry, by the digest that names it: verdicts on units that were drawn (of frauds, those that
+        were found or re-run here) and proofs."""
         with self._audits.lock:
-            return {
-                digest: verdict
-                for audited in self._audits.jobs.values()
-                for digest, (verdict, _) in audited.verdicts.items()
-                if audited.is_selected(verdict) and (verdict.finding != "fraudulent" or digest in audited.confirmed)
-            }
+            return {digest: found for audited in self._audits.jobs.values() for digest, found in audited.findings()}
 
     def frauds_since(self, since_s: float) -> set[bytes]:
-        """Fraudulent verdicts, not settled, that were confirmed here before `since_s` (of `time.monotonic`)."""
+        """Frauds, not settled, that were confirmed or proven here before `since_s` (of `time.monotonic`)."""
         with self._audits.lock:
             found = {
                 digest
                 for audited in self._audits.jobs.values()
-                for digest, at_s in audited.confirmed.items()
-                if at_s < since_s
-                and audited.verdicts[digest][0].finding == "fraudulent"
-                and audited.is_selected(audited.verdicts[digest][0])
+                for digest, each in audited.findings()
+                if is_fraud(each) and audited.confirmed[digest] < since_s
             }
         return found.difference(self._is_settled(found))
 
@@ -99,31 +92,30 @@ class Settleable:
         return {digest: commitment for digest, commitment in closed.items() if commitment.worker not in contested}
 
     def evidence(
-        self, state: RoundState, verdicts: Mapping[bytes, Verdict], commitments: Mapping[bytes, Commitment]
+        self, state: RoundState, found: Mapping[bytes, Found], commitments: Mapping[bytes, Commitment]
     ) -> RoundEvidence:
-        """The records as the rules take them: by account. Asks the chain for each job that is paid, and for a worker
+        """The records as the rules take them: by account. Asks the chain for each job that is paid, and for a member
         that is new. Raises RecordError for a job that is forgotten already."""
-        workers = {verdict.worker for verdict in verdicts.values()}
-        workers |= {commitment.worker for commitment in commitments.values()}
-        accounts = {worker: self._membership.account_of(worker) for worker in workers}
-        counts: dict[bytes, VerdictCounts] = {}
-        for verdict in verdicts.values():
-            account = accounts[verdict.worker]
-            if account is not None:
-                before = counts.get(account, VerdictCounts())
-                counts[account] = replace(before, **{verdict.finding: getattr(before, verdict.finding) + 1})
         work: dict[bytes, dict[bytes, int]] = {}
         for commitment in commitments.values():
-            account = accounts[commitment.worker]
+            account = self._membership.account_of(commitment.worker)
             if account is not None:
                 units = work.setdefault(commitment.job, {})
                 units[account] = units.get(account, 0) + commitment.work_units
         return RoundEvidence(
-            verdicts=counts,
+            verdicts=tally(found.values(), self._membership.account_of, lambda verdict: self._strikes(verdict, found)),
             work=[self._escrows.work(self._job(job), units, state) for job, units in work.items()],
-            jobs_disputed=sorted({v.job for v in verdicts.values() if v.finding == "fraudulent"}),
-            digests=[*verdicts, *commitments],
+            jobs_disputed=sorted({each.job for each in found.values() if is_fraud(each)}),
+            digests=[*found, *commitments],
         )
+
+    def _strikes(self, verdict: Verdict, named: Mapping[bytes, Found]) -> int:
+        """The silences that count against a worker with this one, of those that rounds have carried, or this does."""
+        with self._audits.lock:
+            audited = self._audits.books.job(verdict.job)
+            silent = audited.silent_verdicts(verdict)
+            told = {*named, *self._is_settled(silent)}
+            return audited.strikes(verdict, [each.step for digest, each in silent.items() if digest in told])
 
     def _job(self, job_id: bytes) -> Job:
         with self._audits.lock:

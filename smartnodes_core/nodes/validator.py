@@ -34,20 +34,19 @@ from smartnodes_core.reputation import ReputationRule, next_reputation
 
 logger = logging.getLogger(__name__)
 
-#: How long a closed job's audits may take before its workers are released all the same.
-DRAIN_TIMEOUT_S = 20.0
-
 
 @dataclass(frozen=True)
 class ValidatorSettings:
     """Times of a validator: commitments are gathered `list_interval_s` into one list, which waits `reveal_timeout_s`
-    for the other validators'; a worker has `challenge_timeout_s` to open; the chain is looked at every `poll_s`, and a
+    for the other validators'; a worker has `challenge_timeout_s` to open; a validator that owes its part in a
+    draw for `withhold_timeout_s` is said to withhold it; the chain is looked at every `poll_s`, and a
     silent proposer is given up after `proposer_timeout_s`. `parameters` are those of the network that this validator
     wants (None: those in force): it proposes them, and signs no others. `reputation_rule` is the network's."""
 
     list_interval_s: float = 0.25
     reveal_timeout_s: float = 30.0
     challenge_timeout_s: float = 60.0
+    withhold_timeout_s: float = 120.0
     poll_s: float = 5.0
     proposer_timeout_s: float = 30.0
     parameters: Parameters | None = None
@@ -88,7 +87,9 @@ class ValidatorNode:
             list_interval_s=settings.list_interval_s,
             reveal_timeout_s=settings.reveal_timeout_s,
             challenge_timeout_s=settings.challenge_timeout_s,
+            withhold_timeout_s=settings.withhold_timeout_s,
         )
+        self._drain_s = settings.withhold_timeout_s + 2 * settings.challenge_timeout_s
         self.jobs = JobDesk(node, membership.network_id, membership.role_of, self.audits.idle_s)
         self.rounds = RoundDesk(
             node,
@@ -146,13 +147,14 @@ class ValidatorNode:
         self.keeper.changed(job.id)
 
     def _close(self, job: Job) -> None:
-        """Let the audits under way end, then release the job's workers; beside everything else."""
+        """Let the audits under way end, draws that are made anew among them, then release the job's workers; beside
+        everything else."""
         entry = self.jobs.entries.get(job.id)
         self.rounds.books.news.closed(job, entry.closing if entry is not None else b"")
         self.keeper.changed(job.id)
 
         def finish() -> None:
-            self.audits.close(job.id, DRAIN_TIMEOUT_S)
+            self.audits.close(job.id, self._drain_s)
             self.jobs.release_workers(job, "completed")
 
         threading.Thread(target=finish, name="close-job", daemon=True).start()

@@ -24,10 +24,11 @@ from smartnodes_core.chain.signing import sign_digest
 from smartnodes_core.errors import RecordError
 from smartnodes_core.journal import EquivocationError, Journal
 from smartnodes_core.nodes.balloting import MAX_BALLOTS, BallotDesk
+from smartnodes_core.nodes.finding import Found
 from smartnodes_core.nodes.params import bytes_list_in
 from smartnodes_core.nodes.round_books import Candidate, RoundBooks
 from smartnodes_core.nodes.views import ViewClock
-from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, NodeKey, Proposal, Verdict, Vote
+from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, NodeKey, Proposal, Vote
 from smartnodes_core.rounds import RoundProposal, in_view, justify, left_out, propose, undecided
 from smartnodes_core.rpc import Result, allow
 from smartnodes_core.transport.base import Peer
@@ -235,7 +236,7 @@ class VoteDesk:
         return (None, reasons) if reasons else (Candidate.of(proposal, content, context, totals_wei), [])
 
     def _left_out(
-        self, state: RoundState, view: int, verdicts: Mapping[bytes, Verdict], commitments: Mapping[bytes, Commitment]
+        self, state: RoundState, view: int, verdicts: Mapping[bytes, Found], commitments: Mapping[bytes, Commitment]
     ) -> list[str]:
         """Reasons against a proposal that names these records: what else it had to name."""
         records, now_s = self._books.records, time.monotonic()
@@ -245,13 +246,13 @@ class VoteDesk:
             named = verdicts.keys() | commitments.keys()
             missing = left_out(records.since(), named, now_s, state.interval_s, view)
         return [
-            *(f"the fraudulent verdict {digest.hex()[:16]} is left out" for digest in frauds),
+            *(f"the fraud {digest.hex()[:16]} is left out" for digest in frauds),
             *(f"{digest.hex()[:16]} is left out: it could be settled an interval ago" for digest in missing),
         ]
 
     def _look_up(
         self, proposal: Proposal, sources: Sequence[NodeKey]
-    ) -> tuple[dict[bytes, Verdict], dict[bytes, Commitment]]:
+    ) -> tuple[dict[bytes, Found], dict[bytes, Commitment]]:
         """The records that a proposal names, from this validator's own books, asking `sources` for what they lack.
 
         Raises RecordError for what may not be settled, whether a round has settled it or not.
@@ -264,7 +265,7 @@ class VoteDesk:
             self._books.audits.confirm_again(unknown)
             verdicts, payable, unknown, missing = self._held(proposal)
         if unknown:
-            raise RecordError(f"{len(unknown)} verdicts are not known here, not drawn, or not yet re-run")
+            raise RecordError(f"{len(unknown)} verdicts or proofs are not known here, not drawn, or not yet re-run")
         if missing:
             raise RecordError(f"{len(missing)} commitments are not known here, or their audit window is open")
         return (
@@ -272,11 +273,9 @@ class VoteDesk:
             {digest: payable[digest] for digest in proposal.settled},
         )
 
-    def _held(
-        self, proposal: Proposal
-    ) -> tuple[dict[bytes, Verdict], dict[bytes, Commitment], list[bytes], list[bytes]]:
+    def _held(self, proposal: Proposal) -> tuple[dict[bytes, Found], dict[bytes, Commitment], list[bytes], list[bytes]]:
         """Verdicts and commitments that may be settled, and those of the proposal that are not among them."""
-        verdicts, payable = self._books.records.verdicts(), self._books.records.payable()
+        verdicts, payable = self._books.records.findings(), self._books.records.payable()
         unknown = [digest for digest in proposal.verdicts if digest not in verdicts]
         missing = [digest for digest in proposal.settled if digest not in payable]
         return verdicts, payable, unknown, missing

@@ -49,7 +49,7 @@ MAX_STAGES_PER_JOB = 8
 #: Lists and preimages that come with a challenge: of each assigned validator one.
 MAX_PREIMAGES = NUM_ASSIGNED
 #: How long a stage of a job that ended is kept for audits that some validator still has.
-RELEASE_TIMEOUT_S = 30.0
+RELEASE_TIMEOUT_S = 150.0
 DRAIN_TIMEOUT_S = 2.0
 
 

@@ -19,6 +19,7 @@ from tensorlink.audit.opened import OpenedData
 from tensorlink.audit.step import examine_step
 from tensorlink.audit.unit import Case, examine_unit
 from tensorlink.errors import OverLimitError
+from tensorlink.ordered_data import other_data
 from tensorlink.program.admission import Bounds
 from tensorlink.program.graph import LossProgram, StageProgram
 from tensorlink.records import StepOrder
@@ -53,13 +54,16 @@ class Examiner:
                 raise AuditError("the challenge or the order belongs to another commitment")
             past = _past(params)
             data = OpenedData(Opening.decode(params["opening"]).items, body, len(past.orders))
+            wrong = other_data(order, commitment.units, program.stage_index, program.num_stages)
+            if wrong:
+                raise AuditError(wrong)
             ends_interval = challenge.tier == 2 and "weights_after" in commitment.roots
             start = start_of(data, program, commitment, order, past, with_optimizer=ends_interval)
             replayer = Replayer(program, loss, start.weights, self.bounds)
             case = Case(replayer, data, commitment, order, start, int(params["seed"]), deltas)
             found = examine_unit(case, challenge.unit) if challenge.tier == 1 else examine_step(case)
         except UnknownPastError as error:
-            return {"finding": "inconclusive", "reason": str(error), "deltas": deltas}
+            return {"finding": "silent", "reason": str(error), "deltas": deltas}
         except OverLimitError as error:
             return {"finding": "inconclusive", "reason": f"too large for this machine: {error}", "deltas": deltas}
         except PeerFault as error:

@@ -58,7 +58,7 @@ def worker_table(network: LocalNetwork, model: DistributedModel, verdicts: list[
                 "work_units": sum(stage["work_units"] for stage in held),
                 "audits_passed": sum(verdict.finding == "honest" for verdict in own),
                 "audits_failed": sum(verdict.finding == "fraudulent" for verdict in own),
-                "audits_inconclusive": sum(verdict.finding == "inconclusive" for verdict in own),
+                "audits_inconclusive": sum(verdict.finding in ("inconclusive", "silent") for verdict in own),
                 "reputation": member.reputation,
                 "sno_earned": totals.get(member.account, 0) / SNO,
                 "sno_claimed": paid_wei / SNO,

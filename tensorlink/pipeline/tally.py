@@ -61,10 +61,15 @@ class Tally:
             return list(self._verdicts)
 
     def findings(self, worker: NodeKey | None = None) -> dict[str, int]:
-        """How many audits passed, failed, and were inconclusive: of one worker, or of all."""
+        """How many audits passed, failed, were inconclusive, and met with silence: of one worker, or of all."""
         with self._lock:
             counts = [(f, n) for (key, f), n in self._findings.items() if worker in (None, key)]
-        names: dict[Finding, str] = {"honest": "passed", "fraudulent": "failed", "inconclusive": "inconclusive"}
+        names: dict[Finding, str] = {
+            "honest": "passed",
+            "fraudulent": "failed",
+            "inconclusive": "inconclusive",
+            "silent": "silent",
+        }
         return {name: sum(n for f, n in counts if f == finding) for finding, name in names.items()}
 
     def work_units(self, stage: int) -> int:

@@ -179,7 +179,6 @@ class Drawn:
             seed=self.seed,
             reveals=[],
             auditor=self.selection.auditor,
-            deadline_s=0,
         )
 
     def check(self, **changes) -> None:

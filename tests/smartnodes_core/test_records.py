@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from smartnodes_core import records
 from smartnodes_core.errors import RecordError
 from smartnodes_core.records import (
+    Absence,
     Announcement,
     Assignment,
     AuditTerms,
@@ -32,9 +33,13 @@ from smartnodes_core.records import (
     Reveal,
     Signed,
     SignedBinding,
+    Silence,
+    TwoVersions,
+    Unanswered,
     Unit,
     Verdict,
     Vote,
+    Withholding,
     canonical,
     digest_of,
 )  # fmt: skip
@@ -81,9 +86,9 @@ SAMPLES = [
     ),
     Receipt(job=d(1), plan_version=0, replica=0, step=1, sender=d(2), receiver=d(3), signer=d(2), items_root=d(4),
         num_items=8),
-    ReceivedList(job=d(1), validator=d(2), reveal=1, commitments=[d(3), d(4)]),
+    ReceivedList(job=d(1), validator=d(2), reveal=1, commitments=[d(3), d(4)], excluded=[d(5)]),
     Reveal(job=d(1), validator=d(2), reveal=1, received_list=d(3), preimage=d(4)),
-    Challenge(job=d(1), commitment=d(2), tier=2, unit=-1, seed=d(3), reveals=[d(4)], auditor=d(5), deadline_s=99),
+    Challenge(job=d(1), commitment=d(2), tier=2, unit=-1, seed=d(3), reveals=[d(4)], auditor=d(5)),
     OpeningItem(label="unit/0/x/0", meta=b"meta", num_bytes=64),
     Opening(challenge=d(1), commitment=d(2), items=[OpeningItem(label="a", meta=b"", num_bytes=0)]),
     Verdict(
@@ -92,9 +97,17 @@ SAMPLES = [
     ),
     Evidence(
         job=b"j", plan=b"pl", spec=b"s", commitment=b"c", earlier=[b"p"], order=b"o", challenge=b"ch", lists=[b"l"],
-        reveals=[b"r"], opening=b"op",
+        reveals=[b"r"], grounds=[b"g"], opening=b"op",
         body_digest=d(1), body_bytes=10,
     ),
+    Unanswered(job=d(1), challenge=d(2), validator=d(3)),
+    Silence(
+        job=d(1), replica=0, stage=1, step=2, commitment=d(2), challenge=d(3), worker=d(4), auditor=d(5), forced_from=7,
+        statements=[b"s"],
+    ),
+    TwoVersions(job=d(1), first=b"f", second=b"s"),
+    Absence(job=d(1), absent=d(2), validator=d(3)),
+    Withholding(job=d(1), absent=d(2), statements=[b"s"]),
     Proposal(
         network_id=1, round=2, view=0, previous=d(1), proposer=d(2, 20), content=b"abi", verdicts=[d(3)], settled=[d(4)]
     ),

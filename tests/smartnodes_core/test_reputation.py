@@ -30,6 +30,18 @@ def test_more_audits_in_a_round_do_not_make_a_name_faster(score: int, honest: in
     assert next_reputation(score, VerdictCounts(honest=honest)) <= capped
 
 
+@given(scores, counts)
+def test_two_silences_change_nothing_the_third_blacklists(score: int, silent: int) -> None:
+    assert next_reputation(score, VerdictCounts(silent=silent, strikes=2)) == score
+    assert next_reputation(score, VerdictCounts(silent=silent, strikes=3)) == BLACKLISTED
+
+
+@given(scores, counts)
+def test_withholding_a_draw_takes_half_and_leaves_a_newcomer(score: int, given_verdicts: int) -> None:
+    after = next_reputation(score, VerdictCounts(withheld=1, given=given_verdicts))
+    assert NEWCOMER <= after <= max(NEWCOMER, score // 2)
+
+
 def test_steps_shrink_towards_the_top_and_the_top_is_reached() -> None:
     score, steps = NEWCOMER, []
     while score < BEST:

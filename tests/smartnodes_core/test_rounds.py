@@ -134,6 +134,24 @@ def test_a_proposal_scores_slashes_and_pays_by_the_evidence() -> None:
     assert proposal.evidence_root == evidence_root([b"b" * 32, b"a" * 32])
 
 
+def test_who_withheld_a_draw_shares_in_no_pay_of_the_round() -> None:
+    withheld = replace(EVIDENCE, verdicts={VALIDATORS[0]: VerdictCounts(withheld=1)})
+    _, totals = propose(CONTEXT, withheld)
+    assert VALIDATORS[0] not in totals
+    assert totals[VALIDATORS[1]] == totals[VALIDATORS[2]] == 75 * SNO
+    everybody = dict.fromkeys(CONTEXT.signers, VerdictCounts(withheld=1))
+    assert propose(CONTEXT, replace(EVIDENCE, verdicts=everybody))[1][VALIDATORS[0]] == 50 * SNO
+
+
+def test_the_third_silence_takes_reputation_and_pay_but_no_stake() -> None:
+    for strikes, earns in ((2, True), (3, False)):
+        silent = {WORKERS[0]: VerdictCounts(silent=1, strikes=strikes)}
+        proposal, totals = propose(CONTEXT, replace(EVIDENCE, verdicts=silent))
+        assert (totals.get(WORKERS[0], 0) > 7) == earns
+        assert unpack_reputations(proposal.reputations) == ({} if earns else {0: 0})
+        assert proposal.slashes == ()
+
+
 def test_a_network_scores_by_its_own_rule() -> None:
     context = replace(
         CONTEXT, reputation_rule=lambda reputation, counts: reputation + counts.honest - counts.fraudulent

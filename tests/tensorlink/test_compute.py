@@ -659,7 +659,6 @@ def test_an_auditor_in_a_process_of_its_own_finds_a_cheat_in_another(nodes, gpt,
         seed=bytes(32),
         reveals=[],
         auditor=bytes(32),
-        deadline_s=0,
     )
     opened = worker.call("open", step=0, unit=-1, tier=2)
     asked = [(at, min(1000, opened["num_bytes"] - at)) for at in range(0, opened["num_bytes"], 1000)]

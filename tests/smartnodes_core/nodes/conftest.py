@@ -461,7 +461,6 @@ class Drawn:
             "seed": self.seed,
             "reveals": [reveal.digest() for reveal in self.reveals],
             "auditor": self.auditor.key,
-            "deadline_s": int(time.time()) + 60,
         }
         return Challenge(**{**fields, **changes})
 

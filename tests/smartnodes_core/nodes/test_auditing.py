@@ -20,7 +20,7 @@ from smartnodes_core.errors import (
 )
 from smartnodes_core.identity import verify
 from smartnodes_core.jobs import StageOfJob
-from smartnodes_core.nodes import books
+from smartnodes_core.nodes import books, draw_books
 from smartnodes_core.nodes.validator import ValidatorSettings
 from smartnodes_core.records import Commitment, ReceivedList, Signed, Verdict
 
@@ -96,13 +96,13 @@ def test_a_worker_that_opens_other_data_is_found_out(net, eventually):
     assert found == {(net.workers[0].key, "honest"), (net.workers[1].key, "fraudulent")}
 
 
-def test_a_worker_that_refuses_to_open_is_found_inconclusive(net, eventually):
+def test_a_worker_that_refuses_to_open_is_found_silent(net, eventually):
     net.workers[0].handler.refuses = True
     job = net.open(num_stages=1)
     net.work(job, range(1))
     eventually(lambda: net.everyone_has(2, job))
     verdicts = [v for v, _ in net.audited(net.validators[0], job).verdicts.values()]
-    assert {v.finding for v in verdicts} == {"inconclusive"}
+    assert {v.finding for v in verdicts} == {"silent"}
     assert "no longer held" in verdicts[0].reason
 
 
@@ -128,7 +128,7 @@ def test_an_answer_out_of_shape_gets_a_verdict_too(bare, eventually, answer, com
     bare.work(job, range(1))
     eventually(lambda: bare.everyone_has(2, job))
     verdict = next(iter(bare.audited(bare.validators[0], job).verdicts.values()))[0]
-    assert verdict.finding == "inconclusive"
+    assert verdict.finding == "silent"
     assert complaint in verdict.reason
 
 
@@ -326,7 +326,7 @@ def test_a_verdict_counts_only_if_the_seed_selects_its_unit_and_auditor(net, eve
     validator = next(v for v in net.validators if v.key in net.audited(v, job).assigned)
     commitment = next(iter(net.audited(validator, job).commitments.values()))
     validator.role.audits.take_verdict(_verdict(job, commitment, validator))
-    assert validator.role.rounds.books.records.verdicts() == {}
+    assert validator.role.rounds.books.records.findings() == {}
 
 
 def test_one_auditor_gives_one_verdict_about_a_unit(net):
@@ -483,7 +483,7 @@ def test_lists_of_validators_that_are_not_assigned_and_lists_out_of_bounds_are_r
 
 
 def test_a_validator_cannot_list_without_end_what_nobody_has(net, monkeypatch):
-    monkeypatch.setattr(books, "MAX_UNKNOWN", 3)
+    monkeypatch.setattr(draw_books, "MAX_UNKNOWN", 3)
     job = net.open(num_stages=1)
     (first, second, *_), _ = _assigned_and_other(net, job)
     lists = [first.sign(_listed(net, job, first, reveal)) for reveal in range(1, 5)]
@@ -602,3 +602,78 @@ def test_who_withholds_a_verdict_delays_the_pay_for_the_seconds_of_the_window_at
     audited.came_at_s[first] -= job.record.audit.window_s
     assert list(records.payable()) == [first]
     never.set()
+
+
+# -- links that disagree ----------------------------------------------------------------------------------------------
+
+
+def _bends_a_link(net, step):
+    """The first worker says that it sent something else for one unit of a step than the second says it received."""
+    handler = net.workers[0].handler
+    commit = handler.port.commit
+
+    def bent(stage, content):
+        if content["step"] == step and stage.stage == 0:
+            content["units"][1]["roots"]["y"] = bytes(32)
+        commit(stage, content)
+
+    handler.port = SimpleNamespace(commit=bent)
+
+
+def _payable(net, job):
+    records = net.validators[0].role.rounds.books.records
+    return sorted((each.step, each.stage) for each in records.payable().values() if each.job == job.id)
+
+
+def test_a_unit_over_which_two_ends_of_a_link_disagree_is_audited_at_both_and_paid_at_neither(net, eventually):
+    _bends_a_link(net, 1)
+    job = net.open(audit={"unit_rate_ppm": 0, "window_steps": 1})
+    net.work(job, range(4))
+    eventually(lambda: net.everyone_has(2, job))
+    audited = net.audited(net.validators[0], job)
+    verdicts = [verdict for verdict, _ in audited.verdicts.values()]
+    assert {(v.step, v.stage, v.tier, v.unit) for v in verdicts} == {(1, 0, 1, 1), (1, 1, 1, 1)}
+    assert {v.finding for v in verdicts} == {"honest"}
+    eventually(lambda: _payable(net, job) == [(0, 0), (0, 1), (2, 0), (2, 1)])
+
+
+def test_who_disagrees_with_a_convict_is_paid(net, eventually):
+    _bends_a_link(net, 1)
+    net.workers[0].handler.wrong = {1}
+    job = net.open(audit={"unit_rate_ppm": 0, "window_steps": 1})
+    net.work(job, range(4))
+    eventually(lambda: (1, 1) in _payable(net, job))
+    audited = net.audited(net.validators[0], job)
+    found = {verdict.stage: verdict.finding for verdict, _ in audited.verdicts.values()}
+    assert found == {0: "fraudulent", 1: "honest"}
+
+
+def test_an_audit_that_the_seed_does_not_select_is_refused_without_the_papers_that_ask_for_it(net, eventually):
+    _bends_a_link(net, 0)
+    job = net.open(audit={"unit_rate_ppm": 0})
+    net.work(job, range(1))
+    eventually(lambda: net.everyone_has(2, job))
+    case = next(case for v in net.validators for case in v.auditor.cases if case.commitment.stage == 1)
+    auditor = next(v for v in net.validators if v.key == case.challenge.auditor)
+    (draw,) = net.audited(auditor, job).draws(case.commitment.digest())
+    params = {
+        "key": StageOfJob(job, 1, 0).key,
+        "challenge": auditor.sign(case.challenge),
+        "lists": [data for _, data in draw.lists.values()],
+        "reveals": [data for _, data in draw.reveals.values()],
+    }
+
+    def ask(*papers):
+        return auditor.node.call(net.workers[1].key, "challenge", params, [msgspec.msgpack.encode(list(papers))])
+
+    grounds = net.audited(auditor, job).grounds(case.commitment.digest())
+    assert ask(*grounds).body
+    agreeing = net.signed_commitment(job, 0, 0)
+    later = net.signed_commitment(job, 0, 1)
+    foreign = net.signed_commitment(job, 0, 0, signer=net.workers[2], num_units=1)
+    own = net.signed_commitment(job, 1, 0, num_units=1)
+    for papers in ((), (agreeing,), (later,), (foreign,), (own,), grounds * 17, (b"",), (case.challenge.encode(),)):
+        with pytest.raises(SmartnodesError):
+            ask(*papers)
+    with pytest.raises(RecordError, match="list of papers"):
+        auditor.node.call(net.workers[1].key, "challenge", params, [b"\xc1"])

@@ -409,7 +409,7 @@ def test_what_the_evidence_does_not_justify_is_not_signed_and_the_reasons_say_wh
         ("evidence_root", proposal, replace(content, evidence_root=evidence_root([]))),
         ("in the future", proposal, replace(content, until_s=int(time.time()) + 600)),
         ("before the last", proposal, replace(content, until_s=1)),
-        ("1 verdicts are not known", unknown, content),
+        ("1 verdicts or proofs are not known", unknown, content),
         ("audit window is open", in_window, content),
         ("rewards_root", left_out, content),
     ]

@@ -266,12 +266,11 @@ def test_preimages_and_lists_that_do_not_hold_are_refused(bare, stage):
         ask(bare, drawn, drawn.params(lists=forged))
 
 
-def test_a_challenge_comes_from_the_auditor_that_it_names(bare, stage):
+def test_a_challenge_is_signed_by_the_auditor_that_it_names_and_any_validator_of_the_plan_may_show_it(bare, stage):
     drawn = bare.draw(stage.job, committed(bare, stage))
     other = next(v for v in bare.validators if v is not drawn.auditor)
-    with pytest.raises(AuthorityError, match="signed and sent by its auditor"):
-        ask(bare, drawn, sender=other)
-    with pytest.raises(AuthorityError, match="signed and sent by its auditor"):
+    ask(bare, drawn, sender=other)  # its auditor has another ask: its own way here may be broken
+    with pytest.raises(AuthorityError, match="signed by its auditor"):
         ask(bare, drawn, drawn.params(signer=other), other)
     with pytest.raises(AuthorityError, match="may not call"):
         ask(bare, drawn, sender=bare.user)

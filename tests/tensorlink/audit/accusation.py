@@ -108,7 +108,7 @@ class Accusation:
         self.reveals = [by_key[one.validator].sign(one).encode() for one in reveals]
         self.challenge = Challenge(
             job=self.job.digest(), commitment=digest, tier=2, unit=-1, seed=seed,
-            reveals=[one.digest() for one in reveals], auditor=selection.auditor, deadline_s=0,
+            reveals=[one.digest() for one in reveals], auditor=selection.auditor,
         )  # fmt: skip
 
     def opened(self):

@@ -117,7 +117,7 @@ class Training:
         opened.write(memoryview(body))
         challenge = Challenge(
             job=self.rig.JOB, commitment=commitment.digest(), tier=tier, unit=unit, seed=bytes(32), reveals=[],
-            auditor=bytes(32), deadline_s=0,
+            auditor=bytes(32),
         )  # fmt: skip
         items = [OpeningItem(**item) for item in opened.items]
         return {

@@ -135,7 +135,7 @@ class Shared:
         opened.write(memoryview(body))
         challenge = Challenge(
             job=self.rig.JOB, commitment=commitment.digest(), tier=2, unit=-1, seed=bytes(32), reveals=[],
-            auditor=bytes(32), deadline_s=0,
+            auditor=bytes(32),
         )  # fmt: skip
         items = [OpeningItem(**item) for item in opened.items]
         params = {

@@ -27,9 +27,9 @@ def test_findings_are_counted_for_all_and_for_each():
     found = Tally()
     for worker, finding in [(b"a", "honest"), (b"a", "fraudulent"), (b"b", "honest"), (b"b", "inconclusive")]:
         found.verdict(verdict(worker, finding))
-    assert found.findings() == {"passed": 2, "failed": 1, "inconclusive": 1}
-    assert found.findings(b"a") == {"passed": 1, "failed": 1, "inconclusive": 0}
-    assert found.findings(b"c") == {"passed": 0, "failed": 0, "inconclusive": 0}
+    assert found.findings() == {"passed": 2, "failed": 1, "inconclusive": 1, "silent": 0}
+    assert found.findings(b"a") == {"passed": 1, "failed": 1, "inconclusive": 0, "silent": 0}
+    assert found.findings(b"c") == {"passed": 0, "failed": 0, "inconclusive": 0, "silent": 0}
 
 
 def test_verdicts_are_kept_within_bounds_and_counts_are_not_lost(monkeypatch):
