@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from smartnodes_core.audit import Selection, disagreeing_units, link_disagreements, sharing_disagreements
-from smartnodes_core.audit_grounds import grounds_of
+from smartnodes_core.audit_grounds import departed_in, grounds_of
 from smartnodes_core.audit_proofs import MIN_WITNESSES, Proof, check_proof, check_silence, name_of, two_versions
 from smartnodes_core.audit_silence import is_forced, is_unpaid, strikes
 from smartnodes_core.errors import AuthorityError, BusyError, RecordError
@@ -50,6 +50,7 @@ class AuditedJob(DrawBook):
     by_place: dict[Place, bytes] = field(default_factory=dict)
     void: set[Place] = field(default_factory=set)  # two commitments were signed: neither is paid
     proofs: dict[bytes, Proof] = field(default_factory=dict)  # by the name under which a round carries them
+    departures: dict[NodeKey, bytes] = field(default_factory=dict)  # of validators that leave, as they signed it
     disputes: dict[bytes, set[bytes]] = field(default_factory=dict)  # commitments that contradict each other
     steps: dict[StagePlace, list[int]] = field(default_factory=dict)  # ascending
     settled_step: dict[StagePlace, int] = field(default_factory=dict)
@@ -121,6 +122,26 @@ class AuditedJob(DrawBook):
             self.exclude(proof.absent)
         return True
 
+    def add_departure(self, data: bytes) -> bool:
+        """Keep a validator's signed word that it leaves; False where it is held. Raises RecordError, SignatureError."""
+        validator = departed_in(Signed.decode(data), self.job)
+        if validator is None:
+            raise RecordError("this is no departure")
+        if validator in self.departures:
+            return False
+        self.departures[validator] = data
+        return True
+
+    def honour_departures(self) -> bool:
+        """Make draws without those who leave, once they have revealed what they owe: else one could leave when it sees
+        what it would draw. Whether anybody left; the last one never does."""
+        before = self.excluded
+        for validator in sorted(self.departures):
+            is_last = len(self.excluded) + 1 >= len(self.job.plan.validators)
+            if not is_last and validator not in self.excluded and not self.owes(validator):
+                self.exclude(validator)
+        return self.excluded != before
+
     def _check_claim(self, commitment: Commitment, signer: NodeKey) -> None:
         job = self.job
         if signer != commitment.worker or job.worker_of(commitment.stage, commitment.replica) != signer:
@@ -170,9 +191,11 @@ class AuditedJob(DrawBook):
         """The units of a commitment that are audited whatever its seed says."""
         return grounds_of(self.grounds(digest), self.job, self.commitments[digest]).forced
 
-    def withholdings(self, excluded: Excluded) -> list[Withholding]:
-        """The proofs that these validators were shut out of the draws."""
-        return [each for each in self.proofs.values() if isinstance(each, Withholding) and each.absent in excluded]
+    def shut_out(self, excluded: Excluded) -> list[bytes]:
+        """The papers that show why draws are made without these validators, one for each."""
+        proofs = [proof for proof in self.proofs.values() if isinstance(proof, Withholding)]
+        papers = {**self.departures, **{proof.absent: proof.encode() for proof in proofs}}
+        return [papers[validator] for validator in excluded if validator in papers]
 
     @property
     def window_steps(self) -> int:

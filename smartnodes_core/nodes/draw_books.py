@@ -133,6 +133,14 @@ class DrawBook:
         """Whether it is assigned, or was before it was shut out."""
         return validator in self.assigned or validator in self.excluded
 
+    def owes(self, validator: NodeKey) -> bool:
+        """Whether a preimage is not out that a validator owes for a list."""
+        for (key, index), (received, _) in self.lists.items():
+            shown = self.reveals.get((key, index)) or self.newest.get(key)
+            if key == validator and (shown is None or not gives_away(shown[0], received)):
+                return True
+        return False
+
     def missing_from(self, digest: bytes) -> list[NodeKey]:
         """The assigned validators whose list or preimage for a commitment is not there."""
         shown = self.reveals_for(digest, self.excluded)
