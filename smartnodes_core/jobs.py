@@ -65,6 +65,9 @@ class Job:
             raise RecordError(f"the plan assigns {len(stages)} stages, needed {num_needed}, each once")
         if not plan.validators or len(set(plan.validators)) != len(plan.validators):
             raise RecordError(f"the plan names {len(plan.validators)} validators: at least one, each once, is needed")
+        strangers = set(plan.validators) - set(record.audit.auditors or plan.validators)
+        if strangers:
+            raise RecordError(f"the plan names {len(strangers)} validators that the job's list of auditors lacks")
         if record.audit.window_steps > MAX_WINDOW_STEPS:
             raise RecordError(f"an audit window of {record.audit.window_steps} steps: at most {MAX_WINDOW_STEPS}")
         if not len(record.specs) == len(record.initial_roots) == len(record.work_units) == record.num_stages:

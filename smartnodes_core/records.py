@@ -163,7 +163,7 @@ class AuditTerms(Record, frozen=True, kw_only=True, tag="AuditTerms/1"):
     step_rate_ppm: Annotated[int, Meta(ge=0, le=1_000_000)]
     window_steps: Count
     window_s: Count
-    auditors: Annotated[list[NodeKey], Meta(max_length=256)]  # empty: any validator
+    auditors: Annotated[list[NodeKey], Meta(max_length=256)]  # who alone may be a plan's validators; empty: anyone
 
 
 class JobRecord(Record, frozen=True, kw_only=True, tag="JobRecord/1"):

@@ -20,8 +20,9 @@ from smartnodes_core.identity import Identity, verify
 from smartnodes_core.jobs import Job
 from smartnodes_core.journal import Journal
 from smartnodes_core.nodes.base import Node
-from smartnodes_core.nodes.books import AuditBooks, AuditedJob, SecondVersionError
+from smartnodes_core.nodes.books import AuditBooks, AuditedJob
 from smartnodes_core.nodes.challenging import ChallengeDesk, Found
+from smartnodes_core.nodes.claim_books import SecondVersionError
 from smartnodes_core.nodes.drawing import DrawDesk
 from smartnodes_core.nodes.evidence import EvidenceDesk
 from smartnodes_core.nodes.mailing import Mailer

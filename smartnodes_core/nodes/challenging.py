@@ -17,7 +17,8 @@ from smartnodes_core.audit import Auditor, Case, Selection
 from smartnodes_core.errors import SmartnodesError
 from smartnodes_core.identity import Identity, verify
 from smartnodes_core.nodes.base import Node
-from smartnodes_core.nodes.books import AuditBooks, AuditedJob, SecondVersionError
+from smartnodes_core.nodes.books import AuditBooks, AuditedJob
+from smartnodes_core.nodes.claim_books import SecondVersionError
 from smartnodes_core.nodes.evidence import EvidenceDesk, Signatures
 from smartnodes_core.nodes.inquiry import NO_ANSWER, Answer, Inquiry, ask
 from smartnodes_core.nodes.seconding import SecondDesk, inquiry_of

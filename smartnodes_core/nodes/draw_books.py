@@ -9,10 +9,10 @@ import time
 from dataclasses import dataclass, field
 
 from smartnodes_core.audit import CHAIN_LENGTH, Selection, gives_away, preimage_of, seed_of, select
-from smartnodes_core.audit_grounds import assigned_without
+from smartnodes_core.audit_grounds import assigned_without, departed_in
 from smartnodes_core.errors import BusyError, RecordError
 from smartnodes_core.jobs import Job
-from smartnodes_core.records import Commitment, NodeKey, ReceivedList, Reveal
+from smartnodes_core.records import Commitment, NodeKey, ReceivedList, Reveal, Signed
 
 #: Commitments in one list: three lists and their preimages fit the header of a challenge.
 MAX_LIST = 256
@@ -48,6 +48,7 @@ class DrawBook:
     commitments: dict[bytes, Commitment] = field(default_factory=dict)
     excluded: Excluded = ()
     excluded_at_s: float = 0.0
+    departures: dict[NodeKey, bytes] = field(default_factory=dict)  # of validators that leave, as they signed it
     unlisted: list[bytes] = field(default_factory=list)
     lists: dict[tuple[NodeKey, int], tuple[ReceivedList, bytes]] = field(default_factory=dict)
     listed_by: dict[bytes, dict[Excluded, dict[NodeKey, int]]] = field(default_factory=dict)
@@ -128,6 +129,26 @@ class DrawBook:
         self.excluded_at_s = time.monotonic()
         self.assigned = assigned_without(self.job, self.excluded)
         self.unlisted = list(dict.fromkeys([*self.unlisted, *(d for d in self.commitments if d not in self.drawn)]))
+
+    def add_departure(self, data: bytes) -> bool:
+        """Keep a validator's signed word that it leaves; False where it is held. Raises RecordError, SignatureError."""
+        validator = departed_in(Signed.decode(data), self.job)
+        if validator is None:
+            raise RecordError("this is no departure")
+        if validator in self.departures:
+            return False
+        self.departures[validator] = data
+        return True
+
+    def honour_departures(self) -> bool:
+        """Make draws without those who leave, once they have revealed what they owe: else one could leave when it sees
+        what it would draw. Whether anybody left; the last one never does."""
+        before = self.excluded
+        for validator in sorted(self.departures):
+            is_last = len(self.excluded) + 1 >= len(self.job.plan.validators)
+            if not is_last and validator not in self.excluded and not self.owes(validator):
+                self.exclude(validator)
+        return self.excluded != before
 
     def may_audit(self, validator: NodeKey) -> bool:
         """Whether it is assigned, or was before it was shut out."""

@@ -104,6 +104,14 @@ def test_a_plan_that_does_not_fit_its_job_is_refused(changes):
         open_job(record, plan_of(record, **changes))
 
 
+def test_a_job_is_audited_by_nobody_but_those_whom_its_author_named():
+    named = AuditTerms(unit_rate_ppm=0, step_rate_ppm=0, window_steps=1, window_s=1, auditors=[b"v" * 32, b"w" * 32])
+    record = record_of(audit=named)
+    assert open_job(record, plan_of(record)).plan.validators == [b"v" * 32]
+    with pytest.raises(RecordError, match="1 validators that the job's list of auditors lacks"):
+        open_job(record, plan_of(record, validators=[b"v" * 32, b"x" * 32]))
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -23,6 +23,7 @@ from smartnodes_core.jobs import Job, StageOfJob, spec_digest
 from smartnodes_core.records import NO_DIGEST, Assignment, AuditTerms, JobRecord, Plan
 from tensorlink import stage_compute
 from tensorlink.audit.commitments import initial_root
+from tensorlink.ordered_data import Place, step_root
 from tensorlink.program.trace import trace
 from tensorlink.program.weights import tensor_bytes
 from tensorlink.records import PART_BYTES, Decide, StepOrder
@@ -301,6 +302,21 @@ def test_a_step_is_decided_by_the_authors_signed_order_alone(handler, loaded):
     )
     with pytest.raises(AuthorityError, match="author's signed order"):
         handler.call(loaded, "decide", {"decide": decide.encode()}, memoryview(OTHER.sign(order).encode()))
+
+
+def test_nothing_is_committed_to_under_an_order_that_names_other_inputs_than_came(handler, loaded):
+    came, ordered = ({Place(0, 0): bytes([number] * 32)} for number in (1, 2))
+    content = {"step": 0, "units": [{"call": 0, "backward_pass": 0, "micro_batch": 0, "roots": {"x": came[0, 0]}}]}
+    for roots in (came, ordered):
+        order = StepOrder(
+            job=loaded.job.id, plan_version=0, step=0, input_root=step_root(roots), target_root=NO_DIGEST,
+            loss=NO_DIGEST, loss_weights=[], loss_scale="", clip_norm="", optimizer="SGD", options=[], replaced=[],
+        )  # fmt: skip
+        handler._papers_of(loaded).add_order(0, AUTHOR.sign(order).encode(), NO_DIGEST)
+        handler._compute._commit(loaded, content)
+    assert handler.port.told.get(timeout=5)[0] == "commitment"
+    assert handler.port.told.empty()
+    assert "not those that the author's order names" in str(handler.port.failures.get(timeout=5))
 
 
 def test_stages_are_lost_with_their_process_and_a_fresh_one_takes_others(handler, program, processes, monkeypatch):

@@ -20,7 +20,7 @@ from smartnodes_core.errors import (
 )
 from smartnodes_core.identity import verify
 from smartnodes_core.jobs import StageOfJob
-from smartnodes_core.nodes import books, draw_books
+from smartnodes_core.nodes import claim_books, draw_books
 from smartnodes_core.nodes.validator import ValidatorSettings
 from smartnodes_core.records import Commitment, ReceivedList, Signed, Verdict
 
@@ -264,7 +264,7 @@ def test_commitments_of_one_stage_are_kept_within_a_cap(net, monkeypatch):
     job = net.open()
     audits = net.validators[0].role.audits
     data = [net.signed_commitment(job, 0, step) for step in range(2)]
-    monkeypatch.setattr(books, "MAX_STAGE_BYTES", len(data[0]))
+    monkeypatch.setattr(claim_books, "MAX_STAGE_BYTES", len(data[0]))
     audits.take_commitment(data[0])
     with pytest.raises(BusyError, match="wait to be settled"):
         audits.take_commitment(data[1])

@@ -13,6 +13,7 @@ from smartnodes_core.records import Challenge, Commitment, Opening, OpeningItem,
 from tensorlink.audit import commitments
 from tensorlink.audit.examine import Examiner
 from tensorlink.audit.opening import opening
+from tensorlink.ordered_data import Place, step_root
 from tensorlink.pipeline.inbox import Delivery
 from tensorlink.pipeline.stage import Stage
 from tensorlink.program.loss import trace_loss
@@ -50,6 +51,7 @@ class Training:
             stage.set_optimizer("AdamW", self.options(stage))
         self.committed = {}
         self.replaced = {0: ["optimizer"]}
+        self.data_roots = {"input_root": bytes(32), "target_root": bytes(32)}
 
     def options(self, stage):
         return [{"parameters": list(stage.program.parameters), **encode_options({"lr": 1e-2})}]
@@ -102,7 +104,7 @@ class Training:
     def order(self, stage, step):
         train = self.loop == "train_step"
         return StepOrder(
-            job=self.rig.JOB, plan_version=0, step=step, input_root=bytes(32), target_root=bytes(32),
+            job=self.rig.JOB, plan_version=0, step=step, **self.data_roots,
             loss=self.loss.digest if train else bytes(32), loss_weights=[(1 / N).hex()] * N if train else [],
             loss_scale="", clip_norm="", optimizer="AdamW", options=self.options(stage),
             replaced=self.replaced.get(step, []),
@@ -200,6 +202,28 @@ def test_opening_less_than_was_asked_for_is_fraudulent(rig):
     params, body = training.case(1, 0, 1, 0)
     params["challenge"] = training.case(1, 0, 2, -1)[0]["challenge"]
     assert Examiner().examine(params, memoryview(body))["finding"] == "fraudulent"
+
+
+def ordered_roots(rig, name, step):
+    """What an author binds that sends a step's batch."""
+    return {
+        field: step_root({Place(0, m): commitments.input_root({0: piece}) for m, piece in enumerate(pieces)})
+        for field, whole in zip(("input_root", "target_root"), rig.batch(name, seed=step), strict=True)
+        for pieces in [torch.tensor_split(whole, N)]
+    }
+
+
+@pytest.mark.parametrize(("stage", "field"), [(0, "input_root"), (1, "target_root")])
+def test_other_data_than_the_author_ordered_is_fraudulent_and_its_own_is_not(rig, stage, field):
+    for ordered, finding in ((0, "honest"), (1, "fraudulent")):
+        training = Training(rig, "gpt")
+        stage_index = stage * (len(training.pipe.stages) - 1)
+        training.data_roots[field] = ordered_roots(rig, "gpt", ordered)[field]
+        training.step(0)
+        for tier, unit in ((1, 0), (2, -1)):
+            found = training.examine(stage_index, 0, tier, unit)
+            assert found["finding"] == finding, found["reason"]
+            assert ("not those that the author's order names" in found["reason"]) == (finding == "fraudulent")
 
 
 def test_dropped_micro_batches_are_fraudulent(rig):
