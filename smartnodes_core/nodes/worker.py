@@ -158,17 +158,10 @@ class WorkerNode:
         """
         with self._lock:
             stages = [stage for stage in self._held.stages.values() if stage.author == author]
-            for stage in stages:
-                ledger = self._held.ledgers[stage.key]
+            for ledger in (self._held.ledgers[stage.key] for stage in stages):
                 ledger.waits_for_author |= ledger.timer is None
-                self._retire(stage, reason)
-
-    def _author_is_back(self, stage: StageOfJob) -> None:
-        with self._lock:
-            ledger = self._held.ledgers.get(stage.key)
-            if ledger is not None and ledger.timer is not None and ledger.waits_for_author:
-                ledger.timer.cancel()
-                ledger.timer, ledger.waits_for_author = None, False
+        for stage in stages:
+            self._retire(stage, reason)
 
     def _retire(self, stage: StageOfJob, reason: str) -> None:
         """Drop the stage after a while, whatever its validators say."""
@@ -210,11 +203,15 @@ class WorkerNode:
         return self.handler.call(stage, text_in(params, "method"), map_in(params, "params"), body)
 
     def _check_author(self, caller: Peer, params: dict[str, Any], num_body_bytes: int) -> None:
-        """Nobody but the author gets memory for a call's body."""
+        """Nobody but the author gets memory for a call's body. One that was lost and calls again keeps its stage."""
         stage = self._held.stage(text_in(params, "key"))
         if caller.node_key != stage.author:
             raise AuthorityError("only the author of a job drives its stages")
-        self._author_is_back(stage)
+        with self._lock:
+            ledger = self._held.ledgers.get(stage.key)
+            if ledger is not None and ledger.timer is not None and ledger.waits_for_author:
+                ledger.timer.cancel()
+                ledger.timer, ledger.waits_for_author = None, False
 
     def _allocate(self, peer: Peer, header: dict[str, Any], num_bytes: int) -> memoryview:
         stage = self._stage_for_frame(peer, header)
