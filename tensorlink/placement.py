@@ -263,9 +263,7 @@ def _plan(network: Network, record: JobRecord, table: PlacementPlan) -> Plan:
     may_audit = record.audit.auditors
     validators = [each for each in network.validators() if not may_audit or each in may_audit]
     if not validators and may_audit:
-        raise NoWorkersError(
-            f"found none of the {len(may_audit)} validators that the job's audit terms name as auditors"
-        )
+        raise NoWorkersError(f"found none of the {len(may_audit)} validators that the audit terms name as auditors")
     if not validators:
         raise NoWorkersError("found no validator, needed at least 1 to open a job: start one with tensorlink-validator")
     return Plan(

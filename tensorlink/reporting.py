@@ -30,6 +30,7 @@ def report(placement: Placement, num_steps: int) -> dict[str, Any]:
         "profile_measured": placement.profile_measured,
         "work_units": _total(stages, "work_units"),
         "audits": placement.driver.tally.findings(),
+        "contradictions": placement.driver.contradictions.found(),
         "private_parameters": list(placement.private.parameters),
         "stages": stages,
         "num_spares": len(placement.table.spares),

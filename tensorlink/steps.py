@@ -133,6 +133,8 @@ class Steps:
             clip_coefficient=(1.0 if bad else coefficient).hex(),
             order=order.digest(),
         )
+        if bad is None:
+            self._driver.contradictions.ordered(order)
         self._driver.call_all("decide", lambda stage: {"decide": decide.encode()}, lambda stage: [signed])
         if bad is None:
             self._private.commit(float.fromhex(decide.clip_coefficient), order.options)

@@ -123,7 +123,7 @@ def confidence(reputation: int, counts: VerdictCounts) -> int:
         return BLACKLISTED
     if counts.honest:
         return (reputation + BEST + 1) // 2
-    return max(1, reputation // 2) if counts.inconclusive else reputation
+    return max(1, reputation // 2) if counts.silent else reputation
 
 
 def root_of(primes: bytes) -> bytes:

@@ -161,7 +161,7 @@ class AuditDesk:
                 if quiet_in_s <= 0 and audited.num_open == 0 and audited.is_drawn:
                     break
                 self.books.changed.wait(min(deadline_s - now_s, quiet_in_s if quiet_in_s > 0 else QUIET_S))
-            audited.closed = True
+            audited.closed, audited.closed_at_s = True, time.monotonic()
 
     def take_draw(self, listed: bytes, revealed: bytes) -> None:
         """A list of some validator, with its preimage if that is out, as another shows it. Raises as its calls do."""

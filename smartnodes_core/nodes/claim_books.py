@@ -20,6 +20,8 @@ from smartnodes_core.records import Commitment, NodeKey, Signed, TwoVersions, Wi
 #: Signed commitments of one stage that wait to be settled.
 MAX_STAGE_BYTES = 64 << 20
 MAX_LINK_FAULTS = 256
+#: How long after a job's end its workers are challenged: they hold its stages longer (`worker.RELEASE_TIMEOUT_S`).
+CLOSED_GRACE_S = 20.0
 
 Place = tuple[int, int, int, int]
 StagePlace = tuple[int, int]
@@ -151,8 +153,11 @@ class ClaimBook(DrawBook):
         return len(steps) - bisect_right(steps, commitment.step)
 
     def is_past(self, commitment: Commitment) -> bool:
-        """Whether its worker need not hold it any more."""
-        return self.num_later(commitment) >= self.window_steps
+        """Whether its worker need not hold it any more: a window of steps followed, another plan is in force, or this
+        validator has let the job's workers go."""
+        is_over = self.closed and time.monotonic() - self.closed_at_s > CLOSED_GRACE_S
+        is_replaced = commitment.plan_version != self.job.plan.version
+        return is_over or is_replaced or self.num_later(commitment) >= self.window_steps
 
     def _is_late(self, place: Place) -> bool:
         _, replica, stage, step = place

@@ -58,6 +58,7 @@ class DrawBook:
     pending: list[tuple[int, float]] = field(default_factory=list)  # own lists not revealed, and when they were fixed
     drawn: dict[bytes, list[Selection]] = field(default_factory=dict)
     closed: bool = False
+    closed_at_s: float = 0.0
 
     @property
     def is_drawn(self) -> bool:
@@ -86,7 +87,15 @@ class DrawBook:
         self.lists[(validator, received.reveal)] = (received, data)
         for digest in digests:
             listed = self.listed_by.setdefault(digest, {}).setdefault(tuple(received.excluded), {})
-            listed[validator] = min(received.reveal, listed.get(validator, received.reveal))
+            listed.setdefault(validator, received.reveal)  # a second list, made when the draw is known, changes nothing
+
+    def is_used(self, received: ReceivedList) -> bool:
+        """Whether a list is the one of its validator that counts for some commitment that is held."""
+        excluded, place = tuple(received.excluded), received.validator
+        return any(
+            self.listed_by.get(digest, {}).get(excluded, {}).get(place) == received.reveal
+            for digest in received.commitments
+        )
 
     def is_listed(self, received: ReceivedList) -> bool:
         """Whether all who are assigned with this one's signer have listed what it lists."""

@@ -151,7 +151,8 @@ class ResumeDesk:
                     data,
                     audited.reveals[(validator, index)][1] if (validator, index) in audited.reveals else b"",
                 )
-                for (validator, index), (_, data) in audited.lists.items()
+                for (validator, index), (received, data) in audited.lists.items()
+                if audited.is_used(received)
             ]
         page: list[tuple[bytes, bytes, bytes]] = []
         num_bytes = 0

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from dataclasses import replace
 from typing import Any
 
 from smartnodes_core.audit import Auditor, Selection
@@ -32,6 +33,10 @@ logger = logging.getLogger(__name__)
 
 #: Challenges of others that are remembered.
 MAX_NOTICED = 4096
+#: How often a worker is asked for one unit on another's behalf: an opening may be large.
+MAX_ASKED = 3
+#: How long a draw may take from its auditor's books to those of the others.
+DRAW_WAIT_S = 10.0
 
 
 class SecondDesk:
@@ -43,7 +48,8 @@ class SecondDesk:
         self._node, self._identity, self._auditor, self._books = node, identity, auditor, books
         self._mailer, self._timeout_s = mailer, timeout_s
         self._lock = threading.Lock()
-        self._noticed: OrderedDict[bytes, int] = OrderedDict()  # how many later commitments were held
+        self._noticed: OrderedDict[bytes, bool] = OrderedDict()  # whether the worker had to hold the unit then
+        self._asked: Counter[bytes] = Counter()
         self._examining = threading.Lock()
         node.serve(self)
 
@@ -123,15 +129,19 @@ class SecondDesk:
     @allow(roles=("validator",), max_body_bytes=0)
     def rpc_challenged(self, caller: Peer, params: dict[str, Any], body: memoryview) -> None:
         """An auditor challenges a worker now."""
-        challenge = _challenge_of(caller, bytes_in(params, "challenge"))
+        self._notice(_challenge_of(caller, bytes_in(params, "challenge")))
+
+    def _notice(self, challenge: Challenge) -> bool:
+        """Whether the worker had to hold the unit when this validator first heard of the challenge."""
         with self._books.lock:
             audited = self._books.job(challenge.job)
             commitment = audited.commitments.get(challenge.commitment)
-            num_later = 0 if commitment is None else audited.num_later(commitment)
+            in_time = commitment is None or not audited.is_past(commitment)
         with self._lock:
-            self._noticed.setdefault(challenge.digest(), num_later)
+            in_time = self._noticed.setdefault(challenge.digest(), in_time)
             while len(self._noticed) > MAX_NOTICED:
-                self._noticed.popitem(last=False)
+                self._asked.pop(self._noticed.popitem(last=False)[0], None)
+        return in_time
 
     @allow(roles=("validator",), max_body_bytes=0)
     def rpc_second(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
@@ -139,11 +149,13 @@ class SecondDesk:
         AuditError for what was not drawn, or was asked for too late."""
         data = bytes_in(params, "challenge")
         challenge, complaint = _challenge_of(caller, data), bytes_in(params, "complaint", 1024)
+        if not self._notice(challenge):
+            raise AuditError("the challenge was made when the worker had to hold the unit no more")
         inquiry = self._inquiry(challenge, data)
         with self._lock:
-            num_later = self._noticed.get(challenge.digest())
-        if num_later is None or num_later >= inquiry.audited.window_steps:
-            raise AuditError("the challenge was not told, or made when the worker had to hold the unit no more")
+            self._asked[challenge.digest()] += 1
+            if self._asked[challenge.digest()] > MAX_ASKED:
+                raise AuditError(f"this was asked for {MAX_ASKED} times already")
         try:
             answer = ask(self._node, inquiry, self._timeout_s)
             if not complaint or self._is_enough(answer):
@@ -155,14 +167,18 @@ class SecondDesk:
         return {"statement": self._identity.sign(statement).encode()}, []
 
     def _inquiry(self, challenge: Challenge, signed_challenge: bytes) -> Inquiry:
-        with self._books.lock:
-            audited = self._books.job(challenge.job)
-            found = inquiry_of(
-                audited, challenge.commitment, Selection(challenge.tier, challenge.unit, challenge.auditor)
-            )
-            if found is None or found.challenge != challenge:
-                raise AuditError("the challenge does not follow from what is held here of the draw")
-            return Inquiry(**{**vars(found), "signed_challenge": signed_challenge})
+        """The challenge as it follows from the draw, which may be on its way here still."""
+        selection = Selection(challenge.tier, challenge.unit, challenge.auditor)
+
+        def drawn() -> Inquiry | None:
+            return inquiry_of(self._books.job(challenge.job), challenge.commitment, selection)
+
+        with self._books.changed:
+            self._books.changed.wait_for(lambda: drawn() is not None, DRAW_WAIT_S)
+            found = drawn()
+        if found is None or found.challenge != challenge:
+            raise AuditError("the challenge does not follow from what is held here of the draw")
+        return replace(found, signed_challenge=signed_challenge)
 
     def _is_enough(self, answer: Answer) -> bool:
         """Whether an answer of which the auditor complains is one."""

@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from smartnodes_core.audit import NUM_ASSIGNED
+from smartnodes_core.audit_proofs import MIN_WITNESSES, majority
+from smartnodes_core.audit_silence import MAX_STRIKES
 from smartnodes_core.errors import ConfigError
 from smartnodes_core.rounds import MIN_VALIDATORS_TO_SLASH, quorum
 
-Attack = Literal["wrong-output", "wrong-gradient", "wrong-update", "changed-state", "refused", "wrong-link"]
-#: What colluding validators do for the worker: call its work honest, or keep back preimages, so that nothing is drawn.
+Attack = Literal[
+    "wrong-output", "wrong-gradient", "wrong-update", "changed-state", "wrong-data", "refused", "wrong-link"
+]
+#: What colluding validators do for the worker: call its work honest, or keep back preimages until they are shut out.
 Collusion = Literal["approve", "withhold"]
 
 ATTACKS: Mapping[Attack, str] = {
@@ -25,11 +29,14 @@ ATTACKS: Mapping[Attack, str] = {
     "wrong-gradient": "right y and gx, bent or skipped weight gradient; seen by an audit of the whole step",
     "wrong-update": "bends the last update of an interval; seen by an audit of the whole step that ends it",
     "changed-state": "changes the state between two intervals; seen by any audit of the interval that follows",
-    "refused": "opens nothing that it bent: such an audit is inconclusive, costs no reputation, and the work is paid",
-    "wrong-link": "uses other inputs than came, or sends other results than it commits to; logged, seen by no audit",
+    "wrong-data": "other inputs or targets than the author ordered, at the ends of the model; seen by any audit there",
+    "refused": "opens nothing that it bent: not paid, and shut out at the third silence; keeps its stake",
+    "wrong-link": "uses other inputs than came, or sends other results than it commits to; seen at once in every step",
 }
-#: What no audit leads to a verdict, whatever the rates.
-UNSEEN: frozenset[Attack] = frozenset({"refused", "wrong-link"})
+#: What is seen at once but leads to no verdict, since it cannot be told which end of the link lies: neither is paid.
+UNDECIDED: frozenset[Attack] = frozenset({"wrong-link"})
+#: Attacks whose penalty leaves the stake alone: that of the third silence is the worker's place and its held-back pay.
+KEEPS_STAKE: frozenset[Attack] = frozenset({"refused"})
 
 
 @dataclass(frozen=True)
@@ -77,22 +84,35 @@ class Settings:
         found = {count: math.comb(bad, count) * math.comb(good, drawn - count) / ways for count in range(drawn + 1)}
         return {count: share for count, share in found.items() if share}
 
+    @property
+    def can_shut_out(self) -> bool:
+        """Whether the honest are more than half of the validators beside one that withholds its part in a draw."""
+        return self.num_validators - self.num_colluding >= majority(self.num_validators - 1)
+
+    @property
+    def can_prove_silence(self) -> bool:
+        """Whether the honest are more than half of the validators, and enough for a silence to count as a strike."""
+        honest = self.num_validators - self.num_colluding
+        return honest >= majority(self.num_validators) and self.num_validators >= MIN_WITNESSES
+
     def honest_share(self, num_colluding_assigned: int) -> float:
-        """The chance that a draw is made and its auditor says what it finds. Who reveals last knows the seed before
-        the others and may keep it from being drawn: one such validator is enough."""
+        """The chance that a draw is made and its auditor says what it finds. Who withholds its preimage is shut out of
+        the job's draws, which are made anew without it, unless the honest are too few for that."""
         if self.collusion == "withhold":
-            return float(num_colluding_assigned == 0)
+            return float(num_colluding_assigned == 0 or self.can_shut_out)
         return 1 - num_colluding_assigned / self.num_assigned
 
 
 @dataclass(frozen=True)
 class Odds:
     """Of one attack in a job. It goes on in periods of `len(chances)` steps; a period is bent with `rate`, and the
-    chance of being seen in its step k, if not before, is then `chances[k]`."""
+    chance of being seen in its step k, if not before, is then `chances[k]`. It counts when it was seen `times` times,
+    in periods apart."""
 
     chances: tuple[float, ...]
     rate: float
     gain: float  # a period's
+    times: int = 1
 
     @property
     def in_period(self) -> float:
@@ -103,17 +123,24 @@ class Odds:
         return self.rate * (1 - math.prod(1 - chance for chance in self.chances[:num_steps]))
 
     def detection(self, num_steps: int) -> float:
-        """The chance to be seen within so many stage-steps."""
+        """The chance to be seen often enough within so many stage-steps."""
         periods, rest = divmod(num_steps, len(self.chances))
-        return 1 - (1 - self.in_period) ** periods * (1 - self._within(rest))
+        p, last = self.in_period, self._within(rest)
+        missed = 0.0
+        for seen in range(self.times):  # in whole periods; the rest may add one
+            chance = math.comb(periods, seen) * p**seen * (1 - p) ** (periods - seen)
+            missed += chance * (1 - last if seen == self.times - 1 else 1.0)
+        return 1 - missed
 
     @property
     def expected_steps(self) -> float:
-        """Stage-steps until it is seen, that one included, in the mean; infinite where nothing sees it."""
+        """Stage-steps until it is seen often enough, the last one included, in the mean; infinite where nothing sees
+        it."""
         if not self.in_period:
             return math.inf
         # a sum over the steps' chances not to be seen before, of one period, and as many periods as it lasts
-        return sum(1 - self._within(step) for step in range(len(self.chances))) / self.in_period
+        once = sum(1 - self._within(step) for step in range(len(self.chances))) / self.in_period
+        return once + (self.times - 1) * len(self.chances) / self.in_period
 
     @property
     def stake(self) -> float:
@@ -134,6 +161,10 @@ def odds(settings: Settings, attack: Attack, num_colluding_assigned: int) -> Odd
     rate, seen = 1.0, [0.0]
     if attack == "wrong-output":
         seen = [s.step_rate * some_bent + (1 - s.step_rate) * bent_drawn]
+    elif attack == "wrong-data":
+        rate, seen = some_bent, [s.step_rate + (1 - s.step_rate) * one_drawn]
+    elif attack == "refused":
+        seen = [(s.step_rate * some_bent + (1 - s.step_rate) * bent_drawn) * s.can_prove_silence]
     elif attack == "wrong-gradient":
         seen = [s.step_rate * some_bent]
     elif attack == "wrong-update":
@@ -141,7 +172,8 @@ def odds(settings: Settings, attack: Attack, num_colluding_assigned: int) -> Odd
     elif attack == "changed-state":
         rate, seen = s.cheat_rate, [s.step_rate + (1 - s.step_rate) * one_drawn] * s.interval_steps
     gain = s.gain * s.num_units * s.cheat_rate * len(seen)
-    return Odds(tuple(honest * chance for chance in seen), rate, gain)
+    times = MAX_STRIKES if attack == "refused" else 1
+    return Odds(tuple(honest * chance for chance in seen), rate, gain, times)
 
 
 def can_slash(settings: Settings) -> bool:

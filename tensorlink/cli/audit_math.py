@@ -10,7 +10,16 @@ from dataclasses import asdict
 from typing import Any
 
 from smartnodes_core.errors import ConfigError
-from tensorlink.audit.odds import ATTACKS, UNSEEN, Attack, Settings, can_slash, honest_carry_rounds, odds
+from tensorlink.audit.odds import (
+    ATTACKS,
+    KEEPS_STAKE,
+    UNDECIDED,
+    Attack,
+    Settings,
+    can_slash,
+    honest_carry_rounds,
+    odds,
+)
 from tensorlink.network import DEFAULT_AUDIT_TERMS
 from tensorlink.stage_papers import STATE_INTERVAL_STEPS
 
@@ -35,7 +44,7 @@ def add_commands(commands: Any) -> None:
         "--collusion",
         choices=("approve", "withhold"),
         default="approve",
-        help="they call the work honest, or withhold preimages so that nothing is drawn (default: %(default)s)",
+        help="they call the work honest, or withhold preimages until they are shut out (default: %(default)s)",
     )
     parser.add_argument("--attack", choices=list(ATTACKS), help="this one alone")
     parser.add_argument("--json", action="store_true", help="print JSON; null stands for never and for no stake at all")
@@ -75,7 +84,7 @@ def _of_attack(settings: Settings, attack: Attack, num_steps: int) -> dict[str, 
             "share_of_jobs": share,
             "detection": here[colluding].detection(num_steps),
             "expected_steps": _finite(here[colluding].expected_steps),
-            "stake": _finite(here[colluding].stake) if can_slash(settings) else None,
+            "stake": _finite(here[colluding].stake) if can_slash(settings) and attack not in KEEPS_STAKE else None,
         }
         for colluding, share in shares.items()
     ]
@@ -97,8 +106,8 @@ def _table(settings: Settings, num_steps: int, found: list[dict[str, Any]]) -> l
     ]
     for one in found:
         lines += ["", f"{one['attack']}: {one['what']}"]
-        if one["attack"] in UNSEEN:
-            lines.append("  never found at any rate; no stake is enough")
+        if one["attack"] in UNDECIDED:
+            lines.append("  neither end of the link is paid for such a step; no verdict tells which of the two it was")
             continue
         lines.append(
             f"  {'colluding':>9}  {'of all jobs':>11}  {f'found in {num_steps}':>16}  {'steps until':>12}  stake"
@@ -127,6 +136,10 @@ def _notes(settings: Settings) -> list[str]:
         notes.append(f"{settings.num_validators} validators are too few to take a stake: a fraud costs reputation.")
     if not honest_carry_rounds(settings):
         notes.append("The honest are no quorum: the others can stop every round with the fraud in it, and every other.")
-    if settings.collusion == "approve" and settings.num_colluding:
-        notes.append("Where they withhold preimages, one among the assigned is enough: see --collusion withhold.")
+    if settings.collusion == "withhold" and not settings.can_shut_out:
+        notes.append(
+            "The honest are too few to shut out who withholds preimages: where one is assigned, nothing is drawn."
+        )
+    if not settings.can_prove_silence:
+        notes.append("The honest are too few to prove a silence that counts: who refuses to open keeps its place.")
     return notes

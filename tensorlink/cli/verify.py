@@ -72,6 +72,8 @@ def _say_draw(file: EvidenceFile, case: Case) -> None:
         _say("draw: its records are not in the evidence, so whether the seed selects this is not checked")
         return
     check_draw(file.evidence, case)
+    if file.evidence.grounds:
+        _say(f"draw: it stands on {len(file.evidence.grounds)} papers beside the seed, which were checked")
     _say(
         f"draw: the seed of {len(file.evidence.reveals)} validators' preimages selects this; whether they lead to what "
         "was posted on chain is not in the evidence"

@@ -30,6 +30,7 @@ from smartnodes_core.records import Commitment, Verdict
 from smartnodes_core.remote_errors import from_wire
 from smartnodes_core.rpc import PendingCall, Reply
 from tensorlink.pipeline.backward import Norm
+from tensorlink.pipeline.contradictions import Contradictions
 from tensorlink.pipeline.executor import Timeline
 from tensorlink.pipeline.frames import FrameTensor, dtype_name, tensor_bytes
 from tensorlink.pipeline.headers import field_of
@@ -70,7 +71,7 @@ class Driver(JobListener):
     """Drives the stages of one job. `inputs` and `outputs` are the cuts at the two ends."""
 
     def __init__(self, user: UserNode, inputs: Cut, outputs: Cut, timeout_s: float):
-        self.tally = Tally()
+        self.tally, self.contradictions = Tally(), Contradictions()
         self._progress = Progress(timeout_s)
         self._user = user
         self._inputs, self._outputs = inputs, outputs
@@ -313,6 +314,7 @@ class Driver(JobListener):
 
     def on_commitment(self, commitment: Commitment) -> None:
         self.tally.commitment(commitment)
+        self.contradictions.commitment(commitment, self.num_stages)
 
     def on_verdict(self, verdict: Verdict) -> None:
         self.tally.verdict(verdict)

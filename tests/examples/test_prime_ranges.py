@@ -83,7 +83,7 @@ def test_an_audit_finds_an_opening_that_was_not_committed_to(primes, opened, num
 def test_a_name_is_made_in_few_rounds_and_lost_in_one(primes):
     assert primes.confidence(1, VerdictCounts(honest=3)) == 128
     assert primes.confidence(255, VerdictCounts(honest=1)) == 255
-    assert primes.confidence(128, VerdictCounts(inconclusive=1)) == 64
-    assert primes.confidence(1, VerdictCounts(inconclusive=1)) == 1
+    assert primes.confidence(128, VerdictCounts(silent=1)) == 64
+    assert primes.confidence(1, VerdictCounts(silent=1)) == 1
     assert primes.confidence(200, VerdictCounts(honest=9, fraudulent=1)) == 0
     assert primes.confidence(0, VerdictCounts(honest=9)) == 0

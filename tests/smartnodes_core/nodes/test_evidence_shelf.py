@@ -35,7 +35,7 @@ while True:
 
 def evidence_over(body: bytes) -> Evidence:
     parts = dict.fromkeys(("job", "plan", "spec", "commitment", "order", "challenge", "opening"), b"part")
-    lists = {name: [b"part"] for name in ("earlier", "lists", "reveals")}
+    lists = {name: [b"part"] for name in ("earlier", "lists", "reveals", "grounds")}
     return Evidence(**parts, **lists, body_digest=blake3(body).digest(), body_bytes=len(body))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from smartnodes_core.errors import AuthorityError, ProtocolError, RecordError
+from smartnodes_core.records import Absence, Withholding
 
 from .conftest import NETWORK
 
@@ -101,3 +103,50 @@ def test_records_are_told_page_by_page_to_validators_of_the_job(
         again.node.call(first.key, "audit_records", {"job": job.id, "after": bytes(65)})
     with pytest.raises(AuthorityError):
         net.workers[0].node.call(first.key, "audit_records", {"job": job.id, "after": b""})
+
+
+def test_an_auditor_that_restarts_while_a_worker_opens_asks_again_and_nobody_is_silent(
+    net: Any, eventually: Any
+) -> None:
+    asked, may_open = threading.Event(), threading.Event()
+    opened = net.workers[0].handler.open
+
+    def open_later(*args: Any) -> Any:
+        asked.set()
+        may_open.wait(60)
+        return opened(*args)
+
+    net.workers[0].handler.open = open_later
+    job = net.open(num_stages=1)
+    net.work(job, range(1), num_units=1)
+    assert asked.wait(30)
+    audited = net.audited(net.validators[0], job)
+    eventually(lambda: audited.drawn)
+    ((selection,),) = audited.drawn.values()
+    index = next(index for index, validator in enumerate(net.validators) if validator.key == selection.auditor)
+    again = restart(net, index)
+    may_open.set()
+    again.role.resume()
+    eventually(lambda: net.everyone_has(1, job))
+    assert {v.finding for validator in net.validators for v, _ in net.audited(validator, job).verdicts.values()} == {
+        "honest"
+    }
+
+
+def test_proofs_are_taken_over_with_the_rest(net: Any, eventually: Any) -> None:
+    net.workers[0].handler.refuses = True
+    job = net.open(num_stages=1)
+    net.work(job, range(1), num_units=1)
+    eventually(lambda: net.everyone_has(1, job))
+    absent, away = net.validators[3], net.validators[1]
+    said = [
+        validator.sign(Absence(job=job.id, absent=absent.key, validator=validator.key))
+        for validator in net.validators[:2]
+    ]
+    net.validators[0].role.audits.proofs.take(Withholding(job=job.id, absent=absent.key, statements=said))
+    again = restart(net, net.validators.index(away))
+    again.role.resume()
+    eventually(lambda: net.everyone_has(1, job))
+    held, taken = net.audited(net.validators[0], job), net.audited(again, job)
+    assert (taken.silences, taken.proofs.keys()) == (held.silences, held.proofs.keys())
+    assert (taken.excluded, taken.assigned) == (held.excluded, held.assigned) == ((absent.key,), held.assigned)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import threading
 
+import msgspec
 import pytest
 
 from smartnodes_core.audit import WHOLE_STEP
 from smartnodes_core.audit_silence import FORCED_STEPS, MAX_STRIKES
-from smartnodes_core.errors import AuditError, RecordError, SmartnodesError
+from smartnodes_core.errors import AuditError, AuthorityError, RecordError, SmartnodesError
 from smartnodes_core.identity import verify
+from smartnodes_core.nodes import seconding
 from smartnodes_core.nodes.validator import ValidatorSettings
 from smartnodes_core.records import Commitment, Signed, Silence, Verdict
 
@@ -207,16 +209,31 @@ def test_an_accuser_alone_makes_no_silence(net):
     assert not net.audited(judge, job).verdicts
 
 
-def test_validators_bear_out_no_challenge_that_was_not_drawn_or_told(net, eventually):
-    job = net.open(num_stages=1)
+def test_validators_bear_out_no_challenge_that_was_not_drawn_or_comes_too_late(net, eventually, monkeypatch):
+    monkeypatch.setattr(seconding, "DRAW_WAIT_S", 0.05)
+    job = net.open(num_stages=1, audit={"window_steps": 1})
     net.work(job, range(1), num_units=1)
     eventually(lambda: net.everyone_has(1, job))
-    asker, other = net.validators[:2]
     case = next(case for v in net.validators for case in v.auditor.cases)
     auditor = next(v for v in net.validators if v.key == case.challenge.auditor)
     witness = next(v for v in net.validators if v is not auditor)
+
+    def second(challenge, sender=auditor):
+        params = {"challenge": auditor.sign(challenge), "complaint": b""}
+        return sender.node.call(witness.key, "second", params)
+
+    for _ in range(seconding.MAX_ASKED):
+        assert second(case.challenge).body  # the worker opens
+    with pytest.raises(AuditError, match="times already"):
+        second(case.challenge)
+    with pytest.raises(AuditError, match="does not follow"):
+        second(msgspec.structs.replace(case.challenge, seed=bytes(32)))
+    with pytest.raises(AuditError, match="does not follow"):
+        second(msgspec.structs.replace(case.challenge, tier=2, unit=-1))
+    with pytest.raises(AuthorityError, match="sent by its auditor"):
+        second(case.challenge, next(v for v in net.validators if v not in (auditor, witness)))
     witness.role.audits._challenges._seconds._noticed.clear()
-    with pytest.raises(AuditError, match="not told"):
-        auditor.node.call(witness.key, "second", {"challenge": auditor.sign(case.challenge), "complaint": b""})
-    with pytest.raises(SmartnodesError):
-        asker.node.call(other.key, "second", {"challenge": b"", "complaint": b""})
+    net.work(job, range(1, 2), num_units=1)
+    eventually(lambda: len(net.audited(witness, job).commitments) == 2)
+    with pytest.raises(AuditError, match="hold the unit no more"):
+        second(case.challenge)

@@ -11,7 +11,7 @@ from smartnodes_core.audit_grounds import assigned_without
 from smartnodes_core.chain.packing import unpack_reputations
 from smartnodes_core.errors import AuthorityError, RecordError, SmartnodesError
 from smartnodes_core.nodes.validator import ValidatorSettings
-from smartnodes_core.records import Absence, ReceivedList, Withholding
+from smartnodes_core.records import Absence, ReceivedList, Reveal, Withholding
 
 NETWORK = 1
 HASTY = ValidatorSettings(
@@ -174,3 +174,29 @@ def test_one_that_accuses_alone_shuts_nobody_out(make_net):
     listed = ReceivedList(job=job.id, validator=accuser.key, reveal=1, commitments=[bytes(32)], excluded=[victim.key])
     with pytest.raises(SmartnodesError):
         judge.role.audits.take_draw(accuser.sign(listed), b"")
+
+
+def test_who_lists_a_commitment_again_when_the_draw_is_known_changes_nothing(make_net, eventually):
+    net = make_net(settings=HASTY)
+    record, bad = _job_of(net)
+    net.start()
+    bad.role.audits._draws._next_reveal = 5  # it keeps four preimages for later
+    job = net.open(record)
+    net.work(job, range(1), num_units=1)
+    eventually(lambda: net.everyone_has(1, job))
+    others = [v for v in net.validators if v is not bad]
+    before = {v.key: net.audited(v, job).draws(digest) for v in others for digest in net.audited(v, job).commitments}
+    (digest,) = net.audited(bad, job).commitments
+    again = ReceivedList(job=job.id, validator=bad.key, reveal=2, commitments=[digest])
+    reveal = Reveal(
+        job=job.id,
+        validator=bad.key,
+        reveal=2,
+        received_list=again.digest(),
+        preimage=bad.hash_chain.reveal(2),
+    )
+    for validator in others:
+        validator.role.audits.take_draw(bad.sign(again), bad.sign(reveal))
+        audited = net.audited(validator, job)
+        assert audited.draws(digest) == before[validator.key]
+        assert len(audited.drawn[digest]) == 1

@@ -133,6 +133,7 @@ class Accusation:
             challenge=self.challenge.encode(),
             lists=self.lists,
             reveals=self.reveals,
+            grounds=[],
             opening=self.worker.sign(self.opened()).encode(),
             body_digest=blake3(self.body).digest(),
             body_bytes=len(self.body),

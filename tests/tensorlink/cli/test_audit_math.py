@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tensorlink.audit.odds import ATTACKS, UNSEEN
+from tensorlink.audit.odds import ATTACKS, UNDECIDED
 from tensorlink.cli.main import main
 from tensorlink.network import DEFAULT_AUDIT_TERMS
 
@@ -23,7 +23,7 @@ def test_the_table_says_of_each_attack_when_it_is_found_and_what_stake_stops_it(
     assert all(f"\n{attack}: {what}" in out for attack, what in ATTACKS.items())
     assert "0 of 3        23.8%           100.00%          50.0  392.0\n" in out
     assert "never  none is enough" in out
-    assert out.count("never found at any rate") == len(UNSEEN)
+    assert out.count("neither end of the link is paid") == len(UNDECIDED)
 
 
 def test_json_has_the_same_numbers_and_the_defaults_are_the_network_s(capsys):
@@ -42,7 +42,10 @@ def test_flags_count_and_one_attack_can_be_asked_for(capsys):
     ]
     assert one["detection"] == one["cases"][0]["detection"] == pytest.approx(0.75)
     (one,) = read(capsys, "--attack", "wrong-gradient", "--collusion", "withhold")["attacks"]
-    assert [case["expected_steps"] for case in one["cases"][1:]] == [None, None, None]
+    assert [case["expected_steps"] for case in one["cases"]] == [pytest.approx(50)] * 4  # drawn without who withholds
+    few = ("--validators", "4", "--colluding", "3")
+    (one,) = read(capsys, "--attack", "wrong-gradient", "--collusion", "withhold", *few)["attacks"]
+    assert [case["expected_steps"] for case in one["cases"]] == [None, None]
 
 
 def test_two_validators_take_no_stake(capsys):

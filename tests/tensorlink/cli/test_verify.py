@@ -115,6 +115,8 @@ def alterations(value):
     """A bit at the beginning, in the middle and at the end, and none or one too much of it."""
     if isinstance(value, int):
         return [value - 1, value + 1, 1 << 61]
+    if value == []:
+        return [[b""], [b"a paper"]]
     if isinstance(value, list):
         first = [[other, *value[1:]] for other in alterations(value[0])]
         return [*first, value[1:], [*value, value[0]]] if len(value) > 1 else first
