@@ -1,7 +1,8 @@
 """On what a draw stands beside its seed: papers that come with a challenge, so that the worker, and anyone later, sees
 why it is drawn so.
 
-- A `Withholding`: the draw was made without that validator; the next in rank takes its place among the assigned.
+- A `Withholding`, or the validator's own `Departure`: the draw was made without that validator; the next in rank takes
+  its place among the assigned.
 - A signed `Silence` of the same stage: its next ten steps are audited as a whole.
 - A signed commitment of another stage that contradicts this one about what crossed between them: who lies cannot be
   told from that, so the unit is audited at both ends.
@@ -20,7 +21,7 @@ from smartnodes_core.audit_silence import is_forced
 from smartnodes_core.errors import RecordError
 from smartnodes_core.identity import verify
 from smartnodes_core.jobs import Job
-from smartnodes_core.records import Commitment, NodeKey, Signed, Silence, Withholding
+from smartnodes_core.records import Commitment, Departure, NodeKey, Signed, Silence, Withholding
 
 #: Papers that come with one challenge, and their bytes.
 MAX_GROUNDS = 16
@@ -60,6 +61,10 @@ def grounds_of(papers: Sequence[bytes], job: Job, commitment: Commitment) -> Gro
             check_withholding(proof, job)
             excluded.add(proof.absent)
             continue
+        departed = departed_in(signed, job)
+        if departed is not None:
+            excluded.add(departed)
+            continue
         found = units_forced(signed, job, commitment)
         if not found:
             raise RecordError("a paper says nothing of the step that is challenged")
@@ -67,6 +72,18 @@ def grounds_of(papers: Sequence[bytes], job: Job, commitment: Commitment) -> Gro
     if len(excluded) >= len(job.plan.validators):
         raise RecordError("all validators of the job are shut out of its draws")
     return Grounds(tuple(sorted(excluded)), frozenset(forced))
+
+
+def departed_in(signed: Signed, job: Job) -> NodeKey | None:
+    """The validator that leaves a job, by its own word; None for another record. Raises RecordError or SignatureError
+    for a word that is not its own."""
+    try:
+        departure = verify(signed, Departure)
+    except RecordError:
+        return None
+    if departure.job != job.id or not signed.signer == departure.validator in job.plan.validators:
+        raise RecordError("a departure is signed by the validator of the job's plan that leaves")
+    return departure.validator
 
 
 def units_forced(signed: Signed, job: Job, commitment: Commitment) -> list[int]:

@@ -413,6 +413,13 @@ class Withholding(Record, frozen=True, kw_only=True, tag="Withholding/1"):
     statements: Annotated[list[bytes], Meta(max_length=256)]
 
 
+class Departure(Record, frozen=True, kw_only=True, tag="Departure/1"):
+    """A validator leaves: it takes no part in the job's draws any more, having revealed what it owed."""
+
+    job: Digest
+    validator: NodeKey
+
+
 class Evidence(Record, frozen=True, kw_only=True, tag="Evidence/4"):
     """Everything with which a stranger re-runs a verdict: signed records, and the digest of the opening's body.
 

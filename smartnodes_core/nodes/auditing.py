@@ -29,7 +29,7 @@ from smartnodes_core.nodes.params import bytes_in, count_in, digest_in
 from smartnodes_core.nodes.proving import ProofDesk
 from smartnodes_core.nodes.seconding import SecondDesk
 from smartnodes_core.nodes.withholding import WithholdingDesk
-from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, NodeKey, Signed, TwoVersions, Verdict
+from smartnodes_core.records import MAX_RECORD_BYTES, Commitment, Departure, NodeKey, Signed, TwoVersions, Verdict
 from smartnodes_core.rpc import Result, allow
 from smartnodes_core.transport.base import Peer
 
@@ -101,6 +101,7 @@ class AuditDesk:
             node, identity, self.books, self.proofs, self._mailer, self.take_draw, withhold_timeout_s
         )
         self.proofs.on_excluded = lambda audited: self._draws.wake()
+        self._draws.on_revealed = self.proofs.honour_departures
         node.serve(self)
 
     def start(self) -> None:
@@ -114,6 +115,26 @@ class AuditDesk:
         self._draws.stop()
         self._challenges.stop()
         self._mailer.stop()
+
+    def leave(self, timeout_s: float) -> None:
+        """Hand the audits of open jobs over to the validators that come next in rank: list nothing more, reveal what is
+        owed, say so in a signed departure, and finish the cases at hand. Returns after `timeout_s` in any case.
+        """
+        deadline_s, own = time.monotonic() + timeout_s, self._node.node_key
+        self._draws.leave()
+        with self.books.changed:
+            self._wait_until(lambda: not any(audited.pending for audited in self.jobs.values()), deadline_s)
+            jobs = [audited.job.id for audited in self.jobs.values() if not audited.closed]
+        for job_id in jobs:
+            self.proofs.take_departure(self._identity.sign(Departure(job=job_id, validator=own)).encode())
+        with self.books.changed:
+            self._wait_until(lambda: not any(audited.num_open for audited in self.jobs.values()), deadline_s)
+        self._mailer.flush(max(0.0, deadline_s - time.monotonic()))
+
+    def _wait_until(self, condition: Callable[[], bool], deadline_s: float) -> None:
+        """Under the lock of the books, which tell of changes."""
+        while not condition() and (left_s := deadline_s - time.monotonic()) > 0:
+            self.books.changed.wait(left_s)
 
     def open(self, job: Job) -> None:
         """Begin to audit a job (or go on under a newer plan)."""

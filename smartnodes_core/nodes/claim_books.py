@@ -137,9 +137,11 @@ class ClaimBook(DrawBook):
         self.link_faults.extend(f"step {commitment.step}: {fault}" for fault in faults)
         return faults
 
-    def withholdings(self, excluded: Excluded) -> list[Withholding]:
-        """The proofs that these validators were shut out of the draws."""
-        return [each for each in self.proofs.values() if isinstance(each, Withholding) and each.absent in excluded]
+    def shut_out(self, excluded: Excluded) -> list[bytes]:
+        """The papers that show why draws are made without these validators, one for each."""
+        proofs = [proof for proof in self.proofs.values() if isinstance(proof, Withholding)]
+        papers = {**self.departures, **{proof.absent: proof.encode() for proof in proofs}}
+        return [papers[validator] for validator in excluded if validator in papers]
 
     @property
     def window_steps(self) -> int:

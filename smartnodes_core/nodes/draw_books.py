@@ -9,10 +9,10 @@ import time
 from dataclasses import dataclass, field
 
 from smartnodes_core.audit import CHAIN_LENGTH, Selection, gives_away, preimage_of, seed_of, select
-from smartnodes_core.audit_grounds import assigned_without
+from smartnodes_core.audit_grounds import assigned_without, departed_in
 from smartnodes_core.errors import BusyError, RecordError
 from smartnodes_core.jobs import Job
-from smartnodes_core.records import Commitment, NodeKey, ReceivedList, Reveal
+from smartnodes_core.records import Commitment, NodeKey, ReceivedList, Reveal, Signed
 
 #: Plans of a job that are remembered after they were replaced: audits of what was done under them end soon.
 MAX_EARLIER_PLANS = 16
@@ -51,6 +51,7 @@ class DrawBook:
     earlier: dict[int, Job] = field(default_factory=dict)  # with the plans before, by their versions
     excluded: Excluded = ()
     excluded_at_s: float = 0.0
+    departures: dict[NodeKey, bytes] = field(default_factory=dict)  # of validators that leave, as they signed it
     unlisted: list[bytes] = field(default_factory=list)
     lists: dict[tuple[NodeKey, int], tuple[ReceivedList, bytes]] = field(default_factory=dict)
     listed_by: dict[bytes, dict[Excluded, dict[NodeKey, int]]] = field(default_factory=dict)
@@ -155,9 +156,37 @@ class DrawBook:
         self.assigned = assigned_without(self.job, self.excluded)
         self.unlisted = list(dict.fromkeys([*self.unlisted, *(d for d in self.commitments if d not in self.drawn)]))
 
+    def add_departure(self, data: bytes) -> bool:
+        """Keep a validator's signed word that it leaves; False where it is held. Raises RecordError, SignatureError."""
+        validator = departed_in(Signed.decode(data), self.job)
+        if validator is None:
+            raise RecordError("this is no departure")
+        if validator in self.departures:
+            return False
+        self.departures[validator] = data
+        return True
+
+    def honour_departures(self) -> bool:
+        """Make draws without those who leave, once they have revealed what they owe: else one could leave when it sees
+        what it would draw. Whether anybody left; the last one never does."""
+        before = self.excluded
+        for validator in sorted(self.departures):
+            is_last = len(self.excluded) + 1 >= len(self.job.plan.validators)
+            if not is_last and validator not in self.excluded and not self.owes(validator):
+                self.exclude(validator)
+        return self.excluded != before
+
     def may_audit(self, validator: NodeKey) -> bool:
         """Whether it is assigned, or was before it was shut out."""
         return validator in self.assigned or validator in self.excluded
+
+    def owes(self, validator: NodeKey) -> bool:
+        """Whether a preimage is not out that a validator owes for a list."""
+        for (key, index), (received, _) in self.lists.items():
+            shown = self.reveals.get((key, index)) or self.newest.get(key)
+            if key == validator and (shown is None or not gives_away(shown[0], received)):
+                return True
+        return False
 
     def missing_from(self, digest: bytes) -> list[NodeKey]:
         """The assigned validators whose list or preimage for a commitment is not there."""

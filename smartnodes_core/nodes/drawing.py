@@ -61,6 +61,9 @@ class DrawDesk:
         self._next_reveal = 1 + journal.count(f"list/{chain.tip.hex()}/")
         self._wake = threading.Event()
         self._stopping = threading.Event()
+        self._leaving = False
+        #: Told of each job of which a validator revealed something.
+        self.on_revealed: Callable[[AuditedJob], None] = lambda audited: None
         self._thread = threading.Thread(target=self._run, name="audit-lists", daemon=True)
         node.serve(self)
 
@@ -72,6 +75,11 @@ class DrawDesk:
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(timeout=2)
+
+    def leave(self) -> None:
+        """List nothing more: what was listed is revealed."""
+        self._leaving = True
+        self.wake()
 
     def wake(self) -> None:
         """There is something to list."""
@@ -98,7 +106,7 @@ class DrawDesk:
         with self._books.lock:
             jobs = list(self._books.jobs.values())
         for audited in jobs:
-            if self._node.node_key not in audited.assigned:
+            if self._leaving or self._node.node_key not in audited.assigned:
                 audited.unlisted.clear()
             while self._fix_list(audited):
                 pass
@@ -138,7 +146,7 @@ class DrawDesk:
                 (index, at_s, job.job.id) for job in self._books.jobs.values() for index, at_s in job.pending
             )
         for index, fixed_at_s, job_id in waiting:
-            with self._books.lock:
+            with self._books.changed:
                 audited = self._books.job(job_id)
                 received = audited.lists[(self._node.node_key, index)][0]
                 if not audited.is_listed(received) and time.monotonic() - fixed_at_s < self._reveal_timeout_s:
@@ -152,6 +160,7 @@ class DrawDesk:
                 )
                 data = self._identity.sign(reveal).encode()
                 audited.pending.remove((index, fixed_at_s))
+                self._books.changed.notify_all()
                 audited.reveals[(self._node.node_key, index)] = (reveal, data)
                 self._books.note_reveal(reveal, data)
             self._mailer.post(audited.job.plan.validators, "reveal", {"reveal": data})
@@ -200,6 +209,7 @@ class DrawDesk:
             given_away = self._books.note_reveal(reveal, data)
         for other, digests in given_away:
             self.draw(other, digests)
+            self.on_revealed(other)
 
     def _tracker(self, validator: NodeKey) -> TipTracker:
         tip = self._tip(validator)  # may ask the chain: never under the lock of the books

@@ -35,7 +35,7 @@ MAX_PAGE_BYTES = 8 << 20
 #: Pages of one job's records that are asked for at most.
 MAX_PAGES = 1 << 10
 #: Kinds of records, in the order in which they are told: what was found before is known before anything is drawn.
-COMMITMENT, VERDICT, PROOF, LIST = b"0", b"1", b"2", b"3"
+COMMITMENT, VERDICT, PROOF, DEPARTURE, LIST = b"0", b"1", b"2", b"3", b"4"
 MAX_PLACE_BYTES = 64
 
 _jobs = msgspec.msgpack.Decoder(list[tuple[bytes, bytes]])
@@ -111,6 +111,8 @@ class ResumeDesk:
                 self._audits.take_verdict(data, revealed)
             elif kind == PROOF:
                 self._audits.proofs.take(decode_proof(data))
+            elif kind == DEPARTURE:
+                self._audits.proofs.take_departure(data)
             elif kind == LIST:
                 self._audits.take_draw(data, revealed)
         except SmartnodesError as error:
@@ -142,6 +144,7 @@ class ResumeDesk:
                 (VERDICT + digest, data, audited.silence_of(digest)) for digest, (_, data) in audited.verdicts.items()
             ]
             found += [(PROOF + name, proof.encode(), b"") for name, proof in audited.proofs.items()]
+            found += [(DEPARTURE + validator, data, b"") for validator, data in audited.departures.items()]
             found += [
                 (
                     LIST + validator + index.to_bytes(8, "big"),

@@ -6,6 +6,7 @@ findable and serves; at the end it withdraws in order, also when the start was i
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,12 +14,15 @@ from pathlib import Path
 
 from smartnodes_core.audit import Auditor, HashChain
 from smartnodes_core.config import ValidatorConfig, WorkerConfig
+from smartnodes_core.errors import ChainError
 from smartnodes_core.jobs import JobHandler
 from smartnodes_core.journal import Journal
 from smartnodes_core.keyfile import read_key_file, write_key_file
 from smartnodes_core.nodes.station import Station
 from smartnodes_core.nodes.validator import ValidatorNode, ValidatorSettings
 from smartnodes_core.nodes.worker import WorkerNode
+
+logger = logging.getLogger(__name__)
 
 #: In the data directory: what this node has signed. It is locked while the node runs.
 JOURNAL = "signed.journal"
@@ -52,6 +56,8 @@ def running_validator(config: ValidatorConfig, auditor: Auditor, settings: Valid
         validator.start()
         with serving_metrics(station):
             yield station
+        if _leaves_for_good(station):
+            validator.leave()
         validator.stop()
         journal.close()
     finally:
@@ -108,6 +114,16 @@ def serving_metrics(station: Station) -> Iterator[None]:
         yield
     finally:
         server.close()
+
+
+def _leaves_for_good(station: Station) -> bool:
+    """Whether this member has asked to exit; one that is only restarted goes on with its jobs."""
+    try:
+        member = station.chain.member(station.config.network_id, station.chain.account)
+    except ChainError as error:
+        logger.warning("whether this validator leaves for good is not known: %s", error)
+        return False
+    return member is not None and member.exit_at_s != 0
 
 
 def _chain_secret(path: Path) -> bytes:

@@ -207,7 +207,7 @@ def inquiry_of(audited: AuditedJob, digest: bytes, selection: Selection) -> Inqu
             reveals=[reveal.digest() for reveal, _ in draw.reveals.values()],
             auditor=selection.auditor,
         )
-        withheld = [proof.encode() for proof in audited.withholdings(draw.excluded)]
+        shut_out = audited.shut_out(draw.excluded)
         return Inquiry(
             audited=audited,
             commitment=commitment,
@@ -216,7 +216,7 @@ def inquiry_of(audited: AuditedJob, digest: bytes, selection: Selection) -> Inqu
             signed_commitment=audited.signed.get(digest, b""),
             lists=[data for _, data in draw.lists.values()],
             reveals=[data for _, data in draw.reveals.values()],
-            grounds=withheld if plain else [*withheld, *grounds],
+            grounds=shut_out if plain else [*shut_out, *grounds],
         )
     return None
 

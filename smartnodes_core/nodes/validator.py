@@ -34,6 +34,9 @@ from smartnodes_core.reputation import ReputationRule, next_reputation
 
 logger = logging.getLogger(__name__)
 
+#: A validator that leaves finishes its audits for so long.
+LEAVE_TIMEOUT_S = 20.0
+
 
 @dataclass(frozen=True)
 class ValidatorSettings:
@@ -133,6 +136,10 @@ class ValidatorNode:
             logger.warning("jobs that were open before are not taken up: %s", error)
         except Exception:
             logger.exception("taking up jobs")
+
+    def leave(self) -> None:
+        """Hand the audits of open jobs over, before `stop`; for one that goes for good, or for long."""
+        self.audits.leave(LEAVE_TIMEOUT_S)
 
     def stop(self) -> None:
         """Hand the records of jobs over, and end."""

@@ -20,6 +20,7 @@ from smartnodes_core.records import (
     Binding,
     Challenge,
     Commitment,
+    Departure,
     Evidence,
     JobNotice,
     JobRecord,
@@ -109,6 +110,7 @@ SAMPLES = [
     TwoVersions(job=d(1), first=b"f", second=b"s"),
     Absence(job=d(1), absent=d(2), validator=d(3)),
     Withholding(job=d(1), absent=d(2), statements=[b"s"]),
+    Departure(job=d(1), validator=d(2)),
     Proposal(
         network_id=1, round=2, view=0, previous=d(1), proposer=d(2, 20), content=b"abi", verdicts=[d(3)], settled=[d(4)]
     ),
