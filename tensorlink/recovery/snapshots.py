@@ -17,9 +17,8 @@ import msgspec
 import torch
 from torch import Tensor
 
-from smartnodes_core.errors import ProtocolError
+from smartnodes_core.errors import ProtocolError, SmartnodesError
 from smartnodes_core.records import NodeKey
-from tensorlink.errors import TensorError
 from tensorlink.initial_state import Sources, digest_of
 from tensorlink.pipeline.driver import Driver
 from tensorlink.program.graph import StageProgram
@@ -89,7 +88,7 @@ class Snapshot:
         """Whether every stage's tensors are those of which the roots speak."""
         try:
             return all(stage.root() == root for stage, root in zip(self.stages, self.roots, strict=True))
-        except (OSError, TensorError):
+        except (OSError, SmartnodesError):
             return False
 
     def remove(self) -> None:

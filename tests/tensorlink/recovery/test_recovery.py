@@ -216,6 +216,14 @@ def test_the_computing_process_dies_and_its_stage_goes_to_another_rig(run, proce
     assert processes.wait_until(lambda: processes.descendants(node.pid), 15.0) is not None  # for the tests after this
 
 
+def test_a_rig_that_is_told_to_end_leaves_and_its_stage_goes_to_another(run):
+    before = run.network.local.node_named(run.name_of(1))
+    before.terminate()
+    rest(run)
+    assert before.wait(10) == 0
+    run.end()
+
+
 def test_a_rig_that_hangs_is_given_up(network, processes, monkeypatch):
     monkeypatch.setattr(heartbeat, "LEAST_S", 1.0)
     monkeypatch.setattr(type(network), "heartbeat_s", 0.2)
