@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -129,10 +129,12 @@ class Trial(NamedTuple):
     audit: Audit
 
 
-def trials(attack: Attack, validators: Validators, first_seed: int, dtype: str, steps: int) -> Iterator[Trial]:
+def trials(
+    attack: Attack, validators: Validators, first_seed: int, dtype: str, steps: int, others: Sequence[str] = ()
+) -> Iterator[Trial]:
     """Audits of bent units, without end: each of another step or micro-batch; one stage of a job cheats."""
     for seed in itertools.count(first_seed):
-        for name, index in itertools.product(attack.models, attack.stages):
+        for name, index in itertools.product(others or attack.models, attack.stages):
             job = Job(
                 name + dtype, seed, validators, cheats.classes(attack.cheat, 2, [index]), whole=attack.tier == 2,
                 **attack.options,
@@ -151,12 +153,18 @@ def trials(attack: Attack, validators: Validators, first_seed: int, dtype: str, 
 
 
 def count(
-    name: str, num_trials: int, validators: Validators, first_seed: int = 0, dtype: str = "", steps: int = STEPS
+    name: str,
+    num_trials: int,
+    validators: Validators,
+    first_seed: int = 0,
+    dtype: str = "",
+    steps: int = STEPS,
+    models: Sequence[str] = (),
 ) -> Count:
     """Audits of one attack."""
     found, began, pairs = Count(), time.process_time(), Pairs()
     with pairs.recorded():
-        for trial in itertools.islice(trials(ATTACKS[name], validators, first_seed, dtype, steps), num_trials):
+        for trial in itertools.islice(trials(ATTACKS[name], validators, first_seed, dtype, steps, models), num_trials):
             finding, reason, num_bytes = trial.audit
             if finding == "fraudulent":
                 found.caught, found.seen = found.caught + 1, reason[:120]
