@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     one.add_argument("--trials", type=int, default=48, help="audited units of each attack")
     one.add_argument("--only", nargs="*", help="names, or what they begin with", default=[""])
     one.add_argument("--dtype", default="", choices=["", "-bf16"])
+    one.add_argument("--models", nargs="*", default=[], help="other models than those in which attacks are tried")
     one.add_argument("--steps", type=int, default=attacks.STEPS, help="audited steps of a job")
     one.set_defaults(run=_attacks)
     one = parts.add_parser("honest", parents=[shared])
@@ -105,7 +106,8 @@ def _attacks(options: argparse.Namespace) -> None:
     names = [name for name in ATTACKS if any(name.startswith(begin) for begin in options.only)]
     _print_attack_head()
     for name in names:
-        count = attacks.count(name, options.trials, validators, options.first_seed, options.dtype, options.steps)
+        where = (options.first_seed, options.dtype, options.steps, tuple(options.models))
+        count = attacks.count(name, options.trials, validators, *where)
         _write(options.out, {"part": "attacks", "name": name, "dtype": options.dtype, **asdict(count)})
         _print_attack(name, options.dtype, count)
 

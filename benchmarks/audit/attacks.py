@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -73,6 +73,7 @@ ATTACKS: dict[str, Attack] = {
     "none (honest)": Attack(Stage, **_GW),
     **{f"{name} input gradient": Attack(bent(BentInputGradients, how), **_GX) for name, how in _BENT.items()},
     **{f"{name} weight gradient": Attack(bent(BentWeightGradients, how), **_GW) for name, how in _BENT.items()},
+    "gradient for an unused row": Attack(cheats.UnusedRow, **_GW, models=("gpt",), stages=(0,)),
     "stale input gradient": Attack(cheats.StaleInputGradients, **_GX, first=1),
     "stale weight gradient": Attack(cheats.StaleWeightGradients, **_GW, first=1),
     "stale weights in both passes": Attack(cheats.StaleWeights, **_Y, first=1),
@@ -92,7 +93,7 @@ ATTACKS: dict[str, Attack] = {
     "other betas": Attack(cheats.Betas, **_UPDATE, first=1),
     "skipped clipping": Attack(cheats.SkippedClipping, **_UPDATE, options={"clip_norm": 0.1}),
     "tampered optimizer state": Attack(cheats.OptimizerState, **_UPDATE),
-    "tampered buffers": Attack(cheats.Buffers, tier=2, odds="wrong-output", models=("mlp", "conv")),
+    "tampered buffers": Attack(cheats.Buffers, tier=2, odds="wrong-gradient", models=("mlp", "conv")),
     "weights tampered between steps": Attack(cheats.BetweenSteps, tier=1, odds="changed-state", first=1),
     "poison after an honest past": Attack(cheats.Poison, **_UPDATE, first=12),
     "opens other data": Attack(Stage, tier=1, odds="wrong-output", audit=_opened_other),
@@ -128,10 +129,12 @@ class Trial(NamedTuple):
     audit: Audit
 
 
-def trials(attack: Attack, validators: Validators, first_seed: int, dtype: str, steps: int) -> Iterator[Trial]:
+def trials(
+    attack: Attack, validators: Validators, first_seed: int, dtype: str, steps: int, others: Sequence[str] = ()
+) -> Iterator[Trial]:
     """Audits of bent units, without end: each of another step or micro-batch; one stage of a job cheats."""
     for seed in itertools.count(first_seed):
-        for name, index in itertools.product(attack.models, attack.stages):
+        for name, index in itertools.product(others or attack.models, attack.stages):
             job = Job(
                 name + dtype, seed, validators, cheats.classes(attack.cheat, 2, [index]), whole=attack.tier == 2,
                 **attack.options,
@@ -150,12 +153,18 @@ def trials(attack: Attack, validators: Validators, first_seed: int, dtype: str, 
 
 
 def count(
-    name: str, num_trials: int, validators: Validators, first_seed: int = 0, dtype: str = "", steps: int = STEPS
+    name: str,
+    num_trials: int,
+    validators: Validators,
+    first_seed: int = 0,
+    dtype: str = "",
+    steps: int = STEPS,
+    models: Sequence[str] = (),
 ) -> Count:
     """Audits of one attack."""
     found, began, pairs = Count(), time.process_time(), Pairs()
     with pairs.recorded():
-        for trial in itertools.islice(trials(ATTACKS[name], validators, first_seed, dtype, steps), num_trials):
+        for trial in itertools.islice(trials(ATTACKS[name], validators, first_seed, dtype, steps, models), num_trials):
             finding, reason, num_bytes = trial.audit
             if finding == "fraudulent":
                 found.caught, found.seen = found.caught + 1, reason[:120]

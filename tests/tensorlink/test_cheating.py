@@ -33,6 +33,7 @@ def crooked():
         round_interval_s=3,
         claim_delay_s=3,
         audit_rates=(0.3, 0.6),
+        audit_window_steps=512,  # steps here are much quicker than audits
         commands=commands,
         late=["worker-2", "worker-3"],
         slots_per_worker=4,
