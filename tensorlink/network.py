@@ -18,13 +18,15 @@ from smartnodes_core.chain.base import Chain
 from smartnodes_core.config import UserConfig, load
 from smartnodes_core.errors import NoWorkersError, PeerUnreachableError, SmartnodesError
 from smartnodes_core.identity import Identity
+from smartnodes_core.nodes.evidence import is_confirmed
 from smartnodes_core.nodes.paying import Offer
 from smartnodes_core.nodes.running import serving_metrics
 from smartnodes_core.nodes.station import Station
 from smartnodes_core.nodes.user import UserNode
-from smartnodes_core.records import Announcement, AuditTerms, NodeKey
+from smartnodes_core.records import Announcement, AuditTerms, NodeKey, Verdict
 from tensorlink.local import LocalProcesses, LocalSettings
 from tensorlink.sharding.rigs import free_slots
+from tensorlink.validator import ReplayAuditor
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,8 @@ class Network:
         self.offer: Offer | None = None
         self._placements: weakref.WeakSet[Any] = weakref.WeakSet()
         self._closed = False
+        self._auditor: ReplayAuditor | None = None
+        self._judging = threading.Lock()
         self._serving = contextlib.ExitStack()
         self._serving.enter_context(serving_metrics(station))
 
@@ -93,6 +97,15 @@ class Network:
     def drop(self, node_key: NodeKey, reason: str) -> None:
         """End the connection to a peer: every call to it ends with that."""
         self.station.node.drop(node_key, reason)
+
+    def is_fraud(self, verdict: Verdict) -> bool:
+        """Whether a verdict of fraud is one: its evidence is fetched and executed again here, in a process of its own.
+        Raises SmartnodesError where that cannot be done."""
+        with self._judging:
+            if self._auditor is None:
+                self._auditor = ReplayAuditor()
+                self._serving.callback(self._auditor.stop)
+            return is_confirmed(self.station.node, self._auditor, verdict)
 
     def reaches(self, worker: Announcement) -> bool:
         """Whether a worker answers now, at one of the endpoints that it announced; the connection stays open.

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 from blake3 import blake3
 
 from smartnodes_core.audit import Auditor, Case
-from smartnodes_core.errors import SmartnodesError
+from smartnodes_core.errors import AuthorityError, SmartnodesError
 from smartnodes_core.evidence import MAX_EVIDENCE_BYTES, case_of, check_verdict
 from smartnodes_core.nodes.base import Node
 from smartnodes_core.nodes.evidence_shelf import EvidenceShelf
 from smartnodes_core.nodes.params import count_in, digest_in
-from smartnodes_core.records import Digest, Evidence, Verdict
+from smartnodes_core.records import Digest, Evidence, Signed, Verdict
 from smartnodes_core.rpc import Result, allow
 from smartnodes_core.transport.base import Peer
 
@@ -94,10 +94,12 @@ class EvidenceDesk:
             self._waiting.add(verdict.digest())
         self._queue.put(verdict)
 
-    @allow(roles=("validator",), max_body_bytes=0)
+    @allow(roles=("validator", "user"), max_body_bytes=0)
     def rpc_evidence(self, caller: Peer, params: dict[str, Any], body: memoryview) -> Result:
-        """The evidence with this digest: the record, then the opened bytes."""
+        """The evidence with this digest, for validators and the job's author: the record, then the opened bytes."""
         record, opened = self._shelf.get(digest_in(params, "digest"))
+        if caller.role == "user" and Signed.decode(Evidence.decode(record).job).signer != caller.node_key:
+            raise AuthorityError("evidence is shown to validators and to the author of the job")
         return {"record_bytes": len(record)}, [record, opened]
 
     def _confirm_all(self) -> None:
@@ -112,20 +114,26 @@ class EvidenceDesk:
                 self._waiting.discard(verdict.digest())
 
     def _confirm(self, verdict: Verdict) -> None:
-        reply = self._node.call(
-            verdict.auditor,
-            "evidence",
-            {"digest": verdict.evidence},
-            timeout_s=FETCH_TIMEOUT_S,
-            max_body_bytes=MAX_EVIDENCE_BYTES,
-        )
-        num_bytes = count_in(reply.params, "record_bytes", len(reply.body))
-        evidence = Evidence.decode(bytes(reply.body[:num_bytes]))
-        body = reply.body[num_bytes:]
-        case = case_of(evidence, body)
-        check_verdict(verdict, evidence, case)
-        finding, reason = self._auditor.examine(case, body)
-        if finding == "fraudulent":
+        if is_confirmed(self._node, self._auditor, verdict):
             self.on_confirmed(verdict)
-        else:
-            logger.warning("a fraud verdict of %s is not confirmed: %s", verdict.auditor.hex()[:8], reason)
+
+
+def is_confirmed(node: Node, auditor: Auditor, verdict: Verdict) -> bool:
+    """Fetch the evidence of a fraud verdict from its auditor, hold it against all signatures, and run it again. Raises
+    what the call raises, RecordError or SignatureError for evidence of something else."""
+    reply = node.call(
+        verdict.auditor,
+        "evidence",
+        {"digest": verdict.evidence},
+        timeout_s=FETCH_TIMEOUT_S,
+        max_body_bytes=MAX_EVIDENCE_BYTES,
+    )
+    num_bytes = count_in(reply.params, "record_bytes", len(reply.body))
+    evidence = Evidence.decode(bytes(reply.body[:num_bytes]))
+    body = reply.body[num_bytes:]
+    case = case_of(evidence, body)
+    check_verdict(verdict, evidence, case)
+    finding, reason = auditor.examine(case, body)
+    if finding != "fraudulent":
+        logger.warning("a fraud verdict of %s is not confirmed: %s", verdict.auditor.hex()[:8], reason)
+    return finding == "fraudulent"

@@ -32,6 +32,7 @@ from smartnodes_core.errors import (
 from smartnodes_core.records import Announcement, Assignment, NodeKey, Plan, Verdict
 from smartnodes_core.rpc import PendingCall
 from tensorlink.errors import FraudError, NonFiniteError
+from tensorlink.recovery.accusations import Accusations
 from tensorlink.recovery.heartbeat import Heartbeat
 from tensorlink.recovery.journal import Entry, Journal
 from tensorlink.recovery.keeper import SnapshotKeeper
@@ -109,15 +110,18 @@ class Recovery:
             max(placed.micro_batch_s for placed in placement.table.stages),
             self._network.heartbeat_s,
         )
-        self._driver.on_committed, self._driver.on_found = self._keeper.committed, self._found
+        self._accusations = Accusations(self._network.is_fraud, self._convict)
+        self._driver.on_committed, self._driver.on_found = self._keeper.committed, self._accusations.hear
         self._keeper.begin_plan(0, self._workers)
         self._keeper.keep(placement.beginning)
         self._keeper.start()
+        self._accusations.start()
         self._heartbeat.start()
 
     def stop(self) -> None:
         """The job is closed."""
         self._heartbeat.stop()
+        self._accusations.stop()
         self._keeper.stop()
 
     @property
@@ -188,13 +192,17 @@ class Recovery:
         self._avoid([worker])
         self._network.drop(worker, reason)
 
-    def _found(self, verdict: Verdict) -> None:
-        """An auditor found something. On a network's thread."""
-        if verdict.finding == "fraudulent" and verdict.worker in self._workers:
-            with self._lock:
-                earlier = self._frauds.get(verdict.worker)
-                if earlier is None or verdict.step < earlier.step:
-                    self._frauds[verdict.worker] = verdict
+    def _convict(self, verdict: Verdict) -> None:
+        """A worker cheated. On the thread of accusations."""
+        with self._lock:
+            earlier = self._frauds.get(verdict.worker)
+            if earlier is None or verdict.step < earlier.step:
+                self._frauds[verdict.worker] = verdict
+
+    def _is_undone(self, verdict: Verdict) -> bool:
+        """Whether what a cheat did was done again since."""
+        back_to = max(0, verdict.step - self._window_steps)
+        return any(one.plan_version > verdict.plan_version and one.first_step <= back_to for one in self.recovered)
 
     def _see_to_frauds(self) -> None:
         """Workers that were found to cheat are replaced, before anything more is asked of the stages.
@@ -206,7 +214,7 @@ class Recovery:
             frauds, self._frauds = self._frauds, {}
             self._cheats.update(frauds)
         lost = [stage for stage, worker in enumerate(self._workers) if worker in frauds]
-        if not lost:
+        if not lost and all(self._is_undone(verdict) for verdict in frauds.values()):
             return
         place = self._calls.step_index, self._calls.num_calls
         first = min(frauds.values(), key=lambda verdict: verdict.step)

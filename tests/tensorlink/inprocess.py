@@ -76,6 +76,9 @@ class InProcess:
     def drop(self, node_key, reason):
         pass
 
+    def is_fraud(self, verdict):
+        return True
+
     def reaches(self, worker):
         return True
 
