@@ -171,7 +171,7 @@ def _cheating(options: DemoOptions) -> dict[str, Any]:
     if not options.cheat:
         return {}
     honest_steps = str(options.steps // 3)
-    command = (sys.executable, "-m", "tensorlink.demo.cheating_worker", options.cheat, honest_steps)
+    command = (sys.executable, "-m", "tensorlink.cli.cheating_worker", options.cheat, honest_steps)
     return {
         "commands": {"worker-0": command},
         "late": [f"worker-{options.workers - 1}"],

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 
 from smartnodes_core.errors import SmartnodesError
-from smartnodes_core.records import Verdict
+from smartnodes_core.records import NodeKey, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +24,7 @@ class Accusations:
     def __init__(self, is_fraud: Callable[[Verdict], bool], on_fraud: Callable[[Verdict], None]) -> None:
         self._is_fraud, self._on_fraud = is_fraud, on_fraud
         self._waiting: queue.Queue[Verdict | None] = queue.Queue(MAX_WAITING)
+        self._convicted: dict[NodeKey, int] = {}  # workers, and the first step for which they were
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="accusations", daemon=True)
 
@@ -38,7 +39,8 @@ class Accusations:
 
     def hear(self, verdict: Verdict) -> None:
         """An auditor found something. On a network's thread."""
-        if verdict.finding == "fraudulent" and not self._stopped:
+        known = self._convicted.get(verdict.worker, verdict.step + 1) <= verdict.step
+        if verdict.finding == "fraudulent" and not known and not self._stopped:
             try:
                 self._waiting.put_nowait(verdict)
             except queue.Full:
@@ -48,6 +50,7 @@ class Accusations:
         while (verdict := self._waiting.get()) is not None and not self._stopped:
             try:
                 if self._is_fraud(verdict):
+                    self._convicted[verdict.worker] = verdict.step
                     self._on_fraud(verdict)
             except SmartnodesError as error:
                 logger.warning("an accusation could not be judged, nothing follows from it here: %s", error)

@@ -18,21 +18,21 @@ from tensorlink.network import LocalNetwork
 pytestmark = pytest.mark.starts_network
 
 #: Every worker that begins cheats, after so many honest steps; those that are honest join later.
-CHEATS = {"worker-0": ("x0.99-input-gradient", 3), "worker-1": ("skipped-weight-gradient", 6)}
+CHEATS = {"worker-0": ("x0.99-weight-gradient", 3), "worker-1": ("skipped-weight-gradient", 6)}
 FOUND_WITHIN_S = 60.0
 X, Y = torch.randn(8, 6), torch.randint(0, 4, (8,))
 
 
 @pytest.fixture(scope="module")
 def crooked():
-    program = (sys.executable, "-m", "tensorlink.demo.cheating_worker")
+    program = (sys.executable, "-m", "tensorlink.cli.cheating_worker")
     commands = {name: (*program, cheat, str(honest)) for name, (cheat, honest) in CHEATS.items()}
     with LocalNetwork(
         workers=4,
         validators=2,
         round_interval_s=3,
         claim_delay_s=3,
-        audit_rates=(0.3, 0.6),
+        audit_rates=(0.0, 0.1),
         audit_window_steps=512,  # steps here are much quicker than audits
         commands=commands,
         late=["worker-2", "worker-3"],
@@ -83,9 +83,9 @@ def test_cheats_are_found_shut_out_and_replaced_and_what_they_did_is_undone(croo
 
 
 def test_in_the_loop_of_a_pytorch_user_the_cheat_is_replaced_and_the_user_told_what_to_undo():
-    program = (sys.executable, "-m", "tensorlink.demo.cheating_worker", "zero-weight-gradient", "2")
+    program = (sys.executable, "-m", "tensorlink.cli.cheating_worker", "zero-weight-gradient", "2")
     with LocalNetwork(
-        workers=2, round_interval_s=3, audit_rates=(0.5, 0.5), commands={"worker-0": program}, slots_per_worker=2
+        workers=2, round_interval_s=3, audit_rates=(0.0, 0.1), commands={"worker-0": program}, slots_per_worker=2
     ) as network:
         model = tensorlink.DistributedModel(
             nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4)),

@@ -1,7 +1,7 @@
 """A rig that is honest in everything but its arithmetic, or (the cheat "silent") opens nothing that it is asked for.
 
-`python -m tensorlink.demo.cheating_worker CHEAT HONEST_STEPS [flags of tensorlink-worker]`, with the stages of
-`cheats.py`.
+`python -m tensorlink.cli.cheating_worker CHEAT HONEST_STEPS [flags of tensorlink-worker]`, with the stages of
+`demo/cheats.py`.
 """
 
 from __future__ import annotations
