@@ -92,6 +92,7 @@ class Recovery:
         self._busy = False
         self._frauds: dict[NodeKey, Verdict] = {}
         self._cheats: set[NodeKey] = set()
+        self._told: set[NodeKey] = set()  # cheats of which the user has heard, or which left nothing
         self._lost_at_s: dict[NodeKey, float] = {}  # on the monotonic clock
         self._lock = threading.Lock()
         self._keeper = SnapshotKeeper(
@@ -150,11 +151,13 @@ class Recovery:
             while True:
                 try:
                     self._see_to_frauds()
+                    self._calls.resume_at(*place)
                     result = act()
                     break
                 except LOST as error:
-                    self._recover(error, self._lost_by(error), None)
-                    self._calls.resume_at(*place)
+                    lost = self._lost_by(error)
+                    if not self._see_to_frauds():  # the chain may have shut out a cheat before it was seen to here
+                        self._recover(error, lost, None)
                 except NonFiniteError as error:  # that the step is dropped is part of what has to be done again
                     if again is not None:
                         self._journal.add(Entry(*place, _dropped(act), depends_on_outputs))
@@ -204,19 +207,19 @@ class Recovery:
         back_to = max(0, verdict.step - self._window_steps)
         return any(one.plan_version > verdict.plan_version and one.first_step <= back_to for one in self.recovered)
 
-    def _see_to_frauds(self) -> None:
-        """Workers that were found to cheat are replaced, before anything more is asked of the stages.
+    def _see_to_frauds(self) -> bool:
+        """Workers that were found to cheat are replaced, before anything more is asked of the stages; whether any was.
 
         Raises FraudError where the run cannot go back by itself: gradients that were computed here from false outputs
         cannot be computed again.
         """
+        self._accusations.wait()
         with self._lock:
             frauds, self._frauds = self._frauds, {}
             self._cheats.update(frauds)
         lost = [stage for stage, worker in enumerate(self._workers) if worker in frauds]
         if not lost and all(self._is_undone(verdict) for verdict in frauds.values()):
-            return
-        place = self._calls.step_index, self._calls.num_calls
+            return False
         first = min(frauds.values(), key=lambda verdict: verdict.step)
         error = WorkerLostError(f"the worker of stage {first.stage} cheated at step {first.step}: {first.reason}")
         back, at_most = self._on_fraud == "rollback", None
@@ -226,13 +229,15 @@ class Recovery:
         if back and is_repeatable and oldest <= first.step:
             at_most = trusted
         self._recover(error, lost, at_most)
-        self._calls.resume_at(*place)
-        if back and at_most is None:
+        is_told = first.worker in self._told
+        self._told.update(frauds)
+        if back and at_most is None and not is_told:
             raise FraudError(
                 f"{error}. It was replaced, and what it did since is still in the weights, because "
                 + ("no snapshot from before is kept" if is_repeatable else "gradients came from outside the pipeline")
                 + f": load a checkpoint of step {first.step} or before (train_step goes back by itself)"
             )
+        return True
 
     def _lost_by(self, cause: SmartnodesError) -> list[int]:
         """The stages whose workers do not answer any more; where all do, the one of which the error speaks."""
