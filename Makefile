@@ -38,6 +38,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/benchmark_memory.py
 	$(BIN)/python benchmarks/benchmark_growth.py
 	$(BIN)/python benchmarks/benchmark_overhead.py
+	$(BIN)/python benchmarks/benchmark_recovery.py
 	$(BIN)/python benchmarks/benchmark_audit.py attacks
 	$(BIN)/python benchmarks/benchmark_audit.py honest
 	$(BIN)/python benchmarks/benchmark_audit.py roc

@@ -195,7 +195,12 @@ def test_attacks_runs(run: Run) -> None:
     assert "a wash trader that pays itself" in run("attacks", "--rounds=2")
 
 
+def test_recovery_runs(run: Run) -> None:
+    told = run("recovery", "--small", "--kills=1", "--steps=2")
+    assert "steps lost: 0, losses that are not the plain run's: 0" in told
+
+
 def test_every_benchmark_is_run_here() -> None:
     names = {path.stem.removeprefix("benchmark_") for path in BENCHMARKS.glob("benchmark_*.py")}
     here = {test[5:-5] for test in globals() if test.startswith("test_") and test.endswith("_runs")}
-    assert names == here | {"dht"}  # which has a file of its own
+    assert names == here | {"audit", "dht"}  # which have files of their own
