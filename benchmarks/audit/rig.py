@@ -314,7 +314,7 @@ class Job:
         auditor = select(seed, self.record.audit, len(commitment.units), assigned)[0].auditor
         challenge = Challenge(
             job=self.id, commitment=commitment.digest(), tier=2 if unit == WHOLE_STEP else 1, unit=unit, seed=seed,
-            reveals=digests, auditor=auditor, deadline_s=0,
+            reveals=digests, auditor=auditor,
         )  # fmt: skip
         check_challenge(
             challenge, commitment, self.record.audit, assigned, [from_validator(one, ReceivedList) for one in lists],

@@ -188,7 +188,7 @@ def test_it_ends_when_its_starter_dies() -> None:
 
 
 def test_its_keys_are_known_and_funded(devnet: DevnetProcess) -> None:
-    assert int(rpc(devnet.url, "eth_getBalance", "0x" + devnet_accounts()[63].hex(), "latest"), 16) == 10**24
+    assert int(rpc(devnet.url, "eth_getBalance", "0x" + devnet_accounts()[60].hex(), "latest"), 16) == 10**24
     assert is_devnet_key(devnet_key(63))
     assert not is_devnet_key(new_key())
     assert set(SETTINGS.genesis) <= set(devnet_accounts())
