@@ -77,6 +77,7 @@ class Stages:
         self.ranks: Ranks | None = None
         self._loading = Loading()
         self._openings = Openings()
+        self._states = StateDesk(channel, self._of, self._loading)
         self._turn = 0
         self.methods: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "load": self._load,
@@ -94,7 +95,7 @@ class Stages:
             "open_part": self._open_part,
             "unload": self._unload,
             "shards": self._shards,
-            **StateDesk(channel, self._of, self._loading, self._openings).methods,
+            **self._states.methods,
         }
 
     # -- the loop's side ----------------------------------------------------------------------------------------------
@@ -332,6 +333,7 @@ class Stages:
     def _unload(self, params: dict[str, Any]) -> dict[str, Any]:
         self._loading.drop(str(params["key"]))
         self._openings.drop(str(params["key"]))
+        self._states.drop(str(params["key"]))
         one = self._hosted.pop(str(params["key"]), None)
         if one is not None:
             one.pool.shutdown(wait=True)  # the last step's commitment goes out

@@ -1,7 +1,7 @@
 """What the computing process serves about a stage's state: read, replaced, kept for a take-over, taken from one.
 
 `state`, `optimizer_state` read what is in force, `set_state`, `set_optimizer_state` begin to replace it (`load_part`
-and `load_end` follow). `snapshot` shows the state with which a committed step began, part by part (`open_part`);
+and `load_end` follow). `snapshot` shows the state with which a committed step began, part by part (`snapshot_part`);
 `restore` begins a stage in the state that an older plan's stage on this rig has kept, and `state_root` says in which
 state a stage is, for who compares. Neighbours: `compute_stages.py` has the stages, `stage_loading.py` what arrives.
 """
@@ -32,16 +32,16 @@ REPLY_TIMEOUT_S = 30.0
 class StateDesk:
     """Serves the calls; `of` finds the stage that a call names."""
 
-    def __init__(
-        self, channel: ChildChannel, of: Callable[[dict[str, Any]], Hosted], loading: Loading, openings: Openings
-    ) -> None:
-        self._channel, self._of, self._loading, self._openings = channel, of, loading, openings
+    def __init__(self, channel: ChildChannel, of: Callable[[dict[str, Any]], Hosted], loading: Loading) -> None:
+        self._channel, self._of, self._loading = channel, of, loading
+        self._snapshots = Openings()  # apart from those of auditors, which authors must not be able to push out
         self.methods: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "state": self.state,
             "optimizer_state": self.optimizer_state,
             "set_state": self.set_state,
             "set_optimizer_state": self.set_optimizer_state,
             "snapshot": self.snapshot,
+            "snapshot_part": self.snapshot_part,
             "restore": self.restore,
             "state_root": self.state_root,
         }
@@ -93,15 +93,25 @@ class StateDesk:
 
     def snapshot(self, params: dict[str, Any]) -> dict[str, Any]:
         """The state before a committed step with which an interval began: `items` (labels `weights/NAME`,
-        `buffers/NAME`, `optimizer/NAME`) lie one after the other in `num_bytes`, which `open_part` gives. Raises
-        AuditError where it is not held."""
+        `buffers/NAME`, `optimizer/NAME`) lie one after the other in `num_bytes`, which `snapshot_part` gives; of one
+        stage one snapshot is held at a time. Raises AuditError where it is not held."""
         one = self._of(params)
         kept = _kept(one, int(params["step"]))
         opened = Opened()
         for part in ("weights", "buffers", "optimizer"):
             opened.add_all(part, getattr(kept, part))
-        number = self._openings.begin(one.key, opened, kept)
+        self._snapshots.drop(one.key)
+        number = self._snapshots.begin(one.key, opened, kept)
         return {"items": opened.items, "opening": number, "num_bytes": opened.num_bytes}
+
+    def snapshot_part(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Bytes `at` and following of what `snapshot` named. Raises AuditError if it was given up."""
+        number, at, num_bytes = (int(params[name]) for name in ("opening", "at", "num_bytes"))
+        return self._snapshots.part(self._channel, number, at, num_bytes)
+
+    def drop(self, key: str) -> None:
+        """The stage is gone."""
+        self._snapshots.drop(key)
 
     def restore(self, params: dict[str, Any]) -> dict[str, Any]:
         """Ends the loading of a stage, or of its optimizer's state, with what the stage `source` on this rig began

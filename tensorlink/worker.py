@@ -259,7 +259,7 @@ class StageHandler:
         asked = {name: field_of(params, name) for name in ("opening", "at", "num_bytes")}
         if asked["num_bytes"] > PART_BYTES:
             raise ProtocolError(f"{asked['num_bytes']} bytes of a snapshot at once: at most {PART_BYTES} are given")
-        return {}, [self._compute.take(self._compute.call(stage, "open_part", asked))]
+        return {}, [self._compute.take(self._compute.call(stage, "snapshot_part", asked))]
 
     def _restore(self, stage: StageOfJob, params: dict[str, Any], body: memoryview) -> Answer:
         """Instead of parts: the state that this stage began a step with here, under an older plan of the same job.

@@ -51,7 +51,7 @@ MAX_PREIMAGES = NUM_ASSIGNED
 #: How long a stage of a job that ended is kept for audits that some validator still has.
 RELEASE_TIMEOUT_S = 150.0
 #: How long what a stage did under an older plan can still be audited, and how many such stages are kept of a job.
-SUPERSEDED_KEEP_S, MAX_SUPERSEDED = 60.0, 2 * MAX_STAGES_PER_JOB
+SUPERSEDED_KEEP_S, MAX_SUPERSEDED = 60.0, 4
 DRAIN_TIMEOUT_S = 2.0
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable
 
 from smartnodes_core.errors import SmartnodesError
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 #: So many wait to be judged at most; a cheat is convicted by its first.
 MAX_WAITING = 64
+#: An auditor whose accusations could not be judged so often is not heard again: it would only hold the run up.
+MAX_FAILED = 2
 #: A run waits so long for what is judged, and then goes on.
 JUDGING_TIMEOUT_S = 120.0
 
@@ -28,6 +31,7 @@ class Accusations:
         self._waiting: queue.Queue[Verdict | None] = queue.Queue()
         self._convicted: dict[NodeKey, int] = {}  # workers, and the first step for which they were
         self._liars: set[NodeKey] = set()  # auditors whose word was not borne out
+        self._failed: Counter[NodeKey] = Counter()  # auditors whose evidence did not come, or was none
         self._num_open = 0
         self._judged = threading.Condition()
         self._stopped = False
@@ -60,13 +64,16 @@ class Accusations:
             self._judged.wait_for(lambda: not self._num_open or self._stopped, JUDGING_TIMEOUT_S)
 
     def _is_settled(self, verdict: Verdict) -> bool:
-        return verdict.auditor in self._liars or self._convicted.get(verdict.worker, verdict.step + 1) <= verdict.step
+        if verdict.auditor in self._liars or self._failed[verdict.auditor] >= MAX_FAILED:
+            return True
+        return self._convicted.get(verdict.worker, verdict.step + 1) <= verdict.step
 
     def _run(self) -> None:
         while (verdict := self._waiting.get()) is not None and not self._stopped:
             try:
                 self._judge(verdict)
             except SmartnodesError as error:
+                self._failed[verdict.auditor] += 1
                 logger.warning("an accusation could not be judged, nothing follows from it here: %s", error)
             except Exception:
                 logger.exception("judging an accusation")

@@ -192,14 +192,14 @@ class SnapshotKeeper:
             with self._lock:
                 is_of_now = version == self._plan_version and self._due == step
                 self._due = None
-                if snapshot is None or not is_of_now:
-                    continue
-                self._fetch_s = time.monotonic() - began
-                self._next_step = step + self.interval_steps
-                for waiting in (self._roots, self._private):
-                    for earlier in [at for at in waiting if at < self._next_step]:
-                        del waiting[earlier]
-            self.keep(snapshot)
+                if snapshot is not None and is_of_now:
+                    self._fetch_s = time.monotonic() - began
+                    self._next_step = step + self.interval_steps
+                    for waiting in (self._roots, self._private):
+                        for earlier in [at for at in waiting if at < self._next_step]:
+                            del waiting[earlier]
+            if snapshot is not None:
+                self.keep(snapshot) if is_of_now else snapshot.remove()
 
     def _fetched(
         self, step: int, version: int, workers: list[NodeKey], roots: list[bytes], private: Private

@@ -187,8 +187,10 @@ class Recovery:
     # -- what is lost -------------------------------------------------------------------------------------------------
 
     def _ask(self, worker: NodeKey, timeout_s: float) -> PendingCall:
-        stage = next(stage for stage in self._driver.stages if stage.job.worker_of(stage.stage) == worker)
-        return self._network.user.begin_call(stage, "usage", {}, timeout_s=timeout_s)
+        for stage in self._driver.stages:
+            if stage.job.worker_of(stage.stage) == worker:
+                return self._network.user.begin_call(stage, "usage", {}, timeout_s=timeout_s)
+        raise JobError("a worker that has no stage any more")
 
     def _give_up(self, worker: NodeKey, reason: str) -> None:
         logger.warning("worker %s is given up: %s", worker.hex()[:8], reason)

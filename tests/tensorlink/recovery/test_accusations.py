@@ -72,6 +72,14 @@ def test_what_cannot_be_judged_convicts_nobody_and_the_next_is_judged(court):
     assert court.convicted.get(timeout=10) == 4
 
 
+def test_an_auditor_whose_evidence_does_not_come_holds_a_run_up_twice_at_most(court):
+    for step in range(3):
+        court.hear(verdict(step))
+        court.judgements.put(PeerUnreachableError("the auditor is slow"))
+        court.wait()
+    assert list(court.asked.queue) == [0, 1]
+
+
 def test_other_findings_and_later_frauds_of_a_convict_are_not_judged(court):
     court.hear(verdict(3, "honest"))
     court.hear(verdict(5))
