@@ -104,11 +104,14 @@ class WorkerConfig(NodeConfig):
 
     data_dir: Annotated[Path, "directory of journals and step logs"] = Path("~/.smartnodes/worker")
     max_memory_bytes: Annotated[int, "memory offered to jobs; 0 offers what is free at the start"] = 0
+    asks_wei: Annotated[int, "least pay for 10^12 units of work, in wei: jobs that pay less are refused"] = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class UserConfig(NodeConfig):
     """Settings of a user."""
+
+    least_reputation: Annotated[int, "workers below get no stage, 1 to 255; all begin with 1"] = 1
 
 
 def help_of(cls: type[NodeConfig]) -> dict[str, str]:

@@ -17,6 +17,8 @@ from smartnodes_core.chain.proposal import Parameters, Payment, Settlement
 from smartnodes_core.errors import RecordError
 
 PRICE, UNITS = "price_wei", "price_per_units"
+#: What a worker announces as the least that it works for, in wei for so many units, as text.
+ASKS, ASKED_UNITS = "asks_wei", 10**12
 ALL_BPS = 10_000
 MAX_DIGITS = 78
 
@@ -39,6 +41,20 @@ class Price:
         if per_units == 0:
             raise RecordError(f"{UNITS} is 0: the price is of that many units of work, at least 1 is needed")
         return cls(wei, per_units)
+
+
+def asked_wei(offers: Mapping[str, int | str]) -> int:
+    """What a worker says that it asks for ASKED_UNITS units of work; more than anybody has where that is no price."""
+    try:
+        return _number(ASKS, offers.get(ASKS, 0))
+    except RecordError:
+        return 1 << 512
+
+
+def pays(terms: Mapping[str, int | str], wei: int) -> bool:
+    """Whether a job with these terms pays `wei` or more for ASKED_UNITS units. Raises RecordError for bad terms."""
+    price = Price.of(terms)
+    return not wei or (price is not None and price.wei * ASKED_UNITS >= wei * price.per_units)
 
 
 def _number(name: str, value: int | str) -> int:

@@ -23,6 +23,7 @@ from smartnodes_core.nodes.paying import Offer
 from smartnodes_core.nodes.running import serving_metrics
 from smartnodes_core.nodes.station import Station
 from smartnodes_core.nodes.user import UserNode
+from smartnodes_core.payments import asked_wei, pays
 from smartnodes_core.records import Announcement, AuditTerms, NodeKey, Verdict
 from tensorlink.local import LocalProcesses, LocalSettings
 from tensorlink.sharding.rigs import free_slots
@@ -47,6 +48,8 @@ class Network:
         self.station = station
         self.user = UserNode(station.node, station.identity)
         self.audit_terms = audit_terms
+        #: Workers of less reputation get no stage.
+        self.least_reputation = station.config.least_reputation if isinstance(station.config, UserConfig) else 1
         #: What jobs opened from now on pay; None: nothing.
         self.offer: Offer | None = None
         self._placements: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -76,7 +79,7 @@ class Network:
         deadline = time.monotonic() + timeout_s
         pause = threading.Event()
         while True:
-            found = self.station.find("worker")
+            found = self.announced_workers()
             free = [worker for worker in found if free_slots(worker) > 0]
             if len(free) >= wanted:
                 return free
@@ -85,14 +88,22 @@ class Network:
             pause.wait(POLL_S)
         if not free:
             raise NoWorkersError(
-                f"found no free worker ({len(found)} announced), needed {wanted}: start rigs with tensorlink-worker, "
-                "or wait until a job ends"
+                f"found no free worker ({len(found)} announced, of reputation {self.least_reputation} or more, working "
+                f"for what the job pays), needed {wanted}: start rigs with tensorlink-worker, or wait until a job ends"
             )
         return free
 
     def announced_workers(self) -> list[Announcement]:
-        """Workers that have announced themselves and are good on chain, whether they have a free slot or not."""
-        return self.station.find("worker")
+        """Workers that have announced themselves, are good on chain and work for what jobs pay, with a free slot or
+        without; those of best reputation first."""
+        terms = self.offer.terms() if self.offer is not None else {}
+        found = [(self.reputation_of(each.node_key) or 0, each) for each in self.station.find("worker")]
+        suited = [
+            (reputation, each)
+            for reputation, each in found
+            if reputation >= self.least_reputation and pays(terms, asked_wei(each.offers))
+        ]
+        return [each for _, each in sorted(suited, key=lambda pair: (-pair[0], pair[1].node_key))]
 
     def drop(self, node_key: NodeKey, reason: str) -> None:
         """End the connection to a peer: every call to it ends with that."""

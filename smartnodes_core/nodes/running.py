@@ -21,6 +21,7 @@ from smartnodes_core.keyfile import read_key_file, write_key_file
 from smartnodes_core.nodes.station import Station
 from smartnodes_core.nodes.validator import ValidatorNode, ValidatorSettings
 from smartnodes_core.nodes.worker import WorkerNode
+from smartnodes_core.payments import ASKS
 
 logger = logging.getLogger(__name__)
 
@@ -86,13 +87,15 @@ def running_worker(
             station.membership.tip_of,
             journal,
             num_slots,
+            config.asks_wei,
             station.learn_validators,
         )
         worker.on_slots_changed = station.update_announcement
         station.node.on_peer_lost(lambda peer, reason: worker.release_jobs_of(peer, f"the author is gone: {reason}"))
         station.join()
         announced = offers or handler.offers
-        station.announce(lambda: {**announced(), "free_slots": worker.num_free_slots})
+        asked = {ASKS: str(config.asks_wei)}
+        station.announce(lambda: {**announced(), **asked, "free_slots": worker.num_free_slots})
         with serving_metrics(station):
             yield station
         worker.drain("the rig is stopping")

@@ -32,6 +32,7 @@ from smartnodes_core.nodes.ledgers import HeldStages, Ledger, only_validators_of
 from smartnodes_core.nodes.mailing import Mailer
 from smartnodes_core.nodes.opening import OpeningDesk
 from smartnodes_core.nodes.params import bytes_in, digest_in, map_in, text_in
+from smartnodes_core.payments import ASKED_UNITS, pays
 from smartnodes_core.records import NodeKey, ReceivedList, Reveal
 from smartnodes_core.rpc import allow
 from smartnodes_core.transport.base import Peer
@@ -59,7 +60,7 @@ class WorkerNode:
     """Runs stages for jobs whose plan names this node.
 
     `tip` gives a validator's hash-chain tip as posted on chain; `num_slots` is how many jobs this rig works on at once;
-    of one job it may hold several stages.
+    of one job it may hold several stages. `asks_wei` is the least that it works for (`payments.py`).
     """
 
     def __init__(
@@ -70,13 +71,14 @@ class WorkerNode:
         tip: Callable[[NodeKey], bytes | None],
         journal: Journal,
         num_slots: int = 1,
+        asks_wei: int = 0,
         learn_addresses: Callable[[], None] = lambda: None,
     ):
         self.node = node
         self.handler = handler
         self._identity = identity
         self._journal = journal
-        self._num_slots = num_slots
+        self._num_slots, self._asks_wei = num_slots, asks_wei
         self._learn_addresses = learn_addresses
         self._held = HeldStages()
         self._lock = self._held.lock
@@ -107,6 +109,8 @@ class WorkerNode:
         stages = job.stages_of(self.node.node_key)
         if not stages and not self._held.of_job(job.id):
             raise JobError("the plan gives this worker no stage")
+        if not pays(job.record.terms, self._asks_wei):
+            raise JobError(f"this rig asks {self._asks_wei} wei for {ASKED_UNITS} units of work, the job pays less")
         self._reserve(job, stages)
         self._supersede(job)
         self._learn_addresses()  # of the validators, which get commitments

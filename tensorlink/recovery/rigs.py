@@ -24,7 +24,7 @@ def replacements(
     """
     own = {rig.node_key for rig in running.values()}
     free = [rig for rig in announced if free_slots(rig) > 0 and rig.node_key not in own and rig.node_key not in avoid]
-    free.sort(key=lambda rig: (-_speed(rig), rig.node_key))
+    free.sort(key=lambda rig: -_speed(rig))  # among equals as they came: by reputation
     left = {rig.node_key: _memory(rig) for rig in running.values()}
     for stage, rig in running.items():
         left[rig.node_key] -= needs[stage]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from smartnodes_core.chain.emission import fee_on
 from smartnodes_core.chain.proposal import Parameters, Payment, Settlement
 from smartnodes_core.errors import RecordError
-from smartnodes_core.payments import JobWork, Price, settle, share
+from smartnodes_core.payments import ASKED_UNITS, JobWork, Price, asked_wei, pays, settle, share
 
 WORKERS = [bytes([number] * 20) for number in range(1, 4)]
 SIGNERS = [bytes([number] * 20) for number in range(10, 13)]
@@ -103,3 +103,22 @@ def test_jobs_below_their_caps_pay_the_same_for_the_same_work(
     pool_wei: int, units: int, caps: list[int | None]
 ) -> None:
     assert len(set(share(pool_wei, [(units, cap) for cap in caps]))) == 1
+
+
+def test_a_rig_works_for_what_it_asks_or_more() -> None:
+    asked = 3 * ASKED_UNITS
+    assert pays({"price_wei": 3}, asked)
+    assert pays({"price_wei": 7, "price_per_units": 2}, asked)
+    assert not pays({"price_wei": 5, "price_per_units": 2}, asked)
+    assert not pays({}, 1)
+    assert pays({}, 0)
+
+
+@pytest.mark.parametrize(("said", "asked"), [({}, 0), ({"asks_wei": "7"}, 7), ({"asks_wei": 7}, 7)])
+def test_what_a_worker_asks_is_read_from_its_announcement(said: dict[str, int | str], asked: int) -> None:
+    assert asked_wei(said) == asked
+
+
+@pytest.mark.parametrize("said", ["-1", "much", "9" * 200, -1])
+def test_who_asks_for_no_price_asks_for_more_than_anybody_has(said: int | str) -> None:
+    assert not pays({"price_wei": "9" * 77}, asked_wei({"asks_wei": said}))

@@ -78,6 +78,15 @@ def test_a_slot_holds_all_stages_of_a_job_and_a_job_has_so_many_at_most(bare):
         assign(bare, bare.job(record, bare.plan(record, workers=[worker] * record.num_stages)), worker)
 
 
+def test_a_job_that_pays_less_than_the_rig_asks_is_refused(bare):
+    bare.workers[0].role._asks_wei = 5
+    record = bare.record()
+    with pytest.raises(JobError, match="asks 5 wei for 1000000000000 units of work, the job pays less"):
+        assign(bare, bare.job(record, bare.plan(record)), bare.workers[0])
+    paying = bare.record(terms={"price_wei": 5, "price_per_units": 10**12})
+    assert assign(bare, bare.job(paying, bare.plan(paying)), bare.workers[0]).params == {"stages": [0]}
+
+
 def test_only_validators_of_the_plan_assign(bare):
     record = bare.record()
     job = bare.job(record, bare.plan(record, validators=[bare.validators[1].key]))
