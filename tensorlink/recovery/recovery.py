@@ -24,12 +24,15 @@ from smartnodes_core.errors import (
     DeadlineError,
     JobError,
     NoWorkersError,
+    PeerFault,
     PeerUnreachableError,
     SandboxError,
     SmartnodesError,
+    Unavailable,
     WorkerLostError,
 )
 from smartnodes_core.records import Announcement, Assignment, NodeKey, Plan, Verdict
+from smartnodes_core.remote_errors import raised_by
 from smartnodes_core.rpc import PendingCall
 from tensorlink.errors import FraudError, NonFiniteError
 from tensorlink.recovery.accusations import Accusations
@@ -89,6 +92,7 @@ class Recovery:
         #: Called when stages begin anew: what they were told outside of the journal has to be told again.
         self.on_begun: list[Callable[[], None]] = []
         self._journal = Journal()
+        self._version = 0
         self._busy = False
         self._frauds: dict[NodeKey, Verdict] = {}
         self._cheats: set[NodeKey] = set()
@@ -253,6 +257,8 @@ class Recovery:
         lost = [stage for stage, call in asked if call is None or not _answers(call)]
         unwanted = self._unwanted()
         lost += [stage for stage, worker in enumerate(self._workers) if worker in unwanted]
+        sinner = raised_by(cause) if isinstance(cause, PeerFault) else None
+        lost += [stage for stage, worker in enumerate(self._workers) if worker == sinner]
         named = re.search(r"worker of stage (\d+)", str(cause))
         if not lost and isinstance(cause, WorkerLostError) and named is not None:
             lost = [int(named[1])]  # as a neighbour that does not reach it says
@@ -292,11 +298,11 @@ class Recovery:
                 break
             except _NoRigError as error:
                 raise cause from error
-            except (*LOST, NoWorkersError, JobError) as error:
+            except (*LOST, _RefusedError, JobError, PeerFault) as error:
                 logger.warning("going on after a loss: %s", error)
                 if attempts >= MAX_ATTEMPTS or self._placement.closed:
                     raise cause from error
-                lost = self._lost_by(error)
+                lost = lost if isinstance(error, _RefusedError) else self._lost_by(error)
         done = Recovered(
             reason=str(cause),
             plan_version=self._placement.job.plan.version,
@@ -327,9 +333,10 @@ class Recovery:
         takers = self._wait_for_rigs(lost, running)
         placement.move(takers)
         job = placement.job
+        self._version += 1  # also where the last one was not taken by all
         plan = Plan(
             job=job.id,
-            version=job.plan.version + 1,
+            version=self._version,
             first_step=snapshot.step,
             state_roots=list(snapshot.roots),
             assignments=[
@@ -340,7 +347,11 @@ class Recovery:
             validators=self._validators(),
             reason=f"from step {snapshot.step}: {cause}"[:200],
         )
-        placement.job = self._network.user.replan(job, plan)
+        try:
+            placement.job = self._network.user.replan(job, plan)
+        except (NoWorkersError, JobError, PeerFault) as error:
+            self._avoid(rig.node_key for rig in takers.values())
+            raise _RefusedError(f"no plan with the rigs that were chosen: {error}") from error
         self._driver.attach(placement.job)
         self._keeper.begin_plan(plan.version, self._workers)
         return {stage: rig.node_key.hex()[:8] for stage, rig in takers.items()}
@@ -423,6 +434,10 @@ class Recovery:
             if isinstance(value, float):
                 losses[entry.step] = value
         return len(entries), losses
+
+
+class _RefusedError(Unavailable):
+    """A rig that was chosen does not take its stage: another is."""
 
 
 class _NoRigError(NoWorkersError):

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tensorlink
+from smartnodes_core.errors import NoWorkersError
 from tensorlink.network import LocalNetwork
 from tensorlink.recovery import heartbeat, keeper
 from tensorlink.recovery.keeper import SnapshotKeeper
@@ -190,6 +191,25 @@ def test_both_rigs_are_killed_at_once_and_one_takes_both_stages(run):
     run.kill(1)
     rest(run)
     assert run.name_of(0) == run.name_of(1)
+    run.end()
+
+
+def test_a_rig_that_takes_no_stage_is_passed_over(run, network, monkeypatch):
+    spare = ({"worker-0", "worker-1", "worker-2"} - {run.name_of(0), run.name_of(1)}).pop()
+    replan, plans = network.user.replan, []
+
+    def refused_once(job, plan):
+        plans.append(plan)
+        if len(plans) == 1:
+            raise NoWorkersError("worker x does not take its stage: 0 of 8 slots are free")
+        return replan(job, plan)
+
+    monkeypatch.setattr(network.user, "replan", refused_once)
+    other = run.name_of(0)
+    run.kill(1)
+    rest(run)
+    assert [plan.version for plan in plans] == [1, 2]
+    assert run.name_of(1) == other != spare
     run.end()
 
 
