@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from blake3 import blake3
 
-from smartnodes_core.errors import ProtocolError, RecordError, SignatureError
+from smartnodes_core.errors import AuthorityError, ProtocolError, RecordError, SignatureError
 from smartnodes_core.evidence import case_of, check_draw, check_verdict, signed_verdict, split
 from smartnodes_core.identity import verify
 from smartnodes_core.records import Commitment, Evidence, JobRecord, Plan, Signed
@@ -40,6 +40,18 @@ def test_evidence_tells_the_whole_case(fraud):
     assert case.commitment.digest() == verdict.commitment
     assert case.challenge.digest() == verdict.challenge
     assert case.order == b"the order"
+
+
+def test_evidence_is_shown_to_the_author_of_the_job_and_to_no_other_user_or_worker(net, fraud):
+    verdict, kept, body, auditor = fraud
+    found = net.user.node.call(
+        auditor.key, "evidence", {"digest": verdict.evidence}, max_body_bytes=len(kept.encode()) + len(body)
+    )
+    assert found.body[: found.params["record_bytes"]] == kept.encode()
+    for other in (net.citizen(22, "user"), net.workers[0]):
+        other.node.add_address(auditor.key, auditor.node.endpoint)
+        with pytest.raises(AuthorityError):
+            other.node.call(auditor.key, "evidence", {"digest": verdict.evidence})
 
 
 def test_the_verdict_lies_behind_its_evidence(fraud):

@@ -141,7 +141,7 @@ def test_connections_that_only_the_dht_used_end_and_those_to_be_introduced_over_
         eventually(lambda asker=asker: asker.dht.dht.find_node(second.node_key))
         asker.node.reach(second.node_key, hearsay=[second.endpoint], passing=True)
     eventually(lambda: worker.node.node_key not in {peer.node_key for peer in second.peers()})
-    assert user.node.node_key in {peer.node_key for peer in second.peers()}
+    eventually(lambda: user.node.node_key in {peer.node_key for peer in second.peers()})
     assert {worker.node.node_key, user.node.node_key} <= {peer.node_key for peer in validators[0].node.peers()}
 
 
