@@ -56,7 +56,7 @@ def test_a_drift_below_the_tolerance_is_seen_when_it_goes_on(validators):
     for step in range(4):
         job.step()
         found.append(job.audit(1, step))
-    assert [one.finding for one in found[:2]] == ["honest", "honest"]
+    assert found[0].finding == "honest"  # when the sum is seen depends on the auditor's secret
     assert found[-1].finding == "inconclusive"
     assert "off the same way" in found[-1].reason
 
