@@ -49,14 +49,15 @@ def test_a_result_scaled_by_one_per_cent_is_found_in_bfloat16_too(validators):
     assert "right result times 0.99" in found.seen
 
 
-def test_a_drift_below_the_tolerance_is_seen_when_it_goes_on(validators):
+def test_a_drift_below_the_tolerance_is_seen_when_it_goes_on(validators, monkeypatch):
+    monkeypatch.setattr(validators.replayer, "_residual_key", bytes(32))  # when it is seen depends on the secret
     kind = type("Drift", (drifting.RowDrift,), {"share": 0.9, "tensor": "2.weight"})
     job = rig.Job("gpt", 0, validators, attacks.cheats.classes(kind, 2, [1]))
     found = []
     for step in range(4):
         job.step()
         found.append(job.audit(1, step))
-    assert found[0].finding == "honest"  # when the sum is seen depends on the auditor's secret
+    assert [one.finding for one in found[:2]] == ["honest", "honest"]
     assert found[-1].finding == "inconclusive"
     assert "off the same way" in found[-1].reason
 
