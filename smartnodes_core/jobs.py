@@ -32,6 +32,17 @@ def stage_key(job_id: bytes, plan_version: int, replica: int, stage: int) -> str
     return f"{job_id.hex()}/{plan_version}/{replica}/{stage}"
 
 
+def job_named(name: str) -> bytes:
+    """The id of a job from its 64 hexadecimal digits. Raises ConfigError."""
+    try:
+        job_id = bytes.fromhex(name)
+    except ValueError:
+        job_id = b""
+    if len(job_id) != 32:
+        raise ConfigError(f"found job {name!r:.80}, needed its id of 64 hexadecimal digits, as `job.id.hex()` has it")
+    return job_id
+
+
 @dataclass(frozen=True)
 class Job:
     """A job record with the plan in force, both signed by the author and checked against each other."""

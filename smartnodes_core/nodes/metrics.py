@@ -15,6 +15,7 @@ from typing import Any
 
 from smartnodes_core.counters import COUNTERS, HELP
 from smartnodes_core.errors import AuthorityError, ConfigError, PortInUseError, SmartnodesError
+from smartnodes_core.jobs import job_named
 from smartnodes_core.nodes.station import Station
 from smartnodes_core.transport.base import split_endpoint
 from smartnodes_core.usage import USAGE
@@ -100,17 +101,6 @@ class JobPages:
             return "200 OK", self._station.find_job(job_named(name)).summary()
         except SmartnodesError as error:
             return "404 Not Found", {"error": str(error)}
-
-
-def job_named(name: str) -> bytes:
-    """The job id of 64 hexadecimal digits. Raises ConfigError."""
-    try:
-        job_id = bytes.fromhex(name)
-    except ValueError:
-        job_id = b""
-    if len(job_id) != 32:
-        raise ConfigError(f"{name[:80]!r} is no job's id: 64 hexadecimal digits are needed")
-    return job_id
 
 
 class MetricsServer:

@@ -11,6 +11,7 @@ from smartnodes_core.chain.settings import SNO, ChainSettings
 from smartnodes_core.chain.signing import checksum
 from smartnodes_core.config import UserConfig, load
 from smartnodes_core.errors import ConfigError
+from smartnodes_core.jobs import job_named
 
 
 def add_commands(commands: Any) -> None:
@@ -84,7 +85,7 @@ def run_claim(options: argparse.Namespace) -> int:
     from tensorlink.network import connect
 
     owner = _account(options.owner) if options.owner else None
-    job = _job(options.take_back) if options.take_back else None
+    job = job_named(options.take_back) if options.take_back else None
     with connect(load(UserConfig, options.config)) as network:
         station = network.station
         account = owner or station.chain.account
@@ -96,16 +97,6 @@ def run_claim(options: argparse.Namespace) -> int:
         sno, coin = withdraw(station.chain, account)
     sys.stdout.write(f"jobs have paid it {sno / SNO:.6f} SNO and {coin / SNO:.6f} of the chain's coin\n")
     return 0
-
-
-def _job(text: str) -> bytes:
-    try:
-        job = bytes.fromhex(text)
-    except ValueError:
-        job = b""
-    if len(job) != 32:
-        raise ConfigError(f"found job {text!r:.80}, needed its id of 64 hexadecimal digits, as `job.id.hex()` has it")
-    return job
 
 
 def _account(text: str) -> bytes:

@@ -14,7 +14,8 @@ from smartnodes_core.chain.settings import Addresses
 from smartnodes_core.chain.signing import checksum
 from smartnodes_core.config import UserConfig
 from smartnodes_core.errors import ConfigError, JobError, PeerUnreachableError, ProtocolError
-from smartnodes_core.nodes.metrics import JOBS, job_named
+from smartnodes_core.jobs import job_named
+from smartnodes_core.nodes.metrics import JOBS
 from smartnodes_core.nodes.station import Station
 from tensorlink.cli.options import printable
 

@@ -88,7 +88,7 @@ def test_a_job_s_record_is_shown_to_programs_on_this_machine_alone(served, stati
 
     assert ask((b"j" * 32).hex()) == (200, {"state": "open"})
     assert ask((b"k" * 32).hex()) == (404, "the record of this job is not found")
-    assert "is no job's id: 64 hexadecimal digits are needed" in ask("xyz")[1]
+    assert "needed its id of 64 hexadecimal digits" in ask("xyz")[1]
     said = []
     pages = JobPages(station, lambda environ, answer: [b"metrics"])
     elsewhere = {"PATH_INFO": "/jobs/" + (b"j" * 32).hex(), "REMOTE_ADDR": "203.0.113.7"}
